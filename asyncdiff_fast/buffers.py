@@ -1,0 +1,58 @@
+"""Memory of one denoiser: long-lived buffers that travel, and placeholders for results that nobody here reads."""
+
+import torch
+
+DEPTH = 2
+
+
+def _dense_strides(ref):
+    """The strides of a tensor if its elements fill one block of memory, else contiguous ones."""
+    strides = ref.layout[1]
+    extent = 1 + sum((n - 1) * s for n, s in zip(ref.shape, strides, strict=True))
+    numel = ref.nbytes // getattr(torch, ref.dtype).itemsize
+    if numel and extent == numel:
+        return strides
+    return torch.empty(ref.shape, device="meta").stride()
+
+
+class Buffer:
+    """`DEPTH` copies of one tensor. `flat` is what travels; `view(epoch)` has the shape and strides of the original."""
+
+    def __init__(self, ref, device):
+        numel = ref.nbytes // getattr(torch, ref.dtype).itemsize
+        self.flat = tuple(torch.zeros(numel, dtype=getattr(torch, ref.dtype), device=device) for _ in range(DEPTH))
+        strides = _dense_strides(ref)
+        self._views = tuple(flat.as_strided(ref.shape, strides) for flat in self.flat)
+
+    def view(self, epoch):
+        """The tensor of one epoch."""
+        return self._views[epoch % DEPTH]
+
+
+class Placeholders:
+    """Tensors of the right shape whose content does not matter; all of one dtype share their memory."""
+
+    def __init__(self, device):
+        self._device = device
+        self._memory = {}
+        self._tensors = {}
+
+    def get(self, ref):
+        """A tensor like `ref`, finite, not to be relied upon."""
+        key = (ref.shape, ref.dtype, ref.layout)
+        if key not in self._tensors:
+            strides = _dense_strides(ref)
+            self._tensors[key] = self._block(ref).as_strided(ref.shape, strides)
+        return self._tensors[key]
+
+    def _block(self, ref):
+        dtype = getattr(torch, ref.dtype)
+        block = self._memory.get(dtype)
+        if block is None or block.numel() * dtype.itemsize < ref.nbytes:
+            self._memory[dtype] = block = torch.zeros(ref.nbytes // dtype.itemsize, dtype=dtype, device=self._device)
+        return block
+
+    def holds(self, tensor):
+        """True if a tensor lies in the memory of placeholders."""
+        block = self._memory.get(tensor.dtype)
+        return block is not None and tensor.untyped_storage().data_ptr() == block.untyped_storage().data_ptr()

@@ -1,0 +1,168 @@
+"""Which generation, which step, which call within the step: told from what schedulers and callers do, with no reset.
+
+Schedulers are watched at class level, since users swap and copy instances. The counts below are the only state that is
+shared by all patched denoisers of a process; the wrappers are there while at least one denoiser is patched.
+"""
+
+import functools
+import weakref
+from dataclasses import dataclass
+
+import torch
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+
+
+class _Watch:
+    """Counts of `set_timesteps` and `step` over all schedulers, and the scheduler last used."""
+
+    users = 0
+    restarts = 0
+    steps = 0
+    scheduler = None
+    wrapped = []
+
+
+def _wrap(cls):
+    for name, count in (("set_timesteps", "restarts"), ("step", "steps")):
+        method = cls.__dict__.get(name)
+        if not callable(method):
+            continue
+
+        @functools.wraps(method)
+        def watched(self, *args, __method=method, __count=count, **kwargs):
+            setattr(_Watch, __count, getattr(_Watch, __count) + 1)
+            _Watch.scheduler = weakref.ref(self)
+            return __method(self, *args, **kwargs)
+
+        setattr(cls, name, watched)
+        _Watch.wrapped.append((cls, name, method))
+
+
+def _subclasses(cls):
+    for sub in cls.__subclasses__():
+        yield sub
+        yield from _subclasses(sub)
+
+
+def _wrap_later(cls, **kwargs):
+    super(SchedulerMixin, cls).__init_subclass__(**kwargs)
+    _wrap(cls)
+
+
+def watch_schedulers():
+    """Begin to watch every scheduler class, also those defined later. Calls are counted; `unwatch` undoes one."""
+    _Watch.users += 1
+    if _Watch.users == 1:
+        for cls in set(_subclasses(SchedulerMixin)):
+            _wrap(cls)
+        SchedulerMixin.__init_subclass__ = classmethod(_wrap_later)
+
+
+def unwatch_schedulers():
+    """Undo one `watch_schedulers`; the last one restores every class."""
+    _Watch.users -= 1
+    if _Watch.users == 0:
+        for cls, name, method in _Watch.wrapped:
+            setattr(cls, name, method)
+        _Watch.wrapped.clear()
+        del SchedulerMixin.__init_subclass__
+        _Watch.scheduler = None
+
+
+def last_scheduler():
+    """The scheduler that was used last, or None."""
+    return _Watch.scheduler() if _Watch.scheduler is not None else None
+
+
+def timestep_value(timestep):
+    """A timestep (number, or tensor of any shape) as a float, None if there is none."""
+    if timestep is None:
+        return None
+    if isinstance(timestep, _Kept):
+        timestep = timestep.copy
+    return float(timestep.max()) if isinstance(timestep, torch.Tensor) else float(timestep)
+
+
+@dataclass(frozen=True)
+class Tick:
+    """Place of one call: `step` counts from 0 in each generation; `call` numbers the calls between two steps."""
+
+    begins: bool
+    step: int
+    call: int
+
+
+class _Kept:
+    """A device timestep as it was at its call: a copy, and where and in which version it was found."""
+
+    def __init__(self, tensor):
+        self.copy, self.place = tensor.detach().clone(), _place(tensor)
+
+
+def _place(tensor):
+    return tensor.data_ptr(), None if tensor.is_inference() else tensor._version
+
+
+def _kept(timestep):
+    on_device = isinstance(timestep, torch.Tensor) and timestep.device.type != "cpu"
+    return _Kept(timestep) if on_device else timestep_value(timestep)
+
+
+def _same_tensor(timestep, last):
+    return isinstance(last, _Kept) and isinstance(timestep, torch.Tensor) and last.place == _place(timestep)
+
+
+class Clock:
+    """Places the calls of one denoiser in generations, steps and calls within a step."""
+
+    def __init__(self):
+        self._ended = True
+        self._seen = (0, 0)
+        self._step = self._call = -1
+        self._stepped = False
+        self._direction = 0
+        self._last = None
+        self._signatures = {}
+
+    def end(self):
+        """The pipeline has ended, or the next call must start anew for another reason."""
+        self._ended = True
+
+    def tick(self, timestep, signature):
+        """Place the next call.
+
+        Args:
+            timestep: the caller's, a tensor or a number.
+            signature: anything hashable that changes when cached values no longer fit, such as the inputs' shapes.
+        """
+        now = (_Watch.restarts, _Watch.steps)
+        restarted, stepped = now[0] != self._seen[0], now[1] != self._seen[1]
+        moved = 0 if stepped or restarted or self._ended else self._moved(timestep)
+        begins = self._ended or restarted or self._reversed(moved)
+        if not begins:
+            advances = stepped or (moved != 0 and not self._stepped)
+            step, call = (self._step + 1, 0) if advances else (self._step, self._call + 1)
+            begins = self._signatures.get(call, signature) != signature
+        if begins:
+            step, call = 0, 0
+            self._stepped, self._direction, self._signatures = False, 0, {}
+        else:
+            self._stepped |= stepped
+            self._direction = self._direction or moved
+        self._step, self._call, self._seen, self._last, self._ended = step, call, now, _kept(timestep), False
+        self._signatures[call] = signature
+        return Tick(begins, step, call)
+
+    def _moved(self, timestep):
+        """-1, 0 or +1: how the timestep differs from the last call's. Reads a device tensor only if it must."""
+        last = self._last
+        if last is None or timestep is None or _same_tensor(timestep, last):
+            return 0
+        a, b = timestep_value(last), timestep_value(timestep)
+        return 0 if a == b else (1 if b > a else -1)
+
+    def _reversed(self, moved):
+        """True if the timestep went back without a scheduler's step, as when a loop starts again."""
+        if self._stepped:
+            return moved > 0
+        return moved != 0 and self._direction != 0 and moved != self._direction

@@ -1,0 +1,138 @@
+"""The options of `patch`, checked when built."""
+
+import dataclasses
+import os
+from dataclasses import dataclass
+
+ENVIRONMENT = {"ASYNCDIFF_FAST": "options of patch() for `import asyncdiff_fast.auto`, such as num_stages=2,warmup_steps=3"}
+
+
+@dataclass(frozen=True)
+class Config:
+    """Options of `patch`.
+
+    Args:
+        num_stages: how many ranks share one call of the denoiser (AsyncDiff's N).
+        stride: 1 computes at every step; 2 computes at every other step and uses one rank more.
+        warmup_steps: first steps of each generation, exact; at least 1.
+        time_shift: asynchronous steps use the timestep of the step before.
+        stages: module names of each stage, instead of the search; modules not named run on every rank.
+        stride_phase: with stride 2, "warmup" computes at the first step after warm-up and every other one from there;
+            "odd" computes at odd steps, as the published implementation does.
+        balance: "flops" divides by counted work, the same on every machine; "time" measures each unit once.
+        timeout_s: seconds to wait for another rank before failing.
+    Raises: ValueError that names the option, the value and the allowed values.
+    Source: AsyncDiff (Chen et al., 2024), sections 3.2 to 3.4.
+    """
+
+    num_stages: int = 1
+    stride: int = 1
+    warmup_steps: int = 4
+    time_shift: bool = False
+    stages: tuple[tuple[str, ...], ...] | None = None
+    stride_phase: str = "warmup"
+    balance: str = "flops"
+    timeout_s: float = 120.0
+
+    def __post_init__(self):
+        if self.stages is not None:
+            object.__setattr__(self, "stages", _checked_stages(self.stages))
+            if self.num_stages == 1:
+                object.__setattr__(self, "num_stages", len(self.stages))
+        self._check_integer("num_stages", 1)
+        self._check_integer("warmup_steps", 1)
+        self._check(self.stride in (1, 2), "stride", "1 or 2")
+        self._check(self.stride_phase in ("warmup", "odd"), "stride_phase", '"warmup" or "odd"')
+        self._check(self.balance in ("flops", "time"), "balance", '"flops" or "time"')
+        self._check(isinstance(self.time_shift, bool), "time_shift", "True or False")
+        number = isinstance(self.timeout_s, int | float) and not isinstance(self.timeout_s, bool)
+        self._check(number and self.timeout_s > 0, "timeout_s", "a positive number of seconds")
+        if self.stages is not None and len(self.stages) != self.num_stages:
+            raise ValueError(
+                f"stages must have num_stages lists: got {len(self.stages)} lists, num_stages={self.num_stages}; "
+                "leave num_stages out or make them equal"
+            )
+        if self.stride == 2 and self.num_stages < 2:
+            raise ValueError(
+                f"stride=2 needs num_stages of at least 2: got num_stages={self.num_stages}; pass num_stages=2 "
+                "(3 processes) or stride=1"
+            )
+
+    def _check(self, ok, name, allowed):
+        if not ok:
+            raise ValueError(f"{name} must be {allowed}: got {name}={getattr(self, name)!r}")
+
+    def _check_integer(self, name, least):
+        value = getattr(self, name)
+        ok = isinstance(value, int) and not isinstance(value, bool) and value >= least
+        self._check(ok, name, f"an integer of at least {least}")
+
+    @property
+    def world_size(self):
+        """Ranks needed: one for each stage, and one more with stride 2."""
+        return self.num_stages + self.stride - 1
+
+    @classmethod
+    def from_options(cls, options):
+        """Config from keyword options. Raises TypeError that lists the known ones if a name is unknown."""
+        known = [f.name for f in dataclasses.fields(cls)]
+        unknown = sorted(set(options) - set(known))
+        if unknown:
+            raise TypeError(f"unknown option {', '.join(unknown)}; known options: {', '.join(known)}")
+        return cls(**options)
+
+    @classmethod
+    def from_environment(cls):
+        """Config from the variable ASYNCDIFF_FAST, a list such as `num_stages=2,warmup_steps=3`."""
+        return cls.from_options(parse_options(os.environ.get("ASYNCDIFF_FAST", "")))
+
+
+def parse_options(text):
+    """`a=1,b=x` as a dict of options: integers, floats and booleans are recognised, other values stay text.
+
+    Raises: ValueError if an item is not NAME=VALUE.
+    """
+    options = {}
+    for item in filter(None, (part.strip() for part in text.split(","))):
+        name, equals, value = item.partition("=")
+        if not equals:
+            raise ValueError(f"options must be NAME=VALUE, separated by commas: got {item!r} in {text!r}")
+        options[name.strip()] = _parsed(value.strip())
+    return options
+
+
+def _parsed(text):
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    for number in (int, float):
+        try:
+            return number(text)
+        except ValueError:
+            continue
+    return text
+
+
+def _checked_stages(stages):
+    """Stages as tuples of names, each name once and none inside another."""
+    if isinstance(stages, str) or not all(isinstance(names, list | tuple) for names in stages):
+        raise ValueError(f"stages must be a list of lists of module names: got {stages!r}")
+    stages = tuple(tuple(names) for names in stages)
+    seen = {}
+    for s, names in enumerate(stages):
+        if not names:
+            raise ValueError(f"every stage must name at least one module: stage {s} is empty; remove it or name its modules")
+        for name in names:
+            if not isinstance(name, str) or not name:
+                raise ValueError(f"stages must be a list of lists of module names: got {name!r} in stage {s}")
+            if name in seen:
+                raise ValueError(f"a module belongs to one stage: {name!r} is listed in stages {seen[name]} and {s}; keep one")
+            seen[name] = s
+    for name in seen:
+        parts = name.split(".")
+        for outer in (".".join(parts[:i]) for i in range(1, len(parts))):
+            if outer in seen:
+                raise ValueError(
+                    f"a stage's modules must not contain each other: {name!r} (stage {seen[name]}) lies inside {outer!r} "
+                    f"(stage {seen[outer]}); list one of them"
+                )
+    return stages

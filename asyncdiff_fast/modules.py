@@ -1,0 +1,89 @@
+"""Hooks of ours on the modules of one denoiser, put on and taken off without disturbing anybody else's."""
+
+import itertools
+
+import torch
+from diffusers.hooks import HookRegistry, ModelHook
+
+_numbers = itertools.count()
+
+
+class ForwardHook(ModelHook):
+    """Calls `handler(original_forward, args, kwargs)` in place of a module's forward; without a handler, the forward.
+
+    Hooks of diffusers can be removed only in the reverse order of their registration, so one that another hook was
+    put upon stays where it is, without a handler.
+    """
+
+    def __init__(self, handler):
+        super().__init__()
+        self.handler = handler
+
+    def new_forward(self, module, *args, **kwargs):
+        """What the module runs."""
+        if self.handler is None:
+            return self.fn_ref.original_forward(*args, **kwargs)
+        return self.handler(self.fn_ref.original_forward, args, kwargs)
+
+
+class Attachment:
+    """One hook on one module."""
+
+    def __init__(self, module, handler):
+        self.module = module
+        self._had_forward = "forward" in vars(module)
+        self._had_registry = hasattr(module, "_diffusers_hook")
+        self._registry = HookRegistry.check_if_exists_or_initialize(module)
+        self._name = f"asyncdiff_fast_{next(_numbers)}"
+        self.hook = ForwardHook(handler)
+        self._registry.register_hook(self.hook, self._name)
+
+    def remove(self):
+        """Restore the module's forward; where another hook sits on top, leave this one without effect."""
+        self.hook.handler = None
+        if self._registry._hook_order[-1:] != [self._name]:
+            return
+        self._registry.remove_hook(self._name, recurse=False)
+        if not self._registry.hooks:
+            if not self._had_forward:
+                del self.module.forward
+            if not self._had_registry:
+                del self.module._diffusers_hook
+
+
+def containers(denoiser):
+    """Names of the modules that hold a list of modules."""
+    lists = (torch.nn.ModuleList, torch.nn.ModuleDict)
+    return {name for name, m in denoiser.named_modules() if any(isinstance(c, lists) for c in m.children())}
+
+
+def structure(denoiser):
+    """A number that changes when modules are added, replaced or removed (adapters, fused projections)."""
+    return hash(tuple((name, id(module)) for name, module in denoiser.named_modules()))
+
+
+def is_compiled(denoiser):
+    """True if the denoiser as a whole was compiled: its parts then cannot be replaced."""
+    return hasattr(denoiser, "_orig_mod") or getattr(denoiser, "_compiled_call_impl", None) is not None
+
+
+def step_cache(denoiser):
+    """True if a diffusers step cache (PAB, FirstBlockCache, ...) is enabled."""
+    return bool(getattr(denoiser, "is_cache_enabled", False))
+
+
+def on_pipeline_end(denoiser, callback):
+    """Have `callback()` called when a pipeline ends. Returns a function that undoes it."""
+    original = getattr(denoiser, "_reset_stateful_cache", None)
+
+    def ended(*args, **kwargs):
+        callback()
+        return original(*args, **kwargs) if original is not None else None
+
+    denoiser._reset_stateful_cache = ended
+
+    def undo():
+        if vars(denoiser).get("_reset_stateful_cache") is ended:
+            del denoiser._reset_stateful_cache
+
+    return undo

@@ -1,0 +1,214 @@
+"""One call of the denoiser between two steps: runs its own units, replays the others, posts and waits.
+
+A pipeline that calls twice per step (conditional, unconditional) has two passes, each with slots and values of its own.
+"""
+
+import torch
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+
+from .buffers import DEPTH, Buffer
+from .cutset import NEXT_PREDICTION, PREDICTION
+from .exchange import Recv, Send
+from .schedule import Mode
+
+_TENSOR = object()
+
+
+def _structure(tree):
+    """(leaves, spec) of a tree, with a mark in place of each tensor."""
+    leaves, spec = tree_flatten(tree)
+    return [_TENSOR if isinstance(x, torch.Tensor) else x for x in leaves], spec
+
+
+class Pass:
+    """State of one pass on one rank, for one plan."""
+
+    def __init__(self, plan, config, rank, device, placeholders):
+        self.plan, self.config, self.rank = plan, config, rank
+        self.program = plan.program(rank)
+        self.last_step = -1
+        self.previous_timestep = self.timesteps = None
+        self.intact = True
+        self._device, self._placeholders = device, placeholders
+        self._index = {unit.key: i for i, unit in enumerate(plan.graph.units)}
+        self._structures, self._ordinals, self._seen = {}, {}, 0
+        self._result_structure = self._next = None
+        self._mode, self._keep = Mode.EXACT, False
+
+    def bind(self, exchange, phase):
+        """Allocate this rank's buffers and register its slots under a phase of the exchange. Collective."""
+        self.exchange, self.phase, self.epoch = exchange, phase, 0
+        self._buffers, self._slots, self._order = {}, {}, []
+        self._numbers = {t.name: n for n, t in enumerate(self.plan.transfers) if t.unit < 0}
+        for number, transfer in enumerate(self.plan.transfers):
+            sends = recvs = ()
+            if transfer.source == self.rank:
+                sends = [Send(t, self._buffer(number, v).flat) for t, values in transfer.targets for v in values]
+            else:
+                recvs = [
+                    Recv(transfer.source, self._buffer(number, v).flat)
+                    for target, values in transfer.targets
+                    for v in values
+                    if target == self.rank
+                ]
+            if sends or recvs:
+                self._slots[number] = exchange.slot(transfer.name, sends, recvs, DEPTH)
+                self._order.append(number)
+        exchange.freeze(phase, self._order)
+
+    def _buffer(self, number, value):
+        """The buffer of one value in one transfer; made when first asked for."""
+        if (number, value) not in self._buffers:
+            transfer = self.plan.transfers[number]
+            ref = self.plan.outputs[value] if transfer.unit < 0 else self.plan.graph.values[value].ref
+            self._buffers[number, value] = Buffer(ref, self._device)
+        return self._buffers[number, value]
+
+    # One forward, in order: begin, run_unit for each unit, end.
+
+    def begin(self, mode, keep):
+        """Start a forward; with `keep`, an exact one leaves behind what a stale step will read."""
+        self._mode, self._keep = mode, keep
+        self._ordinals, self._seen, self._cursor = {}, 0, 0
+        if mode is Mode.COMPUTE:
+            self._post_receives()
+        elif keep:
+            self.exchange.drain({self.phase})
+
+    def run_unit(self, name, forward, args, kwargs):
+        """What a unit's hook returns: its result, or a replay of it."""
+        ordinal = self._ordinals.get(name, 0)
+        self._ordinals[name] = ordinal + 1
+        index = self._index.get((name, ordinal))
+        if index is None:
+            self._lost(f"{name} was called once more than in the traced forward")
+            return forward(*args, **kwargs)
+        self._seen += 1
+        if self._mode is Mode.EXACT:
+            result = forward(*args, **kwargs)
+            self._learn(index, result, args, kwargs)
+            return result
+        if index in self.program.computes:
+            result = forward(*args, **kwargs)
+            if index in self.program.sends:
+                self._send(self.program.sends[index], self._tensors(index, result, args, kwargs))
+        else:
+            result = self._replay(index, args, kwargs)
+        for number in self.program.waits.get(index + 1, ()):
+            self._wait_stale(number)
+        return result
+
+    def end(self, result):
+        """The denoiser's result on every rank: this rank's own, or the one received."""
+        if self._seen != len(self._index):
+            self._lost(f"{len(self._index) - self._seen} units of the traced forward were not called")
+        tensors = [x for x in tree_leaves(result) if isinstance(x, torch.Tensor)]
+        if self._mode is Mode.EXACT:
+            self._result_structure = _structure(result)
+            if self._keep and self.config.stride == 2:
+                self._next = [x.clone() for x in tensors]
+            return result
+        self._next = None
+        if self.config.stride == 2 and self.rank == self.config.num_stages - 1:
+            self._send(self._numbers[NEXT_PREDICTION], tensors)
+            self._next = tensors
+        if self.rank == self.config.world_size - 1:
+            self._send(self._numbers[PREDICTION], tensors)
+        self._post_receives()
+        self.epoch += 1
+        return result if self.rank == self.config.world_size - 1 else self._received(PREDICTION)
+
+    def repeat(self):
+        """The prediction that was computed for this step at the step before."""
+        if self._next is None:
+            return self._received(NEXT_PREDICTION)
+        return self._result([x.clone() for x in self._next])
+
+    def _lost(self, what):
+        self.intact = False
+        if self._mode is not Mode.EXACT:
+            raise RuntimeError(
+                f"the denoiser took another way than in warm-up: {what}; asynchronous steps need the same modules at "
+                "every step. Raise warmup_steps past the step where it changes, or unpatch() first"
+            )
+
+    def _tensors(self, index, result, args, kwargs):
+        """{value: tensor} of everything a unit made."""
+        unit, values = self.plan.graph.units[index], self.plan.graph.values
+        found = {}
+        for leaf, x in zip(unit.leaves, tree_leaves(result), strict=True):
+            if leaf is not None and leaf[0] == "value":
+                found[leaf[1]] = x
+        if unit.writes:
+            arguments = tree_leaves((args, kwargs))
+            found.update((v, arguments[values[v].argument]) for v in unit.writes)
+        return found
+
+    def _learn(self, index, result, args, kwargs):
+        """After an exact unit: its structure, and the values that a stale step here will read."""
+        if index not in self._structures:
+            self._structures[index] = _structure(result)
+        number = self.program.receives.get(index)
+        if self._keep and number is not None:
+            for v, x in self._tensors(index, result, args, kwargs).items():
+                if (number, v) in self._buffers:
+                    self._buffers[number, v].view(self.epoch - 1).copy_(x)
+
+    def _replay(self, index, args, kwargs):
+        """A unit's result from the step before where this rank reads it, placeholders elsewhere."""
+        unit, values = self.plan.graph.units[index], self.plan.graph.values
+        number = self.program.receives.get(index)
+        stale = {v: b.view(self.epoch - 1) for (n, v), b in self._buffers.items() if n == number}
+        arguments = tree_leaves((args, kwargs)) if unit.writes or any(x and x[0] == "argument" for x in unit.leaves) else ()
+        if unit.writes and stale:
+            self._wait_stale(number)
+        for v in unit.writes:
+            target = arguments[values[v].argument]
+            if v not in stale:
+                stale[v] = target
+            elif not self._placeholders.holds(target):
+                stale[v] = target.copy_(stale[v])
+        statics, spec = self._structures[index]
+        leaves = []
+        for leaf, static in zip(unit.leaves, statics, strict=True):
+            kind, place = leaf or ("static", 0)
+            if kind == "value":
+                leaves.append(stale[place] if place in stale else self._placeholders.get(values[place].ref))
+            else:
+                leaves.append(arguments[place] if kind == "argument" else static)
+        return tree_unflatten(leaves, spec)
+
+    # Exchange: slots are posted in the plan's order; receives as early as that order allows.
+
+    def _post_receives(self):
+        while self._cursor < len(self._order):
+            slot = self._slots[self._order[self._cursor]]
+            if slot.sends:
+                return
+            self.exchange.post(slot)
+            self._cursor += 1
+
+    def _send(self, number, tensors):
+        slot, transfer = self._slots[number], self.plan.transfers[number]
+        self.exchange.acquire(slot)
+        for v in transfer.values:
+            self._buffers[number, v].view(self.epoch).copy_(tensors[v])
+        self.exchange.post(slot)
+        self._cursor += 1
+        self._post_receives()
+
+    def _wait_stale(self, number):
+        """Wait for the epoch before this call's; it is the latest, or one back if this call's was posted already."""
+        slot = self._slots[number]
+        self.exchange.wait(slot, slot.epoch - self.epoch)
+
+    def _received(self, name):
+        number = self._numbers[name]
+        self.exchange.wait(self._slots[number])
+        # Copies: a scheduler may keep a prediction for longer than the buffer keeps it.
+        return self._result([self._buffers[number, i].view(self.epoch - 1).clone() for i in range(len(self.plan.outputs))])
+
+    def _result(self, tensors):
+        leaves, spec = self._result_structure
+        tensors = iter(tensors)
+        return tree_unflatten([next(tensors) if x is _TENSOR else x for x in leaves], spec)

@@ -1,0 +1,199 @@
+"""`patch` and `unpatch`: the whole way from a pipeline to hooks on its denoiser, and back."""
+
+import torch
+
+from . import fingerprint, modules
+from .config import Config
+from .plan import make_plan
+from .runtime import Runtime
+from .world import World, device, start_process_group, stop_process_group
+
+_ATTRIBUTE = "_asyncdiff_fast"
+
+
+def patch(target, *, mesh=None, scheduler=None, **options):
+    """Let the ranks of this run share each call of a pipeline's denoiser. Collective: every rank runs the same script.
+
+    Args:
+        target: a diffusers pipeline, or its UNet or DiT (any `torch.nn.Module`) for a sampling loop of your own.
+        mesh: a `DeviceMesh` with a dimension "stage" (or one dimension only); default: all ranks of torchrun.
+        scheduler: the sampling loop's scheduler, if it is not one of diffusers'.
+        options: see `Config`.
+    Returns: the `Runtime` (a list of them if the pipeline has several denoisers): `.plan`, `.stats()`.
+    Raises: ValueError or TypeError on every rank alike, before anything is changed.
+    """
+    config = Config.from_options(options)
+    start_process_group(config.timeout_s)
+    runtimes = []
+    try:
+        world = World(_ranks(mesh), config.timeout_s)
+        found = denoisers(target)
+        _agree(world, config, found)
+        _share_seeds(world)
+        for denoiser in found:
+            runtimes.append(_patch_one(denoiser, config, world, scheduler))
+    except BaseException:
+        for runtime in runtimes:
+            _release(runtime.denoiser)
+        raise
+    finally:
+        # Each runtime has counted itself as a user of the process group.
+        stop_process_group()
+    return runtimes[0] if len(runtimes) == 1 else runtimes
+
+
+def unpatch(target):
+    """Undo `patch`: forwards, hooks and buffers are as before, and a process group that `patch` started is destroyed.
+
+    Raises: ValueError if the target is not patched.
+    """
+    found = [d for d in denoisers(target) if _ATTRIBUTE in vars(d)]
+    if not found:
+        raise ValueError(f"{type(target).__name__} is not patched: call patch() first, or unpatch the object that was patched")
+    for denoiser in found:
+        _release(denoiser)
+
+
+def plan(target, inputs=None, **options):
+    """The plan for one call, before anything runs: `print` it to see which rank does what and what travels.
+
+    Args:
+        target: as for `patch`; needs no process group. A denoiser may lie on the meta device.
+        inputs: dict of arguments: of the pipeline's call (default: a prompt), or of the denoiser's forward.
+        options: see `Config`.
+    Returns: `Plan`.
+    """
+    config = Config.from_options(options)
+    denoiser = denoisers(target)[0]
+    if denoiser is target:
+        args, kwargs = (), dict(inputs or {})
+    else:
+        args, kwargs = _first_call(target, denoiser, {"prompt": "a photograph"} if inputs is None else inputs)
+    return make_plan(denoiser, denoiser.forward, args, kwargs, config)
+
+
+def denoisers(target):
+    """The UNets and DiTs of a pipeline, or the module itself. Raises: TypeError if there are none."""
+    if isinstance(target, torch.nn.Module):
+        return [target]
+    components = getattr(target, "components", None)
+    if isinstance(components, dict):
+        names = [n for n in components if n.startswith(("unet", "transformer"))]
+        found = [components[n] for n in names if isinstance(components[n], torch.nn.Module)]
+        if found:
+            return found
+    raise TypeError(
+        f"patch needs a diffusers pipeline with a unet or transformer, or a torch.nn.Module: got {type(target).__name__}; "
+        "pass the denoiser itself"
+    )
+
+
+def _ranks(mesh):
+    """torch.distributed ranks that share a call."""
+    dist = torch.distributed
+    if mesh is None:
+        return range(dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0,)
+    names = mesh.mesh_dim_names or ()
+    if "stage" in names:
+        mesh = mesh["stage"]
+    elif mesh.ndim != 1:
+        raise ValueError(f'a mesh needs one dimension, or one named "stage": got dimensions {names or mesh.ndim}')
+    return mesh.mesh.flatten().tolist()
+
+
+def _agree(world, config, found):
+    """Check everything that can be checked beforehand, on all ranks together. Raises on all if one refuses."""
+    problem = None
+    try:
+        _check(world, config, found)
+    except (ValueError, TypeError) as error:
+        problem = error
+    digests = [fingerprint.model_digest(d) for d in found] if problem is None else []
+    reports = world.gather((problem and str(problem), config, digests), "patch")
+    if problem is not None:
+        raise problem
+    for rank, (refusal, theirs, digest) in enumerate(reports):
+        if theirs != config:
+            raise ValueError(f"every rank must pass the same options: rank {world.rank} has {config}, rank {rank} has {theirs}")
+        if refusal:
+            raise ValueError(f"rank {rank} refused to patch: {refusal}")
+        if digest != digests:
+            raise ValueError(
+                f"every rank must hold the same model: rank {world.rank} and rank {rank} have different denoisers or weights; "
+                "load the same checkpoint, or seed before building the model"
+            )
+
+
+def _check(world, config, found):
+    if config.world_size != world.size:
+        raise ValueError(
+            f"world_size must be num_stages + stride - 1: got {config.num_stages} + {config.stride} - 1 = {config.world_size}, "
+            f"world_size {world.size}; start {config.world_size} processes (torchrun --nproc-per-node {config.world_size}) or "
+            f"pass num_stages={max(world.size - config.stride + 1, 1)}"
+        )
+    for denoiser in found:
+        kind = type(denoiser).__name__
+        if _ATTRIBUTE in vars(denoiser):
+            raise ValueError(f"{kind} is patched already: call unpatch() first")
+        if modules.is_compiled(denoiser):
+            raise ValueError(f"{kind} is compiled as a whole, so its parts cannot be shared out: patch it uncompiled")
+        if modules.step_cache(denoiser):
+            raise ValueError(f"{kind} has a step cache of diffusers enabled: both reuse activations; call disable_cache()")
+        known = dict(denoiser.named_modules())
+        unknown = [name for names in config.stages or () for name in names if name not in known]
+        if unknown:
+            raise ValueError(f"stages names modules that {kind} does not have: {', '.join(unknown)}; see named_modules()")
+        leaves = sum(1 for m in known.values() if not any(True for _ in m.children()))
+        if leaves < config.num_stages:
+            raise ValueError(
+                f"num_stages must not exceed the number of units: got num_stages={config.num_stages}, {kind} has {leaves} "
+                "modules; use fewer stages"
+            )
+
+
+def _share_seeds(world):
+    """Set the default generators of all ranks to rank 0's state: without a generator argument, all draw the same."""
+    if world.size == 1:
+        return
+    cuda = torch.cuda.is_available()
+    cpu_state, cuda_state = world.broadcast((torch.get_rng_state(), torch.cuda.get_rng_state() if cuda else None), "seeds")
+    torch.set_rng_state(cpu_state)
+    if cuda and cuda_state is not None:
+        torch.cuda.set_rng_state(cuda_state)
+
+
+def _patch_one(denoiser, config, world, scheduler):
+    start_process_group(config.timeout_s)
+    runtime = Runtime(denoiser, config, world, scheduler)
+    runtime.on_refused = lambda: _release(denoiser)
+    setattr(denoiser, _ATTRIBUTE, runtime)
+    return runtime
+
+
+def _release(denoiser):
+    vars(denoiser).pop(_ATTRIBUTE).close()
+    stop_process_group()
+
+
+class _FirstCall(Exception):
+    """Carries the first call's arguments out of a pipeline."""
+
+
+def _first_call(pipe, denoiser, inputs):
+    """The arguments with which a pipeline calls its denoiser first."""
+
+    def stop(forward, args, kwargs):
+        raise _FirstCall(args, kwargs)
+
+    attachment = modules.Attachment(denoiser, stop)
+    try:
+        with torch.no_grad():
+            pipe(**inputs)
+    except _FirstCall as first:
+        return first.args
+    finally:
+        attachment.remove()
+    raise ValueError(f"{type(pipe).__name__} did not call its denoiser; pass inputs= that make it run")
+
+
+__all__ = ["device", "patch", "plan", "unpatch"]

@@ -1,0 +1,131 @@
+"""A plan: which rank computes which units, what travels, and the table that shows it."""
+
+from dataclasses import dataclass
+
+from . import cutset, graph, stages, tracing, units
+from .modules import containers
+from .recording import TensorRef
+from .schedule import stage_of
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that is decided before the first asynchronous call, for one signature of inputs.
+
+    `outputs` are the tensors of the denoiser's result; `weight_bytes` the parameters of each stage's units, its last
+    entry those of the glue, which every rank needs.
+    """
+
+    config: object
+    graph: graph.Graph
+    division: stages.Division
+    transfers: tuple[cutset.Transfer, ...]
+    outputs: tuple[TensorRef, ...]
+    weight_bytes: tuple[int, ...]
+
+    def program(self, rank):
+        """The `RankProgram` of a rank."""
+        return cutset.rank_program(self.graph, self.division, self.config, self.transfers, rank)
+
+    def sent_bytes(self):
+        """{(source, target, name): bytes} of one asynchronous call."""
+        return cutset.bytes_per_call(self.graph, self.transfers, [ref.nbytes for ref in self.outputs])
+
+    @property
+    def bytes_per_call(self):
+        """Bytes that all ranks together send in one asynchronous call."""
+        return sum(self.sent_bytes().values())
+
+    def digest(self):
+        """What ranks compare: units, owners, transfers and sizes."""
+        names = [(u.key, owner) for u, owner in zip(self.graph.units, self.division.owner, strict=True)]
+        return repr((names, [(v.unit, v.ref.shape, v.ref.dtype) for v in self.graph.values], self.transfers))
+
+    def __str__(self):
+        total = sum(self.division.costs) or 1.0
+        head = (
+            f"{self.config.num_stages} stages, stride {self.config.stride}, {self.config.world_size} ranks: largest stage "
+            f"{self.division.balance:.3f} of the mean, {self.bytes_per_call / 1e6:.2f} MB per call, stale hops "
+            f"{self.division.hops[0]} to {self.division.hops[1]}, glue on every rank {self.graph.glue_cost / total:.1%}"
+        )
+        rows = [("rank", "stage", "share", "weights MB", "units")]
+        for rank in range(self.config.world_size):
+            stage = stage_of(self.config, rank)
+            share = f"{self.division.costs[stage] / total:.1%}"
+            rows.append((str(rank), str(stage), share, f"{self.weight_bytes[stage] / 1e6:.1f}", self._ranges(stage)))
+        sends = [("from", "to", "MB", "tensors of")]
+        sends += [(str(s), str(t), f"{n / 1e6:.3f}", name) for (s, t, name), n in self.sent_bytes().items()]
+        return "\n".join([head, "", *_aligned(rows), "", *_aligned(sends)])
+
+    def _ranges(self, stage):
+        """Names of a stage's units, runs of consecutive ones as `first … last`."""
+        runs, previous = [], None
+        for i, (unit, owner) in enumerate(zip(self.graph.units, self.division.owner, strict=True)):
+            if owner == stage:
+                runs[-1:] = [(runs[-1][0], unit.name)] if previous == i - 1 and runs else [*runs[-1:], (unit.name, unit.name)]
+                previous = i
+        return ", ".join(a if a == b else f"{a} … {b}" for a, b in runs)
+
+
+def _aligned(rows):
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
+    return ["  ".join([cell.ljust(w) for cell, w in zip(row, [*widths, 0], strict=True)]).rstrip() for row in rows]
+
+
+def make_plan(denoiser, forward, args, kwargs, config, world=None, stage_of_unit=None):
+    """Trace one forward and decide.
+
+    Args:
+        denoiser, forward, args, kwargs: as `tracing.record` takes them.
+        world: the ranks; rank 0 decides for all, and all compare. None: decide alone.
+        stage_of_unit: {unit key: stage} of an earlier plan to keep to.
+    Returns: `Plan`.
+    Raises: ValueError if there are too few units, or `stages` names a module that the forward does not call.
+    """
+    recording = tracing.record(denoiser, forward, args, kwargs)
+    if config.stages is not None:
+        nodes, missing = graph.named_nodes(recording, [name for names in config.stages for name in names])
+        if missing:
+            raise ValueError(f"stages names modules that the denoiser does not call: {', '.join(missing)}; remove them")
+    else:
+        nodes = units.choose_units(recording, config.num_stages, containers(denoiser))
+    traced = graph.build_graph(recording, nodes)
+    if config.balance == "time" and traced.units:
+        keys = [u.key for u in traced.units]
+        traced = traced.with_costs(tracing.measure(denoiser, forward, keys, args, kwargs))
+    if config.stages is not None:
+        division = stages.from_names(traced, config.stages)
+    elif stage_of_unit is not None:
+        division = stages.describe(traced, _kept_owners(traced, stage_of_unit), config.num_stages)
+    else:
+        division = stages.divide(traced, config.num_stages)
+    outputs = tuple(ref for ref in recording.output if ref is not None)
+    if world is not None and world.size > 1:
+        owner = world.broadcast(dict(zip([u.key for u in traced.units], division.owner, strict=True)), "the division into stages")
+        division = stages.describe(traced, _kept_owners(traced, owner), config.num_stages)
+    transfers = cutset.transfers(traced, division, config, len(outputs))
+    plan = Plan(config, traced, division, transfers, outputs, _weight_bytes(denoiser, traced, division))
+    if world is not None and len(set(world.gather(plan.digest(), "the plan"))) > 1:
+        raise ValueError("ranks traced different models: the denoisers or their inputs differ in structure; make them equal")
+    return plan
+
+
+def _kept_owners(traced, stage_of_unit):
+    """Owner of each unit by an earlier decision; a unit it does not know goes with the one before."""
+    owner, last = [], 0
+    for unit in traced.units:
+        last = stage_of_unit.get(unit.key, last)
+        owner.append(last)
+    return tuple(owner)
+
+
+def _weight_bytes(denoiser, traced, division):
+    modules, seen = dict(denoiser.named_modules()), set()
+    totals = [0] * (division.num_stages + 1)
+    owners = [(modules[u.name], s) for u, s in zip(traced.units, division.owner, strict=True)]
+    for module, stage in [*owners, (denoiser, division.num_stages)]:
+        for p in module.parameters():
+            if id(p) not in seen:
+                seen.add(id(p))
+                totals[stage] += p.numel() * p.element_size()
+    return tuple(totals)

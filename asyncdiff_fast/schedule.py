@@ -1,0 +1,48 @@
+"""What a rank does at a step: compute exactly, compute from stale inputs, or repeat. Pure."""
+
+import enum
+
+
+class Mode(enum.Enum):
+    """How one call of the denoiser is carried out."""
+
+    EXACT = "every rank computes everything"
+    COMPUTE = "each rank computes its stage from stale inputs"
+    REPEAT = "nothing is computed; the prediction was made at the step before"
+
+
+def mode(config, step, has_state=True):
+    """Mode of a call at `step` (counted from 0 in each generation).
+
+    Args:
+        has_state: False if the values of the step before are missing; the call is then exact.
+    """
+    if step < config.warmup_steps or config.num_stages == 1 or not has_state:
+        return Mode.EXACT
+    if config.stride == 1:
+        return Mode.COMPUTE
+    since = step if config.stride_phase == "odd" else step - config.warmup_steps + 1
+    return Mode.COMPUTE if since % 2 else Mode.REPEAT
+
+
+def timestep_offset(config, rank, is_last_step):
+    """Which timestep a computing rank uses at an asynchronous step: 0 the caller's, -1 the one before, +1 the next.
+
+    With stride 2 the stages compute ahead for the next step, whose call repeats their result; the extra rank computes
+    the last stage for the current one. At the last step there is no next.
+    Source: AsyncDiff, section 3.4.
+    """
+    shift = -1 if config.time_shift else 0
+    if config.stride == 1 or is_extra(config, rank) or is_last_step:
+        return shift
+    return shift + 1
+
+
+def is_extra(config, rank):
+    """True for the rank that repeats the last stage's work with stride 2."""
+    return rank >= config.num_stages
+
+
+def stage_of(config, rank):
+    """Stage whose units a rank computes."""
+    return min(rank, config.num_stages - 1)

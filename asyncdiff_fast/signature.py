@@ -1,0 +1,46 @@
+"""Where a denoiser's forward takes its latent and its timestep, found by the forward's signature."""
+
+import inspect
+
+TIMESTEP_NAMES = ("timestep", "timesteps", "t", "time", "sigma", "sigmas", "noise_level")
+_NAMED = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+
+
+class CallSignature:
+    """Reads and replaces the latent and timestep arguments of one denoiser's calls.
+
+    The timestep is the parameter with one of the usual names, else the second parameter; the latent is the first of
+    the others.
+    """
+
+    def __init__(self, denoiser):
+        # The class's forward: hooks may sit on the instance.
+        parameters = list(inspect.signature(type(denoiser).forward).parameters.values())[1:]
+        self.positional = [p.name for p in parameters if p.kind in _NAMED[:2]]
+        names = [p.name for p in parameters if p.kind in _NAMED]
+        second = names[1] if len(names) > 1 else None
+        self.timestep_name = next((n for n in names if n in TIMESTEP_NAMES), second)
+        self.latent_name = next((n for n in names if n != self.timestep_name), None)
+
+    def _get(self, name, args, kwargs):
+        if name in kwargs:
+            return kwargs[name]
+        index = self.positional.index(name) if name in self.positional else len(args)
+        return args[index] if index < len(args) else None
+
+    def latent(self, args, kwargs):
+        """The latent (a tensor, or a list of tensors) of one call; without named parameters, the first argument."""
+        if self.latent_name is None:
+            return args[0] if args else None
+        return self._get(self.latent_name, args, kwargs)
+
+    def timestep(self, args, kwargs):
+        """The timestep of one call (a tensor or a number), None if the call has none."""
+        return self._get(self.timestep_name, args, kwargs)
+
+    def with_timestep(self, args, kwargs, timestep):
+        """(args, kwargs) with the timestep replaced."""
+        if self.timestep_name in kwargs:
+            return args, {**kwargs, self.timestep_name: timestep}
+        index = self.positional.index(self.timestep_name)
+        return (*args[:index], timestep, *args[index + 1 :]), kwargs

@@ -1,0 +1,109 @@
+"""The ranks that share one patched denoiser: what they agree on, through the store of torch.distributed.
+
+Agreement is rare (once at `patch`, once for each new plan, once per generation), so it goes through the key-value store
+and not through a process group: it works before any group exists, after one has failed, and it knows who is missing.
+"""
+
+import itertools
+import os
+import pickle
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+
+class ExchangeError(RuntimeError):
+    """Another rank died, hung, or did something else than this one; the message names it."""
+
+
+def device():
+    """The device of this rank: `cuda:LOCAL_RANK` where there is CUDA, else `cpu`."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+
+
+_counters = {}
+_users = 0
+
+
+def start_process_group(timeout_s):
+    """Start torch.distributed from torchrun's environment if nobody has; counts one user of a group started here."""
+    global _users
+    if dist.is_available() and not dist.is_initialized() and "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        cuda = torch.cuda.is_available()
+        if cuda:
+            torch.cuda.set_device(device())
+        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+        _users = 1
+    elif _users:
+        _users += 1
+
+
+def stop_process_group():
+    """One user less; the last one destroys a group that was started here, never somebody else's."""
+    global _users
+    if _users:
+        _users -= 1
+        if _users == 0 and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+class World:
+    """Ranks of one mesh dimension. `rank` and `size` count within it; `ranks` are torch.distributed's numbers."""
+
+    def __init__(self, ranks, timeout_s):
+        self.ranks, self.timeout_s = tuple(ranks), timeout_s
+        self.size = len(self.ranks)
+        self.rank = self.ranks.index(dist.get_rank()) if self.size > 1 else 0
+        self._sequence = itertools.count()
+        self._old_keys = []
+        if self.size > 1:
+            number = _counters.setdefault(self.ranks, itertools.count())
+            prefix = f"asyncdiff_fast/{'-'.join(map(str, self.ranks))}/{next(number)}"
+            self._store = dist.PrefixStore(prefix, dist.distributed_c10d._get_default_store())
+
+    def gather(self, value, what):
+        """Every rank's `value`, in rank order. Collective.
+
+        Raises: ExchangeError that names the ranks which did not answer in time.
+        """
+        if self.size == 1:
+            return [value]
+        step = next(self._sequence)
+        key = f"{step}/{self.rank}"
+        self._store.set(key, pickle.dumps((what, value)))
+        answers, missing = [], []
+        for peer in range(self.size):
+            try:
+                # After one has failed to come in time, the others get a moment only.
+                self._store.wait([f"{step}/{peer}"], timedelta(seconds=0.1 if missing else self.timeout_s))
+                answers.append(pickle.loads(self._store.get(f"{step}/{peer}")))
+            except RuntimeError:
+                missing.append(peer)
+        if missing:
+            raise ExchangeError(
+                f"rank {self.rank} waited {self.timeout_s:g} s for rank {', '.join(map(str, missing))} to agree on {what}; "
+                "it died, hangs, or does not run the same script; see its log, or raise timeout_s"
+            )
+        self._forget(key)
+        others = {w for w, _ in answers} - {what}
+        if others:
+            raise ExchangeError(f"ranks are at different places: rank {self.rank} agrees on {what}, others on {', '.join(others)}")
+        return [v for _, v in answers]
+
+    def broadcast(self, value, what):
+        """Rank 0's `value` on every rank. Collective."""
+        return self.gather(value if self.rank == 0 else None, what)[0]
+
+    def _forget(self, key):
+        """Delete this rank's key of two rounds ago: everybody has read it, since everybody has written a later one."""
+        self._old_keys.append(key)
+        if len(self._old_keys) > 2:
+            self._store.delete_key(self._old_keys.pop(0))
+
+    def new_group(self):
+        """A process group of these ranks for the exchange alone, so that nobody else's traffic mixes with it. Collective."""
+        return dist.new_group(list(self.ranks), timeout=timedelta(seconds=self.timeout_s), use_local_synchronization=True)
