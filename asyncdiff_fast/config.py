@@ -4,7 +4,9 @@ import dataclasses
 import os
 from dataclasses import dataclass
 
-ENVIRONMENT = {"ASYNCDIFF_FAST": "options of patch() for `import asyncdiff_fast.auto`, such as num_stages=2,warmup_steps=3"}
+ENVIRONMENT = {
+    "ASYNCDIFF_FAST": "options of patch() for `import asyncdiff_fast.auto`, such as num_stages=2,warmup_steps=3"
+}
 
 
 @dataclass(frozen=True)
@@ -120,12 +122,16 @@ def _checked_stages(stages):
     seen = {}
     for s, names in enumerate(stages):
         if not names:
-            raise ValueError(f"every stage must name at least one module: stage {s} is empty; remove it or name its modules")
+            raise ValueError(
+                f"every stage must name at least one module: stage {s} is empty; remove it or name its modules"
+            )
         for name in names:
             if not isinstance(name, str) or not name:
                 raise ValueError(f"stages must be a list of lists of module names: got {name!r} in stage {s}")
             if name in seen:
-                raise ValueError(f"a module belongs to one stage: {name!r} is listed in stages {seen[name]} and {s}; keep one")
+                raise ValueError(
+                    f"a module belongs to one stage: {name!r} is listed in stages {seen[name]} and {s}; keep one"
+                )
             seen[name] = s
     for name in seen:
         parts = name.split(".")

@@ -109,7 +109,9 @@ class TorchExchange:
         self.check()
         slots, cursor = self._phases[slot.phase], self._cursors[slot.phase]
         if slots[cursor] is not slot:
-            raise ExchangeError(f"slots are posted in their frozen order: {slots[cursor].name!r} is next, not {slot.name!r}")
+            raise ExchangeError(
+                f"slots are posted in their frozen order: {slots[cursor].name!r} is next, not {slot.name!r}"
+            )
         self._cursors[slot.phase] = (cursor + 1) % len(slots)
         self._finish(slot, slot.epoch - slot.depth)
         parity = slot.epoch % slot.depth
@@ -136,7 +138,9 @@ class TorchExchange:
         """Make the current stream (the host, for CPU tensors) wait for the epoch `lag` posts before the latest."""
         self.check()
         if not 0 <= lag < slot.depth:
-            raise ValueError(f"lag must be less than the depth: got lag={lag}, depth={slot.depth} for slot {slot.name!r}")
+            raise ValueError(
+                f"lag must be less than the depth: got lag={lag}, depth={slot.depth} for slot {slot.name!r}"
+            )
         began = time.perf_counter()
         self._finish(slot, slot.epoch - 1 - lag)
         waited = time.perf_counter() - began

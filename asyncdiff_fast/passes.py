@@ -159,7 +159,9 @@ class Pass:
         unit, values = self.plan.graph.units[index], self.plan.graph.values
         number = self.program.receives.get(index)
         stale = {v: b.view(self.epoch - 1) for (n, v), b in self._buffers.items() if n == number}
-        arguments = tree_leaves((args, kwargs)) if unit.writes or any(x and x[0] == "argument" for x in unit.leaves) else ()
+        arguments = (
+            tree_leaves((args, kwargs)) if unit.writes or any(x and x[0] == "argument" for x in unit.leaves) else ()
+        )
         if unit.writes and stale:
             self._wait_stale(number)
         for v in unit.writes:
@@ -206,7 +208,9 @@ class Pass:
         number = self._numbers[name]
         self.exchange.wait(self._slots[number])
         # Copies: a scheduler may keep a prediction for longer than the buffer keeps it.
-        return self._result([self._buffers[number, i].view(self.epoch - 1).clone() for i in range(len(self.plan.outputs))])
+        return self._result(
+            [self._buffers[number, i].view(self.epoch - 1).clone() for i in range(len(self.plan.outputs))]
+        )
 
     def _result(self, tensors):
         leaves, spec = self._result_structure

@@ -49,7 +49,9 @@ def unpatch(target):
     """
     found = [d for d in denoisers(target) if _ATTRIBUTE in vars(d)]
     if not found:
-        raise ValueError(f"{type(target).__name__} is not patched: call patch() first, or unpatch the object that was patched")
+        raise ValueError(
+            f"{type(target).__name__} is not patched: call patch() first, or unpatch the object that was patched"
+        )
     for denoiser in found:
         _release(denoiser)
 
@@ -114,7 +116,9 @@ def _agree(world, config, found):
         raise problem
     for rank, (refusal, theirs, digest) in enumerate(reports):
         if theirs != config:
-            raise ValueError(f"every rank must pass the same options: rank {world.rank} has {config}, rank {rank} has {theirs}")
+            raise ValueError(
+                f"every rank must pass the same options: rank {world.rank} has {config}, rank {rank} has {theirs}"
+            )
         if refusal:
             raise ValueError(f"rank {rank} refused to patch: {refusal}")
         if digest != digests:
@@ -138,11 +142,15 @@ def _check(world, config, found):
         if modules.is_compiled(denoiser):
             raise ValueError(f"{kind} is compiled as a whole, so its parts cannot be shared out: patch it uncompiled")
         if modules.step_cache(denoiser):
-            raise ValueError(f"{kind} has a step cache of diffusers enabled: both reuse activations; call disable_cache()")
+            raise ValueError(
+                f"{kind} has a step cache of diffusers enabled: both reuse activations; call disable_cache()"
+            )
         known = dict(denoiser.named_modules())
         unknown = [name for names in config.stages or () for name in names if name not in known]
         if unknown:
-            raise ValueError(f"stages names modules that {kind} does not have: {', '.join(unknown)}; see named_modules()")
+            raise ValueError(
+                f"stages names modules that {kind} does not have: {', '.join(unknown)}; see named_modules()"
+            )
         leaves = sum(1 for m in known.values() if not any(True for _ in m.children()))
         if leaves < config.num_stages:
             raise ValueError(
@@ -156,7 +164,9 @@ def _share_seeds(world):
     if world.size == 1:
         return
     cuda = torch.cuda.is_available()
-    cpu_state, cuda_state = world.broadcast((torch.get_rng_state(), torch.cuda.get_rng_state() if cuda else None), "seeds")
+    cpu_state, cuda_state = world.broadcast(
+        (torch.get_rng_state(), torch.cuda.get_rng_state() if cuda else None), "seeds"
+    )
     torch.set_rng_state(cpu_state)
     if cuda and cuda_state is not None:
         torch.cuda.set_rng_state(cuda_state)

@@ -62,7 +62,9 @@ class Plan:
         runs, previous = [], None
         for i, (unit, owner) in enumerate(zip(self.graph.units, self.division.owner, strict=True)):
             if owner == stage:
-                runs[-1:] = [(runs[-1][0], unit.name)] if previous == i - 1 and runs else [*runs[-1:], (unit.name, unit.name)]
+                runs[-1:] = (
+                    [(runs[-1][0], unit.name)] if previous == i - 1 and runs else [*runs[-1:], (unit.name, unit.name)]
+                )
                 previous = i
         return ", ".join(a if a == b else f"{a} … {b}" for a, b in runs)
 
@@ -101,12 +103,16 @@ def make_plan(denoiser, forward, args, kwargs, config, world=None, stage_of_unit
         division = stages.divide(traced, config.num_stages)
     outputs = tuple(ref for ref in recording.output if ref is not None)
     if world is not None and world.size > 1:
-        owner = world.broadcast(dict(zip([u.key for u in traced.units], division.owner, strict=True)), "the division into stages")
+        owner = world.broadcast(
+            dict(zip([u.key for u in traced.units], division.owner, strict=True)), "the division into stages"
+        )
         division = stages.describe(traced, _kept_owners(traced, owner), config.num_stages)
     transfers = cutset.transfers(traced, division, config, len(outputs))
     plan = Plan(config, traced, division, transfers, outputs, _weight_bytes(denoiser, traced, division))
     if world is not None and len(set(world.gather(plan.digest(), "the plan"))) > 1:
-        raise ValueError("ranks traced different models: the denoisers or their inputs differ in structure; make them equal")
+        raise ValueError(
+            "ranks traced different models: the denoisers or their inputs differ in structure; make them equal"
+        )
     return plan
 
 

@@ -116,7 +116,9 @@ class Runtime:
 
     def _begin_generation(self, args, kwargs):
         if step_cache(self.denoiser):
-            raise ValueError("a step cache of diffusers was enabled after patch(): both reuse activations; call disable_cache()")
+            raise ValueError(
+                "a step cache of diffusers was enabled after patch(): both reuse activations; call disable_cache()"
+            )
         mine = {"inputs": fingerprint.input_digests(args, kwargs), "interrupted": self._interrupted}
         everyone = self.world.gather(mine, "the start of a generation")
         if any(report["interrupted"] for report in everyone):
@@ -167,7 +169,9 @@ class Runtime:
             if self.plan is not None:
                 known = {u.key: s for u, s in zip(self.plan.graph.units, self.plan.division.owner, strict=True)}
             with self._refusing():
-                plan = make_plan(self.denoiser, forward, args, kwargs, self.config, self.world, known if tick.call else None)
+                plan = make_plan(
+                    self.denoiser, forward, args, kwargs, self.config, self.world, known if tick.call else None
+                )
             self._attach(plan)
             device = next(x.device for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor))
             placeholders = self._placeholders.setdefault(device, Placeholders(device))

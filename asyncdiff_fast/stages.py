@@ -189,7 +189,9 @@ def divide(graph, num_stages):
         if len(labels) > num_units:
             continue
         hop_factor = 1 + HOP_WEIGHT * (len(labels) - 1)
-        starts = sorted(_starts(costs, labels), key=lambda b: costs.score(_owners(b[None], labels, num_units), hop_factor)[0])
+        starts = sorted(
+            _starts(costs, labels), key=lambda b: costs.score(_owners(b[None], labels, num_units), hop_factor)[0]
+        )
         for start in starts[:4]:
             score, bounds = _improve(costs, labels, start, hop_factor)
             owner = tuple(int(s) for s in _owners(bounds[None], labels, num_units)[0])

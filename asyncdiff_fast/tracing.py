@@ -61,7 +61,9 @@ class _Recorder(TorchDispatchMode):
                 leaves.append(None)
                 continue
             dtype = str(x.dtype).removeprefix("torch.")
-            leaves.append(TensorRef(number, tuple(x.shape), dtype, x.numel() * x.element_size(), (x.storage_offset(), x.stride())))
+            leaves.append(
+                TensorRef(number, tuple(x.shape), dtype, x.numel() * x.element_size(), (x.storage_offset(), x.stride()))
+            )
         return tuple(leaves), opaque
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -95,7 +97,11 @@ class _Recorder(TorchDispatchMode):
             return ()
         named = zip(func._schema.arguments, args, strict=False)
         values = [v for a, v in named if a.alias_info is not None and a.alias_info.is_write]
-        values += [kwargs[a.name] for a in func._schema.arguments if a.name in kwargs and a.alias_info is not None and a.alias_info.is_write]
+        values += [
+            kwargs[a.name]
+            for a in func._schema.arguments
+            if a.name in kwargs and a.alias_info is not None and a.alias_info.is_write
+        ]
         return self.numbers(values)
 
     def hook(self, denoiser):

@@ -11,6 +11,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 
 class ExchangeError(RuntimeError):
@@ -25,18 +26,28 @@ def device():
 
 
 _counters = {}
-_users = 0
+_users = _starts = 0
+_store = None
 
 
 def start_process_group(timeout_s):
     """Start torch.distributed from torchrun's environment if nobody has; counts one user of a group started here."""
-    global _users
+    global _users, _starts, _store
     if dist.is_available() and not dist.is_initialized() and "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        timeout = timedelta(seconds=timeout_s)
+        # One store for the life of the process: a second group starts while other ranks still leave the first.
+        _store = _store or next(rendezvous("env://", timeout=timeout))[0]
+        _starts += 1
+        store, rank, size = (
+            dist.PrefixStore(f"start {_starts}", _store),
+            int(os.environ["RANK"]),
+            int(os.environ["WORLD_SIZE"]),
+        )
         cuda = torch.cuda.is_available()
         if cuda:
             torch.cuda.set_device(device())
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
         _users = 1
     elif _users:
         _users += 1
@@ -91,7 +102,9 @@ class World:
         self._forget(key)
         others = {w for w, _ in answers} - {what}
         if others:
-            raise ExchangeError(f"ranks are at different places: rank {self.rank} agrees on {what}, others on {', '.join(others)}")
+            raise ExchangeError(
+                f"ranks are at different places: rank {self.rank} agrees on {what}, others on {', '.join(others)}"
+            )
         return [v for _, v in answers]
 
     def broadcast(self, value, what):
@@ -106,4 +119,6 @@ class World:
 
     def new_group(self):
         """A process group of these ranks for the exchange alone, so that nobody else's traffic mixes with it. Collective."""
-        return dist.new_group(list(self.ranks), timeout=timedelta(seconds=self.timeout_s), use_local_synchronization=True)
+        return dist.new_group(
+            list(self.ranks), timeout=timedelta(seconds=self.timeout_s), use_local_synchronization=True
+        )

@@ -1,0 +1,57 @@
+# `make test VENV=/path/to/env` works in an environment of your own, with a CUDA torch in it, say: what is installed
+# there stays, and only what is missing comes, at the version in constraints.txt.
+PYTHON ?= python3
+VENV ?= .venv
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+CPP := $(wildcard csrc/*.cpp csrc/*.hpp)
+BENCHES := $(wildcard benchmarks/bench_*.py benchmarks/end_to_end.py)
+
+.PHONY: install demo test test-slow lint bench clean
+
+# setuptools comes first because the package is built in the environment itself: an isolated build would fetch its own.
+define pip_install
+$(PIP) install -c $(1) 'setuptools>=77'
+$(PIP) install -c $(1) --no-build-isolation -e '.[test]'
+endef
+
+ifeq ($(VENV),.venv)
+install: .venv/.installed
+
+.venv/.installed: pyproject.toml setup.py constraints.txt | .venv
+	$(call pip_install,constraints.txt)
+	touch $@
+else
+# Each time anew, since another checkout may have been installed there meanwhile.
+install: | $(VENV)
+	mkdir -p build
+	$(PIP) list --format=freeze | sed 's/==.*//; s/.*/^&==/' | tr 'A-Z_.' 'a-z--' > build/installed.txt
+	grep -vf build/installed.txt constraints.txt > build/missing.txt
+	$(call pip_install,build/missing.txt)
+endif
+
+$(VENV):
+	$(PYTHON) -m venv $@ || { rm -rf $@; exit 1; }
+
+demo: install
+	$(BIN)/asyncdiff-fast demo
+
+test: install
+	$(BIN)/pytest -m "not slow"
+
+test-slow: install
+	$(BIN)/pytest -m slow
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(if $(CPP),$(BIN)/clang-format --dry-run -Werror $(CPP))
+
+bench: install
+	set -e; for bench in $(BENCHES); do $(BIN)/python $$bench; done
+
+# The environment stays.
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -path ./.venv -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,70 @@
+"""What is here: versions, devices, ways to exchange, and what a run would use."""
+
+import os
+import platform
+from importlib import metadata, util
+
+from . import folder
+from .launch import UsageError
+
+PACKAGES = ("asyncdiff_fast", "torch", "diffusers", "transformers", "triton")
+
+
+def facts():
+    """Dict of versions, devices, transports, the small pipeline's folder, and what would be used; fit for JSON."""
+    import torch
+
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    engine = util.find_spec("asyncdiff_fast._C") is not None
+    distributed = torch.distributed.is_available()
+    return {
+        "versions": _versions(torch, bool(gpus)),
+        "devices": {"gpus": gpus, "cpu_cores": len(os.sched_getaffinity(0)), "threads": torch.get_num_threads()},
+        "transports": {
+            "gloo": distributed and torch.distributed.is_gloo_available(),
+            "nccl": distributed and torch.distributed.is_nccl_available() and bool(gpus),
+            "engine": engine,
+        },
+        "pipeline": _pipeline(),
+        "use": _use(len(gpus)),
+    }
+
+
+def text(found):
+    """The facts as lines for people."""
+    devices, transports = found["devices"], found["transports"]
+    threads = f"{devices['cpu_cores']} CPU cores for this process, torch uses {devices['threads']} threads"
+    rows = [(name, version or "not installed") for name, version in found["versions"].items()]
+    rows += [("devices", ", ".join([*devices["gpus"], threads]))]
+    rows += [(name, "yes" if transports[name] else "no") for name in ("gloo", "nccl")]
+    rows += [("engine", "asyncdiff_fast._C" if transports["engine"] else "not built")]
+    rows += [("pipeline", found["pipeline"] or "not found: the small trained pipeline belongs to the checkout")]
+    use = found["use"]
+    rows += [("demo uses", f"{use['processes']} processes on {use['device']}, tensors over {use['transport']}")]
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name.ljust(width)}  {value}" for name, value in rows)
+
+
+def _versions(torch, cuda):
+    versions = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = None
+    versions["nccl"] = ".".join(map(str, torch.cuda.nccl.version())) if cuda else None
+    return versions
+
+
+def _pipeline():
+    try:
+        return str(folder.checked())
+    except UsageError:
+        return None
+
+
+def _use(num_gpus):
+    """What two stages take: a GPU for each process, or CPU processes."""
+    if num_gpus >= 2:
+        return {"device": "cuda", "processes": 2, "transport": "nccl"}
+    return {"device": "cpu", "processes": 2, "transport": "gloo"}
