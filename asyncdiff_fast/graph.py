@@ -9,6 +9,9 @@ from dataclasses import dataclass, replace
 
 from .recording import LATENT, TIMESTEP, Enter, Exit, TensorRef, call_tree
 
+# Tags from here downwards stand for tensors that a unit (-10: the first) made and did not return.
+_HIDDEN = -10
+
 
 @dataclass(frozen=True)
 class Value:
@@ -48,7 +51,11 @@ class Unit:
 
 @dataclass(frozen=True)
 class Graph:
-    """Units in execution order, values, and what the prediction reads. `glue_cost` is everything outside units."""
+    """Units in execution order, values, and what the prediction reads. `glue_cost` is everything outside units.
+
+    `leaks` are units that leave a tensor behind which is read later, though they did not return it: cut there, and its
+    reader would find nothing.
+    """
 
     units: tuple[Unit, ...]
     values: tuple[Value, ...]
@@ -56,6 +63,7 @@ class Graph:
     glue_cost: float
     reads_latent: frozenset[int]
     reads_timestep: frozenset[int]
+    leaks: frozenset[int] = frozenset()
 
     def with_costs(self, seconds):
         """The same graph with measured costs; `seconds` maps (name, call) to a number."""
@@ -91,9 +99,11 @@ class _Walk:
         for ref in self.recording.output:
             if ref is not None:
                 _merge(output, self._touched(self.tags.get(ref.storage, {}), len(self.units)))
+        hidden = {tag for reads in (output, *(r for _, r in self.units)) for tag in reads if tag <= _HIDDEN}
         inputs = [frozenset(i for i, (_, reads) in enumerate(self.units) if tag in reads) for tag in (LATENT, TIMESTEP)]
+        leaks = frozenset(_HIDDEN - tag for tag in hidden)
         units = tuple(replace(u, reads=_values_only(reads)) for u, reads in self.units)
-        return Graph(units, tuple(self.values), _values_only(output), self.glue_cost, *inputs)
+        return Graph(units, tuple(self.values), _values_only(output), self.glue_cost, *inputs, leaks)
 
     def _touched(self, tags, position):
         return {tag: position if touch is None else touch for tag, touch in tags.items()}
@@ -123,6 +133,8 @@ class _Walk:
                     _merge(reads, self._touched(self.tags.get(storage, {}), index))
             mutated.update(s for s in event.writes if s in existing and s not in inner)
             inner.update(event.writes)
+        # What is not returned is not there on ranks that replay the unit; whoever reads it makes it a leak.
+        self.tags.update((s, {_HIDDEN - index: None}) for s in inner - mutated)
         leaves, writes = self._results(node, index, inner, mutated, reads)
         self.units.append((Unit(node.name, node.call, float(node.flops), leaves, {}, writes), reads))
 
@@ -185,14 +197,26 @@ def build_graph(recording, nodes):
 
 def named_nodes(recording, names):
     """The call-tree nodes of modules given by name. Returns (nodes, names that were never called)."""
-    found, wanted = [], set(names)
+    wanted = set(names)
+    found = _outermost(recording, lambda node: node.name in wanted)
+    return found, sorted(wanted - {node.name for node in found})
+
+
+def keyed_nodes(recording, keys):
+    """The call-tree nodes with these (name, call), in execution order."""
+    return _outermost(recording, lambda node: node.key in keys)
+
+
+def _outermost(recording, wanted):
+    found = []
 
     def visit(node):
-        if node.name in wanted:
+        if wanted(node):
             found.append(node)
         else:
             for child in node.children:
                 visit(child)
 
-    visit(call_tree(recording))
-    return found, sorted(wanted - {node.name for node in found})
+    for child in call_tree(recording).children:
+        visit(child)
+    return found

@@ -36,6 +36,12 @@ class Plan:
         """Bytes that all ranks together send in one asynchronous call."""
         return sum(self.sent_bytes().values())
 
+    @property
+    def cut_bytes(self):
+        """The part of `bytes_per_call` that stages read from each other; the rest are predictions."""
+        unit_names = {t.name for t in self.transfers if t.unit >= 0}
+        return sum(n for (_, _, name), n in self.sent_bytes().items() if name in unit_names)
+
     def digest(self):
         """What ranks compare: units, owners, transfers and sizes."""
         names = [(u.key, owner) for u, owner in zip(self.graph.units, self.division.owner, strict=True)]
@@ -45,7 +51,8 @@ class Plan:
         total = sum(self.division.costs) or 1.0
         head = (
             f"{self.config.num_stages} stages, stride {self.config.stride}, {self.config.world_size} ranks: largest stage "
-            f"{self.division.balance:.3f} of the mean, {self.bytes_per_call / 1e6:.2f} MB per call, stale hops "
+            f"{self.division.balance:.3f} of the mean, {self.cut_bytes / 1e6:.2f} MB cut and "
+            f"{(self.bytes_per_call - self.cut_bytes) / 1e6:.2f} MB predictions per call, stale hops "
             f"{self.division.hops[0]} to {self.division.hops[1]}, glue on every rank {self.graph.glue_cost / total:.1%}"
         )
         rows = [("rank", "stage", "share", "weights MB", "units")]
@@ -85,13 +92,10 @@ def make_plan(denoiser, forward, args, kwargs, config, world=None, stage_of_unit
     Raises: ValueError if there are too few units, or `stages` names a module that the forward does not call.
     """
     recording = tracing.record(denoiser, forward, args, kwargs)
-    if config.stages is not None:
-        nodes, missing = graph.named_nodes(recording, [name for names in config.stages for name in names])
-        if missing:
-            raise ValueError(f"stages names modules that the denoiser does not call: {', '.join(missing)}; remove them")
-    else:
-        nodes = units.choose_units(recording, config.num_stages, containers(denoiser))
-    traced = graph.build_graph(recording, nodes)
+    traced = graph.build_graph(recording, _units(denoiser, recording, config))
+    if traced.leaks:
+        names = ", ".join(traced.units[i].name for i in sorted(traced.leaks))
+        raise ValueError(f"{names} leaves a tensor behind that other modules read; list a module in stages that holds both")
     if config.balance == "time" and traced.units:
         keys = [u.key for u in traced.units]
         traced = traced.with_costs(tracing.measure(denoiser, forward, keys, args, kwargs))
@@ -101,12 +105,10 @@ def make_plan(denoiser, forward, args, kwargs, config, world=None, stage_of_unit
         division = stages.describe(traced, _kept_owners(traced, stage_of_unit), config.num_stages)
     else:
         division = stages.divide(traced, config.num_stages)
+        traced, division = _merged(recording, traced, division)
     outputs = tuple(ref for ref in recording.output if ref is not None)
     if world is not None and world.size > 1:
-        owner = world.broadcast(
-            dict(zip([u.key for u in traced.units], division.owner, strict=True)), "the division into stages"
-        )
-        division = stages.describe(traced, _kept_owners(traced, owner), config.num_stages)
+        traced, division = _as_rank_0(world, recording, traced, division)
     transfers = cutset.transfers(traced, division, config, len(outputs))
     plan = Plan(config, traced, division, transfers, outputs, _weight_bytes(denoiser, traced, division))
     if world is not None and len(set(world.gather(plan.digest(), "the plan"))) > 1:
@@ -114,6 +116,41 @@ def make_plan(denoiser, forward, args, kwargs, config, world=None, stage_of_unit
             "ranks traced different models: the denoisers or their inputs differ in structure; make them equal"
         )
     return plan
+
+
+def _units(denoiser, recording, config):
+    """The call-tree nodes that are units: those named in `stages`, else chosen."""
+    if config.stages is None:
+        return units.choose_units(recording, config.num_stages, containers(denoiser))
+    nodes, missing = graph.named_nodes(recording, [name for names in config.stages for name in names])
+    if missing:
+        raise ValueError(f"stages names modules that the denoiser does not call: {', '.join(missing)}; remove them")
+    return nodes
+
+
+def _merged(recording, traced, division):
+    """Graph and division with units merged to whole modules, if that leaves the cut as it is."""
+    nodes = units.merge_units(recording, traced, division.owner)
+    stage_of_unit = dict(zip([u.key for u in traced.units], division.owner, strict=True))
+    cost_of_unit = {u.key: u.cost for u in traced.units}
+    inside = {node.key: units.keys_within(node, stage_of_unit) for node in nodes}
+    merged = graph.build_graph(recording, nodes)
+    merged = merged.with_costs({key: sum(cost_of_unit[k] for k in keys) for key, keys in inside.items()})
+    owner = tuple(stage_of_unit[inside[u.key][0]] for u in merged.units)
+    result = stages.describe(merged, owner, division.num_stages)
+    if merged.leaks or result.cut_bytes > division.cut_bytes:
+        return traced, division
+    return merged, result
+
+
+def _as_rank_0(world, recording, traced, division):
+    """Graph and division by rank 0's units, owners and costs."""
+    mine = [(u.key, owner, u.cost) for u, owner in zip(traced.units, division.owner, strict=True)]
+    theirs = world.broadcast(mine, "the division into stages")
+    nodes = graph.keyed_nodes(recording, {key for key, _, _ in theirs})
+    traced = graph.build_graph(recording, nodes).with_costs({key: cost for key, _, cost in theirs})
+    owners = {key: owner for key, owner, _ in theirs}
+    return traced, stages.describe(traced, _kept_owners(traced, owners), division.num_stages)
 
 
 def _kept_owners(traced, stage_of_unit):

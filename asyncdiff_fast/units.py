@@ -37,6 +37,20 @@ def _joins(recording, node):
 
 
 def choose_units(recording, num_stages, containers):
+    """Pick the units: `_pick`, again without the modules that leak, until none does.
+
+    Args and result: as `_pick`; never a module that leaves a tensor behind for others to read.
+    """
+    leaky = set()
+    while True:
+        nodes = _pick(recording, num_stages, containers, leaky)
+        leaks = build_graph(recording, nodes).leaks
+        if not leaks:
+            return nodes
+        leaky.update(nodes[i].key for i in leaks)
+
+
+def _pick(recording, num_stages, containers, leaky):
     """Pick units top-down.
 
     A module is divided while it costs more than `GRAIN` of a stage, its own code does little work outside its
@@ -46,6 +60,7 @@ def choose_units(recording, num_stages, containers):
         recording: `Recording` of one forward.
         num_stages: how many stages the units will be divided into.
         containers: names of modules that hold a list of modules (`nn.ModuleList`).
+        leaky: keys of call-tree nodes that cannot be units.
     Returns: list of call-tree nodes in execution order.
     """
     root = call_tree(recording)
@@ -56,7 +71,7 @@ def choose_units(recording, num_stages, containers):
         whole = node.own_flops > 0.1 * node.flops or not node.children
         if node.name not in containers and node.flops <= DIVIDE_BLOCK * stage_cost:
             whole = whole or _joins(recording, node)
-        if node.eligible and (whole or node.flops <= GRAIN * stage_cost):
+        if node.eligible and node.key not in leaky and (whole or node.flops <= GRAIN * stage_cost):
             chosen.append(node)
         else:
             for child in node.children:
@@ -85,3 +100,49 @@ def _without_repeated(recording, nodes, total):
         if not repeated:
             keep.append(node)
     return keep
+
+
+def merge_units(recording, graph, owner):
+    """Larger units for the same division: whole modules whose inside nobody else reads or feeds.
+
+    Where all units of a module belong to one stage, the module itself becomes the unit if its first unit is the first to
+    read from other stages and only its last one is read by them; then nothing is posted later or awaited earlier than
+    before, and ranks that replay it skip everything between its parts.
+
+    Args:
+        owner: stage of each unit of `graph`.
+    Returns: list of call-tree nodes in execution order.
+    """
+    index = {unit.key: i for i, unit in enumerate(graph.units)}
+    producer = [value.unit for value in graph.values]
+    read_elsewhere = {producer[v] for i, u in enumerate(graph.units) for v in u.reads if owner[producer[v]] != owner[i]}
+    read_elsewhere |= {producer[v] for v in graph.output_reads if owner[producer[v]] != max(owner)}
+    merged = []
+
+    def fits(node, inside):
+        if not node.eligible or len({owner[i] for i in inside}) != 1 or read_elsewhere.intersection(inside[:-1]):
+            return False
+        reads = [(v, touch) for i in inside for v, touch in graph.units[i].reads.items()]
+        return all(touch <= inside[0] for v, touch in reads if owner[producer[v]] != owner[inside[0]])
+
+    def visit(node):
+        """Append the largest units within a node; returns the indices of the units inside."""
+        if node.key in index:
+            merged.append(node)
+            return [index[node.key]]
+        before = len(merged)
+        inside = [i for child in node.children for i in visit(child)]
+        if inside and fits(node, inside):
+            merged[before:] = [node]
+        return inside
+
+    for child in call_tree(recording).children:
+        visit(child)
+    return merged
+
+
+def keys_within(node, wanted):
+    """Keys of a call-tree node, or of those within it, that are in `wanted`, in execution order."""
+    if node.key in wanted:
+        return [node.key]
+    return [key for child in node.children for key in keys_within(child, wanted)]

@@ -1,0 +1,192 @@
+"""One generation, patched and unpatched, in one run: time per call, exposed wait, bytes, memory.
+
+    python benchmarks/end_to_end.py --device cpu --nproc 2 --json
+
+Starts its own ranks, one thread each on CPU. Rounds alternate: rank 0 alone with the unpatched denoiser while the others
+sleep, then all ranks together; each time is taken from barrier to barrier, so it is the slowest rank's.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+
+import measure
+import real_models
+import torch
+import torch.distributed as dist
+from diffusers import DDIMScheduler
+
+import asyncdiff_fast
+from asyncdiff_fast.launch import launch
+
+
+def parse(argv):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--nproc", type=int, default=2)
+    parser.add_argument("--model", choices=("sd15_width", *real_models.MODELS), default="sd15_width")
+    parser.add_argument("--options", default="", help="options of patch(), such as balance=time,stride=2")
+    parser.add_argument("--warmup-steps", type=int, default=1)
+    parser.add_argument("--calls", type=int, default=8, help="steady calls in each round")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=50, help="length of the whole generation that is reported")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--save", action="store_true", help="append the row to benchmarks/results/end_to_end.jsonl")
+    parser.add_argument("--profile", metavar="FOLDER", help="write a trace of each rank's steady calls")
+    return parser.parse_args(argv)
+
+
+def load(name, device):
+    """(denoiser, its inputs, the same denoiser again with the same weights)."""
+    if name == "sd15_width":
+        denoiser, inputs = real_models.sd15_width()
+    else:
+        denoiser = real_models.build(name, device=device)
+        inputs = real_models.inputs(name, denoiser, device=device)
+    with torch.device("meta"):
+        twin = type(denoiser).from_config(denoiser.config)
+    twin.load_state_dict(denoiser.state_dict(), assign=True)
+    return denoiser.eval().requires_grad_(False), inputs, twin.eval().requires_grad_(False)
+
+
+class Loop:
+    """A plain sampling loop with classifier-free guidance around a denoiser."""
+
+    def __init__(self, denoiser, inputs, steps):
+        self.denoiser, self.inputs = denoiser, dict(inputs)
+        self.scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False)
+        self.scheduler.set_timesteps(steps)
+        self.latent_name = next(n for n in ("sample", "hidden_states") if n in inputs)
+        self.times = iter(self.scheduler.timesteps)
+        x = self.inputs[self.latent_name]
+        self.latents = x[: x.shape[0] // 2 or 1].clone()
+
+    def call(self):
+        """One step of the generation."""
+        t = next(self.times)
+        batch = self.inputs[self.latent_name].shape[0]
+        self.inputs[self.latent_name] = torch.cat([self.latents] * (batch // len(self.latents)))
+        self.inputs["timestep"] = t.expand(self.inputs["timestep"].shape).to(self.inputs["timestep"])
+        prediction = self.denoiser(**self.inputs)
+        prediction = prediction[0] if isinstance(prediction, tuple) else prediction.sample
+        if batch > len(self.latents):
+            without, with_text = prediction.chunk(2)
+            prediction = without + 5.0 * (with_text - without)
+        self.latents = self.scheduler.step(prediction, t, self.latents, return_dict=False)[0]
+
+
+def synchronised():
+    """Time at which every rank has got here."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    dist.barrier()
+    return time.perf_counter()
+
+
+def timed(loop, calls, active):
+    """Seconds of each of `calls` steps of a loop; a rank that is not active sleeps meanwhile."""
+    seconds = []
+    began = synchronised()
+    for _ in range(calls if active else 0):
+        start = time.perf_counter()
+        loop.call()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return synchronised() - began, seconds
+
+
+def measure_rank(options):
+    """What one rank measures; all ranks run it together. Returns the row on rank 0, None elsewhere."""
+    torch.set_grad_enabled(False)
+    if options.device == "cpu":
+        torch.set_num_threads(1)
+    config = {"warmup_steps": options.warmup_steps, **asyncdiff_fast.config.parse_options(options.options)}
+    config.setdefault("num_stages", options.nproc + 1 - config.get("stride", 1))
+    denoiser, inputs, twin = load(options.model, options.device)
+    runtime = asyncdiff_fast.patch(denoiser, **config)
+    steps = config["warmup_steps"] + options.calls
+    alone, together, warm, waits, cpu = [], [], [], [], []
+    for number in range(options.rounds):
+        plain = Loop(twin, inputs, steps)
+        if number == 0:
+            timed(plain, 1, dist.get_rank() == 0)
+        began = time.process_time()
+        alone.append(timed(plain, options.calls, dist.get_rank() == 0)[0] / options.calls)
+        cpu_alone = (time.process_time() - began) / options.calls
+        patched = Loop(denoiser, inputs, steps)
+        warm.append(timed(patched, config["warmup_steps"], True)[0])
+        runtime.clear_stats()
+        began = time.process_time()
+        with profiler(options.profile if number == options.rounds - 1 else None):
+            together.append(timed(patched, options.calls, True)[0] / options.calls)
+        cpu.append((cpu_alone, (time.process_time() - began) / options.calls))
+        waits.append(runtime.stats()["wait_s"] / options.calls)
+    return report(options, config, runtime, alone, together, warm, waits, cpu)
+
+
+def profiler(folder):
+    """A torch profiler that writes this rank's trace to a folder, or nothing."""
+    if folder is None:
+        return torch.autograd.profiler.profile(enabled=False)
+    os.makedirs(folder, exist_ok=True)
+    path = os.path.join(folder, f"rank{dist.get_rank()}.json")
+    return torch.profiler.profile(on_trace_ready=lambda p: p.export_chrome_trace(path))
+
+
+def report(options, config, runtime, alone, together, warm, waits, cpu):
+    """Gather what the ranks measured into one row."""
+    mine = {"wait_s": statistics.median(waits), "rss": measure.peak_rss_mb(), "cpu": cpu[-1], "stats": runtime.stats()}
+    ranks = [None] * dist.get_world_size()
+    dist.all_gather_object(ranks, mine)
+    if dist.get_rank():
+        return None
+    call, call_alone = statistics.median(together), statistics.median(alone)
+    asynchronous = options.steps - config["warmup_steps"]
+    # Warm-up calls of the last round: plans and buffers are there, as from the second generation on.
+    whole = warm[-1] + asynchronous * call
+    return {
+        "model": options.model,
+        "nproc": dist.get_world_size(),
+        "threads": torch.get_num_threads(),
+        "options": config,
+        "transport": dist.get_backend(),
+        "speedup": statistics.median(a / b for a, b in zip(alone, together, strict=True)),
+        "speedups": [a / b for a, b in zip(alone, together, strict=True)],
+        "call_s": call,
+        "call_s_alone": call_alone,
+        "cpu_s_alone": ranks[0]["cpu"][0],
+        "cpu_s": [r["cpu"][1] for r in ranks],
+        "exposed_wait_share": max(r["wait_s"] for r in ranks) / call,
+        "exposed_wait_shares": [r["wait_s"] / call for r in ranks],
+        "bytes_per_call": runtime.plan.bytes_per_call,
+        "sent_bytes_per_call": [r["stats"]["sent_bytes"] / options.calls for r in ranks],
+        "peak_rss_mb": [r["rss"] for r in ranks],
+        "balance": runtime.plan.division.balance,
+        "whole_steps": options.steps,
+        "whole_s": whole,
+        "whole_s_alone": options.steps * call_alone,
+        "whole_speedup": options.steps * call_alone / whole,
+        "first_warmup_s": warm[0],
+    }
+
+
+def main(argv):
+    options = parse(argv)
+    if "RANK" not in os.environ:
+        return launch(options.nproc, ["--", __file__, *argv])
+    dist.init_process_group("cpu:gloo,cuda:nccl" if options.device == "cuda" else "gloo")
+    row = measure_rank(options)
+    if row is not None:
+        if options.save:
+            measure.write_row("end_to_end", row)
+        print(json.dumps(row) if options.json else "\n".join(f"{k:>20}  {v}" for k, v in row.items()), flush=True)
+    dist.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,73 @@
+"""How figures are taken and kept: timing, facts of the machine, rows of results."""
+
+import datetime
+import importlib.metadata
+import json
+import pathlib
+import platform
+import resource
+import statistics
+import subprocess
+
+import torch
+
+RESULTS = pathlib.Path(__file__).parent / "results"
+
+
+def facts():
+    """Dict: what a row needs to be understood later: commit, date, device, versions."""
+    cuda = torch.cuda.is_available()
+    return {
+        "commit": _output("git", "rev-parse", "--short", "HEAD"),
+        "date": datetime.date.today().isoformat(),
+        "device": torch.cuda.get_device_name() if cuda else _cpu(),
+        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if cuda else None,
+        "python": platform.python_version(),
+        "nccl": ".".join(map(str, torch.cuda.nccl.version())) if cuda else None,
+        **{name: _version(name) for name in ("torch", "diffusers", "triton")},
+    }
+
+
+def summary(seconds):
+    """Dict: median, 20th and 80th percentile of a list of seconds, and how many there are."""
+    if len(seconds) == 1:
+        return {"median_s": seconds[0], "p20_s": seconds[0], "p80_s": seconds[0], "count": 1}
+    cuts = statistics.quantiles(seconds, n=5, method="inclusive")
+    return {"median_s": statistics.median(seconds), "p20_s": cuts[0], "p80_s": cuts[3], "count": len(seconds)}
+
+
+def peak_rss_mb():
+    """Largest resident memory of this process so far, in MB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+
+
+def write_row(name, row):
+    """Append a row, with the machine's facts, to `results/NAME.jsonl`."""
+    RESULTS.mkdir(exist_ok=True)
+    with open(RESULTS / f"{name}.jsonl", "a") as file:
+        file.write(json.dumps({**row, **facts()}) + "\n")
+
+
+def read_rows(name):
+    """The rows of `results/NAME.jsonl`."""
+    return [json.loads(line) for line in (RESULTS / f"{name}.jsonl").read_text().splitlines()]
+
+
+def _output(*command):
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _cpu():
+    lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0]}, {len(names)} cores" if names else platform.processor()
+
+
+def _version(package):
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
