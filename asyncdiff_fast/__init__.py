@@ -1,12 +1,25 @@
 """asyncdiff_fast: one image or video faster, by several devices at once.
 
-`patch(pipe, num_stages=2)` lets the ranks of a torchrun share each call of the pipeline's denoiser; `unpatch(pipe)` undoes it;
-`print(plan(pipe, num_stages=2))` shows who would do what.
+`patch(pipe, num_stages=2)` lets the ranks of a torchrun share each call of the pipeline's denoiser;
+`unpatch(pipe)` undoes it; `print(plan(pipe, num_stages=2))` shows who would do what.
 """
 
+import importlib
+
 from .config import Config
-from .patching import device, patch, plan, unpatch
-from .world import ExchangeError
 
 __version__ = "0.1.0"
 __all__ = ["Config", "ExchangeError", "__version__", "device", "patch", "plan", "unpatch"]
+
+# Loaded when first used: torch and diffusers take seconds to import, which `asyncdiff-fast --help` need not wait for.
+_PLACES = dict.fromkeys(("device", "patch", "plan", "unpatch"), "patching") | {"ExchangeError": "world"}
+
+
+def __getattr__(name):
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_PLACES[name]}", __name__), name)
+
+
+def __dir__():
+    return sorted({*globals(), *__all__})

@@ -21,7 +21,7 @@ from diffusers import DiffusionPipeline
 
 from .config import Config, parse_options
 from .launch import complete
-from .patching import _ATTRIBUTE, denoisers, device, patch, unpatch
+from .patching import denoisers, device, is_patched, patch, unpatch
 
 _wrapped = []
 # Denoisers met so far: one that was unpatched by hand stays so.
@@ -43,7 +43,7 @@ def enable():
 def disable():
     """Unpatch what was patched here, and restore every pipeline class. Collective, like `unpatch`."""
     for denoiser in list(_patched):
-        if _ATTRIBUTE in vars(denoiser):
+        if is_patched(denoiser):
             unpatch(denoiser)
     _patched.clear()
     _seen.clear()
@@ -106,7 +106,7 @@ def _patch(pipe):
     if chosen is None:
         return
     for denoiser in new:
-        if _ATTRIBUTE not in vars(denoiser):
+        if not is_patched(denoiser):
             patch(denoiser, **chosen)
             _patched.add(denoiser)
         _seen.add(denoiser)

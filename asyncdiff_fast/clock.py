@@ -7,9 +7,13 @@ shared by all patched denoisers of a process; the wrappers are there while at le
 import functools
 import weakref
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
+
+# More calls than this without a step are no guidance: begin anew, so that their state does not grow without end.
+MOST_CALLS = 32
 
 
 class _Watch:
@@ -19,7 +23,7 @@ class _Watch:
     restarts = 0
     steps = 0
     scheduler = None
-    wrapped = []
+    wrapped: ClassVar[list] = []
 
 
 def _wrap(cls):
@@ -103,9 +107,12 @@ def _place(tensor):
     return tensor.data_ptr(), None if tensor.is_inference() else tensor._version
 
 
+def _on_device(timestep):
+    return isinstance(timestep, torch.Tensor) and timestep.device.type != "cpu"
+
+
 def _kept(timestep):
-    on_device = isinstance(timestep, torch.Tensor) and timestep.device.type != "cpu"
-    return _Kept(timestep) if on_device else timestep_value(timestep)
+    return _Kept(timestep) if _on_device(timestep) else timestep_value(timestep)
 
 
 def _same_tensor(timestep, last):
@@ -137,12 +144,14 @@ class Clock:
         """
         now = (_Watch.restarts, _Watch.steps)
         restarted, stepped = now[0] != self._seen[0], now[1] != self._seen[1]
-        moved = 0 if stepped or restarted or self._ended else self._moved(timestep)
-        begins = self._ended or restarted or self._reversed(moved)
+        # After a scheduler's step only a timestep that costs nothing to read is looked at.
+        unread = restarted or self._ended or (stepped and _on_device(timestep))
+        moved = 0 if unread else self._moved(timestep)
+        begins = self._ended or restarted or self._reversed(moved, stepped)
         if not begins:
             advances = stepped or (moved != 0 and not self._stepped)
             step, call = (self._step + 1, 0) if advances else (self._step, self._call + 1)
-            begins = self._signatures.get(call, signature) != signature
+            begins = call >= MOST_CALLS or self._signatures.get(call, signature) != signature
         if begins:
             step, call = 0, 0
             self._stepped, self._direction, self._signatures = False, 0, {}
@@ -161,8 +170,8 @@ class Clock:
         a, b = timestep_value(last), timestep_value(timestep)
         return 0 if a == b else (1 if b > a else -1)
 
-    def _reversed(self, moved):
-        """True if the timestep went back without a scheduler's step, as when a loop starts again."""
-        if self._stepped:
+    def _reversed(self, moved, stepped):
+        """True if the timestep went back, as when a loop starts again."""
+        if self._stepped and not stepped:
             return moved > 0
         return moved != 0 and self._direction != 0 and moved != self._direction

@@ -24,7 +24,7 @@ def sheet(title, subtitle, rows):
     pen.text((2 * _GAP, _GAP), title, _INK, _font(17))
     pen.text((2 * _GAP, _GAP + 22), subtitle, _GREY, _font(12))
     columns = [_TEXT_WIDTH + _GAP + i * (width + _GAP) for i in range(3)]
-    names = ("unpatched", "patched", f"difference × {DIFFERENCE_GAIN}")
+    names = ("unpatched", "patched", f"difference x {DIFFERENCE_GAIN}")
     for x, name in zip((2 * _GAP, *columns), ("prompt", *names), strict=True):
         pen.text((x, _TOP - 20), name, _INK, _font(13))
     for i, ((prompt, note, _, _), pictures) in enumerate(zip(rows, cells, strict=True)):
@@ -55,4 +55,5 @@ def _enlarged(picture):
 
 
 def _font(size):
+    # Pillow's own font, which is there everywhere; it has no signs beyond Latin-1.
     return ImageFont.load_default(size)

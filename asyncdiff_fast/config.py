@@ -138,7 +138,7 @@ def _checked_stages(stages):
         for outer in (".".join(parts[:i]) for i in range(1, len(parts))):
             if outer in seen:
                 raise ValueError(
-                    f"a stage's modules must not contain each other: {name!r} (stage {seen[name]}) lies inside {outer!r} "
-                    f"(stage {seen[outer]}); list one of them"
+                    f"a stage's modules must not contain each other: {name!r} (stage {seen[name]}) lies "
+                    f"inside {outer!r} (stage {seen[outer]}); list one of them"
                 )
     return stages

@@ -1,4 +1,4 @@
-"""What travels between ranks in one asynchronous call, in which order, and who waits for what before which unit. Pure."""
+"""What travels between ranks in one asynchronous call, in which order, and who waits for what where. Pure."""
 
 from dataclasses import dataclass
 

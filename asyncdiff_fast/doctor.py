@@ -18,7 +18,7 @@ def facts():
     engine = util.find_spec("asyncdiff_fast._C") is not None
     distributed = torch.distributed.is_available()
     return {
-        "versions": _versions(torch, bool(gpus)),
+        "versions": versions(),
         "devices": {"gpus": gpus, "cpu_cores": len(os.sched_getaffinity(0)), "threads": torch.get_num_threads()},
         "transports": {
             "gloo": distributed and torch.distributed.is_gloo_available(),
@@ -34,9 +34,13 @@ def text(found):
     """The facts as lines for people."""
     devices, transports = found["devices"], found["transports"]
     threads = f"{devices['cpu_cores']} CPU cores for this process, torch uses {devices['threads']} threads"
-    rows = [(name, version or "not installed") for name, version in found["versions"].items()]
+    versions = found["versions"]
+    rows = [(name, versions[name] or "not installed") for name in ("python", *PACKAGES)]
     rows += [("devices", ", ".join([*devices["gpus"], threads]))]
-    rows += [(name, "yes" if transports[name] else "no") for name in ("gloo", "nccl")]
+    rows += [
+        ("gloo", "yes" if transports["gloo"] else "no"),
+        ("nccl", versions["nccl"] if transports["nccl"] else "no"),
+    ]
     rows += [("engine", "asyncdiff_fast._C" if transports["engine"] else "not built")]
     rows += [("pipeline", found["pipeline"] or "not found: the small trained pipeline belongs to the checkout")]
     use = found["use"]
@@ -45,15 +49,18 @@ def text(found):
     return "\n".join(f"{name.ljust(width)}  {value}" for name, value in rows)
 
 
-def _versions(torch, cuda):
-    versions = {"python": platform.python_version()}
+def versions():
+    """{package: version, or None where it is not installed}; NCCL's where there are GPUs."""
+    import torch
+
+    found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
-            versions[name] = metadata.version(name)
+            found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
-            versions[name] = None
-    versions["nccl"] = ".".join(map(str, torch.cuda.nccl.version())) if cuda else None
-    return versions
+            found[name] = None
+    found["nccl"] = ".".join(map(str, torch.cuda.nccl.version())) if torch.cuda.is_available() else None
+    return found
 
 
 def _pipeline():

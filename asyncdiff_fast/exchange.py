@@ -142,29 +142,45 @@ class TorchExchange:
                 f"lag must be less than the depth: got lag={lag}, depth={slot.depth} for slot {slot.name!r}"
             )
         began = time.perf_counter()
-        self._finish(slot, slot.epoch - 1 - lag)
+        self._finish(slot, slot.epoch - 1 - lag, on_host=False)
         waited = time.perf_counter() - began
         self._wait_s += waited
         self._waits[slot.name] = self._waits.get(slot.name, 0.0) + waited
 
-    def _finish(self, slot, epoch):
-        """Wait for the works of one epoch, unless it is too old to be remembered: then it is over."""
+    def _finish(self, slot, epoch, on_host=True):
+        """Wait for the works of one epoch, unless it is too old to be remembered: then it is over.
+
+        CUDA works order the current stream; with `on_host` the host waits too, so that a peer that hangs is named.
+        """
         if epoch < 0 or epoch < slot.epoch - slot.depth:
             return
         parity = epoch % slot.depth
         for peer, work in slot.pending[parity]:
             try:
-                on_host = slot_device(slot).type == "cpu"
-                work.wait(timedelta(seconds=self.world.timeout_s)) if on_host else work.wait()
+                if slot_device(slot).type == "cpu":
+                    work.wait(timedelta(seconds=self.world.timeout_s))
+                else:
+                    work.wait()
+                    if on_host:
+                        self._poll(work)
             except RuntimeError as error:
                 self._fail(slot, [peer], error)
-        slot.pending[parity] = []
+        if on_host or slot_device(slot).type == "cpu":
+            slot.pending[parity] = []
+
+    def _poll(self, work):
+        """Let the host wait for a CUDA work, at most `timeout_s`."""
+        deadline = time.monotonic() + self.world.timeout_s
+        while not work.is_completed():
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"not done after {self.world.timeout_s:g} s")
+            time.sleep(1e-4)
 
     def _fail(self, slot, peers, error):
         self.abort(
             f"rank {self.world.rank} waited for rank {', '.join(map(str, peers))} in slot {slot.name!r} "
-            f"(exchange {slot.epoch}) and failed: {str(error).splitlines()[0]}; that rank died or hangs: see its log, or raise "
-            f"timeout_s (now {self.world.timeout_s:g})"
+            f"(exchange {slot.epoch}) and failed: {str(error).splitlines()[0]}; that rank died or hangs: see its "
+            f"log, or raise timeout_s (now {self.world.timeout_s:g})"
         )
         raise ExchangeError(self._broken) from error
 

@@ -1,5 +1,6 @@
 """Folders that hold a diffusers pipeline, and the small trained one of the checkout."""
 
+import warnings
 from pathlib import Path
 
 from .launch import UsageError
@@ -41,6 +42,9 @@ def load(folder, device, dtype):
     for logging in (diffusers.utils.logging, transformers.utils.logging):
         logging.set_verbosity_error()
         logging.disable_progress_bar()
-    pipe = diffusers.DiffusionPipeline.from_pretrained(folder).to(device, dtype)
+    with warnings.catch_warnings():
+        # The name of the argument changes between versions of diffusers; all of them know this one.
+        warnings.simplefilter("ignore", FutureWarning)
+        pipe = diffusers.DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype).to(device)
     pipe.set_progress_bar_config(disable=True)
     return pipe

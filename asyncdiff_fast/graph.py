@@ -15,7 +15,7 @@ _HIDDEN = -10
 
 @dataclass(frozen=True)
 class Value:
-    """A tensor that a unit makes. `unit` is the index of the unit; `argument` the argument it is written into, if any."""
+    """A tensor that a unit makes. `unit` is the unit's index; `argument` the argument it is written into, if any."""
 
     unit: int
     ref: TensorRef

@@ -1,5 +1,6 @@
 """Processes: how many the options need, what each is told, and torch's elastic launcher that starts them."""
 
+import logging
 import os
 import sys
 
@@ -47,6 +48,8 @@ def launch(num_processes, arguments, **environment):
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+    # Its report of a failure comes after the rank's own, and is longer than the line below.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     # The launcher takes the environment of this process along.
     os.environ.update(environment)
     os.environ.setdefault("OMP_NUM_THREADS", "1")

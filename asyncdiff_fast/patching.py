@@ -4,7 +4,7 @@ import torch
 
 from . import fingerprint, modules
 from .config import Config
-from .plan import make_plan
+from .planning import make_plan
 from .runtime import Runtime
 from .world import World, device, start_process_group, stop_process_group
 
@@ -47,7 +47,7 @@ def unpatch(target):
 
     Raises: ValueError if the target is not patched.
     """
-    found = [d for d in denoisers(target) if _ATTRIBUTE in vars(d)]
+    found = [d for d in denoisers(target) if is_patched(d)]
     if not found:
         raise ValueError(
             f"{type(target).__name__} is not patched: call patch() first, or unpatch the object that was patched"
@@ -85,9 +85,14 @@ def denoisers(target):
         if found:
             return found
     raise TypeError(
-        f"patch needs a diffusers pipeline with a unet or transformer, or a torch.nn.Module: got {type(target).__name__}; "
-        "pass the denoiser itself"
+        f"patch needs a diffusers pipeline with a unet or transformer, or a torch.nn.Module: got "
+        f"{type(target).__name__}; pass the denoiser itself"
     )
+
+
+def is_patched(denoiser):
+    """True if this denoiser is patched."""
+    return _ATTRIBUTE in vars(denoiser)
 
 
 def _ranks(mesh):
@@ -123,21 +128,21 @@ def _agree(world, config, found):
             raise ValueError(f"rank {rank} refused to patch: {refusal}")
         if digest != digests:
             raise ValueError(
-                f"every rank must hold the same model: rank {world.rank} and rank {rank} have different denoisers or weights; "
-                "load the same checkpoint, or seed before building the model"
+                f"every rank must hold the same model: rank {world.rank} and rank {rank} have different denoisers or "
+                "weights; load the same checkpoint, or seed before building the model"
             )
 
 
 def _check(world, config, found):
     if config.world_size != world.size:
         raise ValueError(
-            f"world_size must be num_stages + stride - 1: got {config.num_stages} + {config.stride} - 1 = {config.world_size}, "
-            f"world_size {world.size}; start {config.world_size} processes (torchrun --nproc-per-node {config.world_size}) or "
-            f"pass num_stages={max(world.size - config.stride + 1, 1)}"
+            f"world_size must be num_stages + stride - 1: got {config.num_stages} + {config.stride} - 1 = "
+            f"{config.world_size}, world_size {world.size}; start {config.world_size} processes "
+            f"(torchrun --nproc-per-node {config.world_size}) or pass num_stages={max(world.size - config.stride + 1, 1)}"
         )
     for denoiser in found:
         kind = type(denoiser).__name__
-        if _ATTRIBUTE in vars(denoiser):
+        if is_patched(denoiser):
             raise ValueError(f"{kind} is patched already: call unpatch() first")
         if modules.is_compiled(denoiser):
             raise ValueError(f"{kind} is compiled as a whole, so its parts cannot be shared out: patch it uncompiled")
@@ -154,8 +159,8 @@ def _check(world, config, found):
         leaves = sum(1 for m in known.values() if not any(True for _ in m.children()))
         if leaves < config.num_stages:
             raise ValueError(
-                f"num_stages must not exceed the number of units: got num_stages={config.num_stages}, {kind} has {leaves} "
-                "modules; use fewer stages"
+                f"num_stages must not exceed the number of units: got num_stages={config.num_stages}, {kind} has "
+                f"{leaves} modules; use fewer stages"
             )
 
 

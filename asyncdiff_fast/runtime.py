@@ -12,7 +12,7 @@ from .clock import Clock, last_scheduler, unwatch_schedulers, watch_schedulers
 from .exchange import TorchExchange
 from .modules import Attachment, on_pipeline_end, step_cache, structure
 from .passes import Pass
-from .plan import make_plan
+from .planning import make_plan
 from .schedule import Mode
 from .signature import CallSignature
 from .timesteps import Timesteps
@@ -138,8 +138,9 @@ class Runtime:
             different = sorted(n for n in {*first, *theirs} if first.get(n) != theirs.get(n))
             if different:
                 raise ValueError(
-                    f"every rank must call the denoiser with the same inputs: {', '.join(different)} differ between rank 0 and "
-                    f"rank {rank}; use the same prompt, size and seed on all ranks (generator=torch.Generator().manual_seed(0))"
+                    f"every rank must call the denoiser with the same inputs: {', '.join(different)} differ between "
+                    f"rank 0 and rank {rank}; use the same prompt, size and seed on all ranks "
+                    "(generator=torch.Generator().manual_seed(0))"
                 )
 
     def _restart_exchange(self):

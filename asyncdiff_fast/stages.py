@@ -197,7 +197,9 @@ def divide(graph, num_stages):
             owner = tuple(int(s) for s in _owners(bounds[None], labels, num_units)[0])
             if len(set(owner)) == num_stages:
                 found.append((score, owner))
-    return describe(graph, min(found)[1], num_stages)
+    # Without any cost to go by, no start gives every stage a unit: then as many units to each.
+    even = tuple(i * num_stages // num_units for i in range(num_units))
+    return describe(graph, min(found)[1] if found else even, num_stages)
 
 
 def from_names(graph, stages):

@@ -25,7 +25,8 @@ class Timesteps:
         self.values = [float(t) for t in torch.as_tensor(values).flatten().tolist()]
         self.train_steps = float(getattr(getattr(scheduler, "config", None), "num_train_timesteps", 1000) or 1000)
         self.maps = list(MAPS)
-        self.index = -1
+        # Where an image-to-image pipeline begins; a timestep may stand in the list twice.
+        self.index = (getattr(scheduler, "begin_index", None) or 0) - 1
 
     def see(self, timestep):
         """Find an exact step's timestep in the scheduler's list, searching forward from the last one found.
@@ -41,8 +42,8 @@ class Timesteps:
                 self.maps, self.index = fits, i
                 return
         raise ValueError(
-            f"stride=2 needs the caller's timesteps to be the scheduler's, as {', '.join(MAPS)}: got {value:g}, scheduler's "
-            f"{self.values[:4]} ...; use stride=1"
+            f"stride=2 needs the caller's timesteps to be the scheduler's, as {', '.join(MAPS)}: got {value:g}, "
+            f"scheduler's {self.values[:4]} ...; use stride=1"
         )
 
     @staticmethod

@@ -150,8 +150,8 @@ def record(denoiser, forward, args, kwargs):
     recorder.recording.output, opaque = recorder.refs(result)
     if opaque:
         raise TypeError(
-            f"{type(denoiser).__name__} returns {type(result).__name__}, which may hide tensors; return tensors in tuples, "
-            "lists, dicts or a diffusers BaseOutput (or register the class with torch.utils._pytree)"
+            f"{type(denoiser).__name__} returns {type(result).__name__}, which may hide tensors; return tensors in "
+            "tuples, lists, dicts or a diffusers BaseOutput (or register the class with torch.utils._pytree)"
         )
     return recorder.recording
 

@@ -105,9 +105,9 @@ def _without_repeated(recording, nodes, total):
 def merge_units(recording, graph, owner):
     """Larger units for the same division: whole modules whose inside nobody else reads or feeds.
 
-    Where all units of a module belong to one stage, the module itself becomes the unit if its first unit is the first to
-    read from other stages and only its last one is read by them; then nothing is posted later or awaited earlier than
-    before, and ranks that replay it skip everything between its parts.
+    Where all units of a module belong to one stage, the module itself becomes the unit if its first unit is the first
+    to read from other stages and only its last one is read by them; then nothing is posted later or awaited earlier
+    than before, and ranks that replay it skip everything between its parts.
 
     Args:
         owner: stage of each unit of `graph`.

@@ -96,8 +96,8 @@ class World:
                 missing.append(peer)
         if missing:
             raise ExchangeError(
-                f"rank {self.rank} waited {self.timeout_s:g} s for rank {', '.join(map(str, missing))} to agree on {what}; "
-                "it died, hangs, or does not run the same script; see its log, or raise timeout_s"
+                f"rank {self.rank} waited {self.timeout_s:g} s for rank {', '.join(map(str, missing))} to agree on "
+                f"{what}; it died, hangs, or does not run the same script; see its log, or raise timeout_s"
             )
         self._forget(key)
         others = {w for w, _ in answers} - {what}
@@ -118,7 +118,7 @@ class World:
             self._store.delete_key(self._old_keys.pop(0))
 
     def new_group(self):
-        """A process group of these ranks for the exchange alone, so that nobody else's traffic mixes with it. Collective."""
-        return dist.new_group(
-            list(self.ranks), timeout=timedelta(seconds=self.timeout_s), use_local_synchronization=True
-        )
+        """A process group of these ranks for the exchange alone, apart from everybody else's traffic. Collective."""
+        # The exchange waits `timeout_s` itself and names the peer; the group's own limit only comes after that.
+        limit = timedelta(seconds=2 * self.timeout_s)
+        return dist.new_group(list(self.ranks), timeout=limit, use_local_synchronization=True)

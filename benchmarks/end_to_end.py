@@ -2,8 +2,8 @@
 
     python benchmarks/end_to_end.py --device cpu --nproc 2 --json
 
-Starts its own ranks, one thread each on CPU. Rounds alternate: rank 0 alone with the unpatched denoiser while the others
-sleep, then all ranks together; each time is taken from barrier to barrier, so it is the slowest rank's.
+Starts its own ranks, one thread each on CPU. Rounds alternate: rank 0 alone with the unpatched denoiser while the
+others sleep, then all ranks together; each time is taken from barrier to barrier, so it is the slowest rank's.
 """
 
 import argparse
@@ -57,7 +57,9 @@ class Loop:
 
     def __init__(self, denoiser, inputs, steps):
         self.denoiser, self.inputs = denoiser, dict(inputs)
-        self.scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False)
+        self.scheduler = DDIMScheduler(
+            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False
+        )
         self.scheduler.set_timesteps(steps)
         self.latent_name = next(n for n in ("sample", "hidden_states") if n in inputs)
         self.times = iter(self.scheduler.timesteps)

@@ -1,4 +1,4 @@
-"""Every kind of pipeline on two and three ranks: exact in warm-up, the asynchronous rule after it, as before once unpatched."""
+"""Every kind of pipeline on two and three ranks: exact in warm-up, the rule after it, as before once unpatched."""
 
 import functools
 

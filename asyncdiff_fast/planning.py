@@ -50,8 +50,8 @@ class Plan:
     def __str__(self):
         total = sum(self.division.costs) or 1.0
         head = (
-            f"{self.config.num_stages} stages, stride {self.config.stride}, {self.config.world_size} ranks: largest stage "
-            f"{self.division.balance:.3f} of the mean, {self.cut_bytes / 1e6:.2f} MB cut and "
+            f"{self.config.num_stages} stages, stride {self.config.stride}, {self.config.world_size} ranks: largest "
+            f"stage {self.division.balance:.3f} of the mean, {self.cut_bytes / 1e6:.2f} MB cut and "
             f"{(self.bytes_per_call - self.cut_bytes) / 1e6:.2f} MB predictions per call, stale hops "
             f"{self.division.hops[0]} to {self.division.hops[1]}, glue on every rank {self.graph.glue_cost / total:.1%}"
         )
@@ -95,7 +95,9 @@ def make_plan(denoiser, forward, args, kwargs, config, world=None, stage_of_unit
     traced = graph.build_graph(recording, _units(denoiser, recording, config))
     if traced.leaks:
         names = ", ".join(traced.units[i].name for i in sorted(traced.leaks))
-        raise ValueError(f"{names} leaves a tensor behind that other modules read; list a module in stages that holds both")
+        raise ValueError(
+            f"{names} leaves a tensor behind that other modules read; list a module in stages that holds both"
+        )
     if config.balance == "time" and traced.units:
         keys = [u.key for u in traced.units]
         traced = traced.with_costs(tracing.measure(denoiser, forward, keys, args, kwargs))

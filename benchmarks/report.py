@@ -1,0 +1,83 @@
+"""Committed results to the README's tables: `python benchmarks/report.py` rewrites what stands between their marks."""
+
+import json
+import pathlib
+import sys
+
+import measure
+
+README = pathlib.Path(__file__).parents[1] / "README.md"
+
+
+def table(header, rows):
+    """A Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+
+
+def plans():
+    """How even and how cheap the divisions of real models are."""
+    rows = json.loads((measure.RESULTS / "plans.json").read_text())
+    rows = rows["rows"] if isinstance(rows, dict) else rows
+    cells = {}
+    for row in rows:
+        published = "published" in row["split"]
+        label = row["model"] + (", published division" if published else "")
+        text = f"{row['balance']:.3f}, {row['cut_mb']:.1f} MB"
+        if published and row.get("broadcast_mb"):
+            text = f"{row['balance']:.3f}, {row['broadcast_mb']:.0f} MB broadcast"
+        cells.setdefault(label, {})[row["num_stages"]] = text
+    body = [[label, *(of.get(n, "") for n in (2, 3, 4))] for label, of in cells.items()]
+    return table(["largest stage over mean, MB cut per call", "2 stages", "3 stages", "4 stages"], body)
+
+
+def end_to_end():
+    """The latest row of each model, number of ranks and set of options."""
+    latest = {}
+    for row in measure.read_rows("end_to_end"):
+        latest[row["model"], row["nproc"], json.dumps(row["options"]), row["transport"]] = row
+    header = ["denoiser", "ranks, options", "s per call alone", "s per call", "speed-up", "exposed wait", "MB per call"]
+    header += [f"whole picture of {next(iter(latest.values()))['whole_steps']} steps", "peak memory, MB", "machine"]
+    body = []
+    for row in latest.values():
+        options = ", ".join(f"{k}={v}" for k, v in row["options"].items())
+        body.append(
+            [
+                row["model"],
+                f"{row['nproc']}: {options}",
+                f"{row['call_s_alone']:.3f}",
+                f"{row['call_s']:.3f}",
+                f"{row['speedup']:.2f}×",
+                f"{row['exposed_wait_share']:.1%}",
+                f"{row['bytes_per_call'] / 1e6:.2f}",
+                f"{row['whole_speedup']:.2f}×",
+                " / ".join(f"{m:.0f}" for m in row["peak_rss_mb"]),
+                f"{row['device']}, torch {row['torch']}, {row['transport']}, {row['date']}",
+            ]
+        )
+    return table(header, body)
+
+
+def filled(text, name, content):
+    """The text with what stands between the marks of `name` replaced."""
+    begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    before, rest = text.split(begin)
+    return f"{before}{begin}\n{content}\n{end}{rest.split(end)[1]}"
+
+
+def readme():
+    """The README with every table as the committed results have it."""
+    text = README.read_text()
+    for name, make in (("plans", plans), ("end_to_end", end_to_end), ("quality", quality)):
+        text = filled(text, name, make())
+    return text
+
+
+def quality():
+    """Closeness to the exact picture, by configuration."""
+    return (measure.RESULTS / "quality_short.md").read_text().strip()
+
+
+if __name__ == "__main__":
+    README.write_text(readme())
+    sys.exit(0)
