@@ -20,9 +20,11 @@ class Buffer:
 
     def __init__(self, ref, device):
         numel = ref.nbytes // getattr(torch, ref.dtype).itemsize
-        self.flat = tuple(torch.zeros(numel, dtype=getattr(torch, ref.dtype), device=device) for _ in range(DEPTH))
-        strides = _dense_strides(ref)
-        self._views = tuple(flat.as_strided(ref.shape, strides) for flat in self.flat)
+        # Ordinary tensors, whatever mode the first call runs in: they are written in later ones too.
+        with torch.inference_mode(False):
+            self.flat = tuple(torch.zeros(numel, dtype=getattr(torch, ref.dtype), device=device) for _ in range(DEPTH))
+            strides = _dense_strides(ref)
+            self._views = tuple(flat.as_strided(ref.shape, strides) for flat in self.flat)
 
     def view(self, epoch):
         """The tensor of one epoch."""
@@ -37,12 +39,13 @@ class Placeholders:
         self._memory = {}
         self._tensors = {}
 
-    def get(self, ref):
-        """A tensor like `ref`, finite, not to be relied upon."""
-        key = (ref.shape, ref.dtype, ref.layout)
+    def get(self, ref, alone=False):
+        """A tensor like `ref`, finite, not to be relied upon; `alone`: in memory of its own, to be written into."""
+        key = (ref.shape, ref.dtype, ref.layout, ref.storage if alone else None)
         if key not in self._tensors:
-            strides = _dense_strides(ref)
-            self._tensors[key] = self._block(ref).as_strided(ref.shape, strides)
+            with torch.inference_mode(False):
+                block = Buffer(ref, self._device).flat[0] if alone else self._block(ref)
+                self._tensors[key] = block.as_strided(ref.shape, _dense_strides(ref))
         return self._tensors[key]
 
     def _block(self, ref):

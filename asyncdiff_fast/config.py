@@ -43,12 +43,12 @@ class Config:
                 object.__setattr__(self, "num_stages", len(self.stages))
         self._check_integer("num_stages", 1)
         self._check_integer("warmup_steps", 1)
-        self._check(self.stride in (1, 2), "stride", "1 or 2")
+        self._check(type(self.stride) is int and self.stride in (1, 2), "stride", "1 or 2")
         self._check(self.stride_phase in ("warmup", "odd"), "stride_phase", '"warmup" or "odd"')
         self._check(self.balance in ("flops", "time"), "balance", '"flops" or "time"')
         self._check(isinstance(self.time_shift, bool), "time_shift", "True or False")
         number = isinstance(self.timeout_s, int | float) and not isinstance(self.timeout_s, bool)
-        self._check(number and self.timeout_s > 0, "timeout_s", "a positive number of seconds")
+        self._check(number and 0 < self.timeout_s < 1e9, "timeout_s", "a positive number of seconds")
         if self.stages is not None and len(self.stages) != self.num_stages:
             raise ValueError(
                 f"stages must have num_stages lists: got {len(self.stages)} lists, num_stages={self.num_stages}; "
@@ -116,7 +116,11 @@ def _parsed(text):
 
 def _checked_stages(stages):
     """Stages as tuples of names, each name once and none inside another."""
-    if isinstance(stages, str) or not all(isinstance(names, list | tuple) for names in stages):
+    if (
+        not isinstance(stages, list | tuple)
+        or not stages
+        or not all(isinstance(names, list | tuple) for names in stages)
+    ):
         raise ValueError(f"stages must be a list of lists of module names: got {stages!r}")
     stages = tuple(tuple(names) for names in stages)
     seen = {}

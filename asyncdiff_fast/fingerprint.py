@@ -1,21 +1,32 @@
-"""Cheap exact digests, by which ranks see that they hold the same weights and call with the same inputs."""
+"""Cheap digests of every bit, by which ranks see that they hold the same weights and call with the same inputs."""
 
+import math
 import zlib
 
 import torch
 from torch.utils._pytree import keystr, tree_flatten_with_path
 
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+# An odd 64-bit number with bits all over: 2^64 over the golden ratio.
+_MIX = -7046029254386353131
 
 
 def _bits(tensor):
-    """Sum of a tensor's bit patterns, an int64 scalar on its device; None where there are no bits to read."""
+    """Digest of a tensor's bits and their places, an int64 scalar on its device; None where there are none to read.
+
+    The sums of all rows and all columns, each times a factor of its own: two values that change places change it.
+    """
     if tensor.is_meta or tensor.numel() == 0:
         return None
     try:
         tensor = torch.view_as_real(tensor) if tensor.is_complex() else tensor
-        words = tensor.detach().contiguous().view(_WORDS[tensor.element_size()])
-        return words.sum(dtype=torch.int64)
+        words = tensor.detach().contiguous().view(_WORDS[tensor.element_size()]).reshape(-1)
+        width = math.isqrt(len(words))
+        rest = len(words) % width
+        rows = words[: len(words) - rest].view(-1, width)
+        sums = [rows.sum(0, dtype=torch.int64), rows.sum(1, dtype=torch.int64), words[len(words) - rest :].long()]
+        factors = torch.arange(1, sum(map(len, sums)) + 1, device=tensor.device) * _MIX
+        return (torch.cat(sums) * (factors ^ (factors >> 29))).sum()
     except (RuntimeError, NotImplementedError, KeyError, TypeError):
         # A wrapper subclass, such as a quantised weight.
         return None
@@ -33,11 +44,14 @@ def model_digest(model):
     return zlib.crc32(repr((type(model).__name__, layout, words)).encode())
 
 
-def input_digests(args, kwargs):
-    """{name of the input: (shape, sum of bits)} of every tensor in a call's arguments."""
+def input_digests(named):
+    """{name of the input: (shape, digest)} of every tensor, and the text of every number and string, in a dict."""
     found = {}
-    for path, leaf in tree_flatten_with_path((list(args), kwargs))[0]:
+    for path, leaf in tree_flatten_with_path(named)[0]:
+        name = f"{path[0].key}{keystr(path[1:])}"
         if isinstance(leaf, torch.Tensor):
             bits = _bits(leaf)
-            found[keystr(path[1:])] = (tuple(leaf.shape), None if bits is None else int(bits))
+            found[name] = (tuple(leaf.shape), None if bits is None else int(bits))
+        elif isinstance(leaf, int | float | str):
+            found[name] = repr(leaf)
     return found

@@ -31,6 +31,9 @@ class Pass:
         self.intact = True
         self._device, self._placeholders = device, placeholders
         self._index = {unit.key: i for i, unit in enumerate(plan.graph.units)}
+        self._names = {unit.name for unit in plan.graph.units}
+        # What a later unit changes in place may be known by other names too, so its result is put where it lies.
+        self._rewritten = {plan.graph.values[v].ref.storage for unit in plan.graph.units for v in unit.writes}
         self._structures, self._ordinals, self._seen = {}, {}, 0
         self._result_structure = self._next = None
         self._mode, self._keep = Mode.EXACT, False
@@ -77,12 +80,17 @@ class Pass:
 
     def run_unit(self, name, forward, args, kwargs):
         """What a unit's hook returns: its result, or a replay of it."""
+        if name not in self._names:
+            # A unit of another plan: here it is part of a larger one, or holds smaller ones.
+            return forward(*args, **kwargs)
         ordinal = self._ordinals.get(name, 0)
         self._ordinals[name] = ordinal + 1
         index = self._index.get((name, ordinal))
         if index is None:
             self._lost(f"{name} was called once more than in the traced forward")
             return forward(*args, **kwargs)
+        if index != self._seen:
+            self._lost(f"{name} was called in another order than in the traced forward")
         self._seen += 1
         if self._mode is Mode.EXACT:
             result = forward(*args, **kwargs)
@@ -146,8 +154,9 @@ class Pass:
 
     def _learn(self, index, result, args, kwargs):
         """After an exact unit: its structure, and the values that a stale step here will read."""
-        if index not in self._structures:
-            self._structures[index] = _structure(result)
+        found = _structure(result)
+        if self._structures.setdefault(index, found) != found:
+            self._lost(f"{self.plan.graph.units[index].name} returned another structure or other numbers than before")
         number = self.program.receives.get(index)
         if self._keep and number is not None:
             for v, x in self._tensors(index, result, args, kwargs).items():
@@ -175,10 +184,13 @@ class Pass:
         for leaf, static in zip(unit.leaves, statics, strict=True):
             kind, place = leaf or ("static", 0)
             if kind == "value":
-                leaves.append(stale[place] if place in stale else self._placeholders.get(values[place].ref))
+                leaves.append(stale[place] if place in stale else self._placeholder(values[place].ref))
             else:
                 leaves.append(arguments[place] if kind == "argument" else static)
         return tree_unflatten(leaves, spec)
+
+    def _placeholder(self, ref):
+        return self._placeholders.get(ref, alone=ref.storage in self._rewritten)
 
     # Exchange: slots are posted in the plan's order; receives as early as that order allows.
 

@@ -138,7 +138,8 @@ def _check(world, config, found):
         raise ValueError(
             f"world_size must be num_stages + stride - 1: got {config.num_stages} + {config.stride} - 1 = "
             f"{config.world_size}, world_size {world.size}; start {config.world_size} processes "
-            f"(torchrun --nproc-per-node {config.world_size}) or pass num_stages={max(world.size - config.stride + 1, 1)}"
+            f"(torchrun --nproc-per-node {config.world_size}) or pass "
+            f"num_stages={max(world.size - config.stride + 1, 1)}"
         )
     for denoiser in found:
         kind = type(denoiser).__name__

@@ -7,6 +7,9 @@ from .modules import containers
 from .recording import TensorRef
 from .schedule import stage_of
 
+# A later call of the same step keeps to the first one's division if no more than this share of it falls outside.
+KEPT_GLUE = 0.05
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -87,27 +90,18 @@ def make_plan(denoiser, forward, args, kwargs, config, world=None, stage_of_unit
     Args:
         denoiser, forward, args, kwargs: as `tracing.record` takes them.
         world: the ranks; rank 0 decides for all, and all compare. None: decide alone.
-        stage_of_unit: {unit key: stage} of an earlier plan to keep to.
+        stage_of_unit: {unit key: stage} of the plan of another call of the same step, to keep to.
     Returns: `Plan`.
     Raises: ValueError if there are too few units, or `stages` names a module that the forward does not call.
     """
     recording = tracing.record(denoiser, forward, args, kwargs)
-    traced = graph.build_graph(recording, _units(denoiser, recording, config))
-    if traced.leaks:
-        names = ", ".join(traced.units[i].name for i in sorted(traced.leaks))
-        raise ValueError(
-            f"{names} leaves a tensor behind that other modules read; list a module in stages that holds both"
-        )
-    if config.balance == "time" and traced.units:
-        keys = [u.key for u in traced.units]
-        traced = traced.with_costs(tracing.measure(denoiser, forward, keys, args, kwargs))
-    if config.stages is not None:
-        division = stages.from_names(traced, config.stages)
-    elif stage_of_unit is not None:
-        division = stages.describe(traced, _kept_owners(traced, stage_of_unit), config.num_stages)
-    else:
-        division = stages.divide(traced, config.num_stages)
-        traced, division = _merged(recording, traced, division)
+    traced, division = None, None
+    if stage_of_unit is not None:
+        traced = graph.build_graph(recording, graph.keyed_nodes(recording, stage_of_unit))
+        if traced.units and not traced.leaks and traced.glue_cost <= KEPT_GLUE * sum(u.cost for u in traced.units):
+            division = stages.describe(traced, tuple(stage_of_unit[u.key] for u in traced.units), config.num_stages)
+    if division is None:
+        traced, division = _decide(denoiser, forward, args, kwargs, config, recording)
     outputs = tuple(ref for ref in recording.output if ref is not None)
     if world is not None and world.size > 1:
         traced, division = _as_rank_0(world, recording, traced, division)
@@ -118,6 +112,20 @@ def make_plan(denoiser, forward, args, kwargs, config, world=None, stage_of_unit
             "ranks traced different models: the denoisers or their inputs differ in structure; make them equal"
         )
     return plan
+
+
+def _decide(denoiser, forward, args, kwargs, config, recording):
+    """(graph, division) of a recording, by the options or by search."""
+    traced = graph.build_graph(recording, _units(denoiser, recording, config))
+    if traced.leaks:
+        names = ", ".join(traced.units[i].name for i in sorted(traced.leaks))
+        raise ValueError(f"{names} leaves a tensor behind that other modules read; list a module that holds both")
+    if config.balance == "time" and traced.units:
+        keys = [u.key for u in traced.units]
+        traced = traced.with_costs(tracing.measure(denoiser, forward, keys, args, kwargs))
+    if config.stages is not None:
+        return traced, stages.from_names(traced, config.stages)
+    return _merged(recording, traced, stages.divide(traced, config.num_stages))
 
 
 def _units(denoiser, recording, config):
@@ -152,16 +160,7 @@ def _as_rank_0(world, recording, traced, division):
     nodes = graph.keyed_nodes(recording, {key for key, _, _ in theirs})
     traced = graph.build_graph(recording, nodes).with_costs({key: cost for key, _, cost in theirs})
     owners = {key: owner for key, owner, _ in theirs}
-    return traced, stages.describe(traced, _kept_owners(traced, owners), division.num_stages)
-
-
-def _kept_owners(traced, stage_of_unit):
-    """Owner of each unit by an earlier decision; a unit it does not know goes with the one before."""
-    owner, last = [], 0
-    for unit in traced.units:
-        last = stage_of_unit.get(unit.key, last)
-        owner.append(last)
-    return tuple(owner)
+    return traced, stages.describe(traced, tuple(owners[u.key] for u in traced.units), division.num_stages)
 
 
 def _weight_bytes(denoiser, traced, division):

@@ -37,7 +37,7 @@ class Runtime:
         self._exchange = TorchExchange(world) if world.size > 1 else None
         self._passes, self._units, self._placeholders = {}, {}, {}
         self._structure = None
-        self._active = None
+        self._active = self._forward_error = None
         self._interrupted, self._phases = False, 0
         self._calls = dict.fromkeys(Mode, 0)
         watch_schedulers()
@@ -95,7 +95,7 @@ class Runtime:
         if mode is Mode.EXACT:
             with self._refusing():
                 if tick.step == 0 or current.timesteps is None:
-                    current.timesteps = Timesteps(last_scheduler() or self._scheduler)
+                    current.timesteps = Timesteps(self._scheduler or last_scheduler())
                 current.timesteps.see(timestep)
         else:
             current.timesteps.skip()
@@ -119,7 +119,10 @@ class Runtime:
             raise ValueError(
                 "a step cache of diffusers was enabled after patch(): both reuse activations; call disable_cache()"
             )
-        mine = {"inputs": fingerprint.input_digests(args, kwargs), "interrupted": self._interrupted}
+        mine = {
+            "inputs": fingerprint.input_digests(self._signature.named(args, kwargs)),
+            "interrupted": self._interrupted,
+        }
         everyone = self.world.gather(mine, "the start of a generation")
         if any(report["interrupted"] for report in everyone):
             self._restart_exchange()
@@ -171,7 +174,13 @@ class Runtime:
                 known = {u.key: s for u, s in zip(self.plan.graph.units, self.plan.division.owner, strict=True)}
             with self._refusing():
                 plan = make_plan(
-                    self.denoiser, forward, args, kwargs, self.config, self.world, known if tick.call else None
+                    self.denoiser,
+                    self._noting(forward),
+                    args,
+                    kwargs,
+                    self.config,
+                    self.world,
+                    known if tick.call else None,
                 )
             self._attach(plan)
             device = next(x.device for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor))
@@ -190,10 +199,22 @@ class Runtime:
         """What this denoiser cannot be patched with shows at its first call at the latest: then leave it as it was."""
         try:
             yield
-        except (ValueError, TypeError):
-            if self.on_refused is not None:
+        except (ValueError, TypeError) as error:
+            if self.on_refused is not None and error is not self._forward_error:
                 self.on_refused()
             raise
+
+    def _noting(self, forward):
+        """The forward; an error of its own is not one of ours."""
+
+        def run(*args, **kwargs):
+            try:
+                return forward(*args, **kwargs)
+            except Exception as error:
+                self._forward_error = error
+                raise
+
+        return run
 
     def _evict(self, tick):
         for key in list(self._passes)[:-KEPT_PASSES]:
@@ -212,7 +233,9 @@ class Runtime:
 
     def _inputs_key(self, args, kwargs):
         """Changes when cached values no longer fit: structure, shapes, dtypes and flags of the inputs, not numbers."""
-        return _key((args, kwargs))
+        kind = next((x.device.type for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)), "cpu")
+        autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        return autocast, _key((args, kwargs))
 
     def _needs_gradients(self, args, kwargs):
         if not torch.is_grad_enabled():

@@ -28,6 +28,11 @@ class CallSignature:
         index = self.positional.index(name) if name in self.positional else len(args)
         return args[index] if index < len(args) else None
 
+    def named(self, args, kwargs):
+        """One call's arguments as a dict; those that the signature does not name are called by their place."""
+        names = [*self.positional, *(f"argument {i}" for i in range(len(self.positional), len(args)))]
+        return {**dict(zip(names, args, strict=False)), **kwargs}
+
     def latent(self, args, kwargs):
         """The latent (a tensor, or a list of tensors) of one call; without named parameters, the first argument."""
         if self.latent_name is None:

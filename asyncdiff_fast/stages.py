@@ -95,7 +95,7 @@ def stale_hops(graph, owner):
 def describe(graph, owner, num_stages):
     """The `Division` with this owner of each unit, its stages renumbered so that the last makes the prediction."""
     last = owner[output_unit(graph)]
-    order = [s for s in dict.fromkeys(owner) if s != last] + [last]
+    order = [s for s in range(num_stages) if s != last] + [last]
     owner = tuple(order.index(s) for s in owner)
     costs = _Costs(graph, num_stages)
     balance, crossing = costs.judge(np.array([owner]))

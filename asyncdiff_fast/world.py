@@ -69,12 +69,12 @@ class World:
         self.ranks, self.timeout_s = tuple(ranks), timeout_s
         self.size = len(self.ranks)
         self.rank = self.ranks.index(dist.get_rank()) if self.size > 1 else 0
-        self._sequence = itertools.count()
+        self._sequence, self._groups = itertools.count(), itertools.count()
         self._old_keys = []
         if self.size > 1:
             number = _counters.setdefault(self.ranks, itertools.count())
-            prefix = f"asyncdiff_fast/{'-'.join(map(str, self.ranks))}/{next(number)}"
-            self._store = dist.PrefixStore(prefix, dist.distributed_c10d._get_default_store())
+            self._name = f"asyncdiff_fast/{'-'.join(map(str, self.ranks))}/{next(number)}"
+            self._store = dist.PrefixStore(self._name, dist.distributed_c10d._get_default_store())
 
     def gather(self, value, what):
         """Every rank's `value`, in rank order. Collective.
@@ -120,5 +120,12 @@ class World:
     def new_group(self):
         """A process group of these ranks for the exchange alone, apart from everybody else's traffic. Collective."""
         # The exchange waits `timeout_s` itself and names the peer; the group's own limit only comes after that.
-        limit = timedelta(seconds=2 * self.timeout_s)
-        return dist.new_group(list(self.ranks), timeout=limit, use_local_synchronization=True)
+        limit, c10d = timedelta(seconds=2 * self.timeout_s), dist.distributed_c10d
+        backend = c10d._world.pg_map[c10d._get_default_group()][0]
+        # Not `new_group`: it may name a group as one destroyed before, whose addresses are still in the store.
+        name = f"{self._name}/group {next(self._groups)}"
+        group, _ = c10d._new_process_group_helper(
+            self.size, self.rank, list(self.ranks), c10d.Backend(backend), self._store, name, timeout=limit
+        )
+        c10d._world.pg_group_ranks[group] = {rank: i for i, rank in enumerate(self.ranks)}
+        return group

@@ -90,7 +90,27 @@ def _hook_put_on_ours(pipe):
     return np.array_equal(plain, after) and np.array_equal(plain, tiny_pipelines.generate(pipe, "sd15"))
 
 
-CASES = (_adapter_before, _adapter_after, _fused_projections, _hook_removed_under_ours, _hook_put_on_ours)
+def _inference_mode(pipe):
+    """Pictures drawn in inference mode, without it, and under autocast, in turn."""
+    runtime = asyncdiff_fast.patch(pipe, num_stages=2, warmup_steps=1)
+    with torch.inference_mode():
+        first = tiny_pipelines.generate(pipe, "sd15")
+    second = tiny_pipelines.generate(pipe, "sd15")
+    with torch.autocast("cpu", torch.bfloat16):
+        low = tiny_pipelines.generate(pipe, "sd15")
+    third = tiny_pipelines.generate(pipe, "sd15")
+    rule = _rule(pipe, runtime)
+    return _same(first, rule) and _same(second, rule) and _same(third, rule) and 0 < np.abs(low - rule).max() < 0.2
+
+
+CASES = (
+    _inference_mode,
+    _adapter_before,
+    _adapter_after,
+    _fused_projections,
+    _hook_removed_under_ours,
+    _hook_put_on_ours,
+)
 
 
 def _run(rank):
