@@ -1,0 +1,247 @@
+"""How far each configuration's pictures are from the exact ones of the same seed, on the model of examples/shapes.
+
+    python benchmarks/quality.py --preset stages
+    python benchmarks/quality.py exact@50 exact@25 num_stages=2,stride=1,warmup_steps=3@50
+
+A configuration is `exact` or options of `asyncdiff_fast.patch`, then @ and the number of steps. All configurations of
+one world size run under one launch of torchrun, which this script starts; finished ones are kept until `--fresh`.
+The first `exact` configuration is the reference: PSNR and SSIM compare with it picture by picture, and obedience and
+Frechet distance are given with their difference from it over the same pictures.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import measure
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+ROOT = Path(__file__).resolve().parent.parent
+SHAPES = ROOT / "examples" / "shapes"
+sys.path.append(str(SHAPES))
+
+import grammar  # noqa: E402
+import judge  # noqa: E402
+import metrics  # noqa: E402
+from render import render  # noqa: E402
+from sampling import GUIDANCE, draw, load, sheet, to_bytes  # noqa: E402
+
+import asyncdiff_fast  # noqa: E402
+from asyncdiff_fast.config import parse_options  # noqa: E402
+
+EXACT_STEPS = (50, 33, 25, 20, 17, 13)
+STAGES_AND_STRIDES = ((2, 1), (3, 1), (4, 1), (2, 2), (3, 2))
+PRESETS = {
+    "stages": [f"exact@{steps}" for steps in EXACT_STEPS]
+    + [
+        f"num_stages={stages},stride={stride},warmup_steps={warmup}@50"
+        for stages, stride in STAGES_AND_STRIDES
+        for warmup in (1, 3, 5, 9)
+    ]
+}
+ASPECTS = ("all", "colour", "shape", "background")
+NUM_RENDERED = 4096
+GRID_COLUMNS = 8
+
+
+def parse_configuration(name):
+    """`exact@25` -> (None, 25); `num_stages=2@50` -> ({"num_stages": 2}, 50). Raises: ValueError, TypeError."""
+    options, at, steps = name.rpartition("@")
+    if not at or not steps.isdigit():
+        raise ValueError(f"a configuration is exact@STEPS or OPTIONS@STEPS: got {name!r}")
+    return (None if options == "exact" else parse_options(options)), int(steps)
+
+
+def world_size(name):
+    options, _ = parse_configuration(name)
+    return 1 if options is None else asyncdiff_fast.Config.from_options(options).world_size
+
+
+def captions_and_seeds(args):
+    """One caption and one seed per picture: captions with one and with two things take turns, all of them held out."""
+    half = -(-args.prompts // 2)
+    pairs = zip(grammar.held_out_set(half, 1), grammar.held_out_set(half, 2), strict=True)
+    captions = [caption for pair in pairs for caption in pair][: args.prompts]
+    seeds = [1000 * prompt_idx + seed for prompt_idx in range(args.prompts) for seed in range(args.seeds)]
+    return [caption for caption in captions for _ in range(args.seeds)], seeds
+
+
+def picture_file(name, args):
+    """Where the pictures of a configuration lie; another model or another set of prompts has another folder."""
+    digest = hashlib.sha256(f"{args.prompts} {args.seeds} {args.guidance} {args.batch_size}".encode())
+    for weights in sorted(args.model.rglob("*.safetensors")):
+        digest.update(weights.read_bytes())
+    return args.work / digest.hexdigest()[:12] / f"{name}.npy"
+
+
+def draw_configurations(args):
+    """What every rank runs: each configuration in turn; rank 0 keeps the pictures."""
+    torch.set_num_threads(1)
+    pipe = load(args.model).to(asyncdiff_fast.device())
+    captions, seeds = captions_and_seeds(args)
+    for name in args.configurations:
+        options, steps = parse_configuration(name)
+        if options is not None:
+            asyncdiff_fast.patch(pipe, **options)
+        pictures = draw(pipe, captions, seeds, steps, args.guidance, args.batch_size)
+        if options is not None:
+            asyncdiff_fast.unpatch(pipe)
+        if int(os.environ.get("RANK", 0)) == 0:
+            path = picture_file(name, args)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            np.save(path.with_suffix(".tmp.npy"), pictures.cpu().numpy())
+            path.with_suffix(".tmp.npy").replace(path)
+            print(f"drawn: {name}", flush=True)
+
+
+def launch_missing(args):
+    """Draw what is not there yet, one launch for each world size."""
+    missing = [name for name in args.configurations if args.fresh or not picture_file(name, args).exists()]
+    for size in sorted({world_size(name) for name in missing}):
+        names = [name for name in missing if world_size(name) == size]
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size)]
+        command += [__file__, "--worker", "--model", args.model, "--work", args.work, "--prompts", str(args.prompts)]
+        command += ["--seeds", str(args.seeds), "--guidance", str(args.guidance), "--batch-size", str(args.batch_size)]
+        subprocess.run([*command, *names], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+class Ruler:
+    """Measures pictures against the reference pictures and against rendered truth."""
+
+    def __init__(self, exact, captions, num_seeds):
+        self.exact, self.captions = exact, captions
+        num_prompts = len(captions) // num_seeds
+        self.picked = metrics.resampled_prompts(num_prompts, num_seeds)
+        self.without = metrics.without_each_prompt(num_prompts, num_seeds)
+        self.judge = judge.load()
+        rendered = render(captions * -(-NUM_RENDERED // len(captions)), seed=0)
+        truth = torch.cat([self.judge.features(judge.to_pixels(part)) for part in rendered.split(256)]).double().numpy()
+        self.mean, self.covariance = truth.mean(0), np.cov(truth, rowvar=False)
+        self.exact_obeyed, self.exact_features = self._read(exact)
+
+    def _read(self, pictures):
+        drawn = to_bytes(torch.from_numpy(pictures))
+        obeyed = judge.verdicts(self.judge, drawn, self.captions)
+        features = self.judge.features(judge.to_pixels(drawn)).double().numpy()
+        return {name: obeyed[name].numpy().astype(float) for name in ASPECTS}, features
+
+    def row(self, pictures):
+        """All figures of one configuration; `pictures` is (n, 3, 64, 64) in 0..1."""
+        psnr, ssim = metrics.psnr(pictures, self.exact), metrics.ssim(pictures, self.exact)
+        obeyed, features = self._read(pictures)
+        row = {
+            "psnr_db": {**metrics.mean_with_interval(psnr, self.picked), **_spread(psnr)},
+            "ssim": {**metrics.mean_with_interval(ssim, self.picked), **_spread(ssim)},
+            "obedience": {name: metrics.mean_with_interval(obeyed[name], self.picked) for name in ASPECTS},
+            "frechet": self._frechet_row(features),
+        }
+        change = obeyed["all"] - self.exact_obeyed["all"]
+        row["obedience"]["all_minus_exact"] = metrics.mean_with_interval(change, self.picked)
+        return row
+
+    def _frechet_row(self, features):
+        def distances(kept):
+            return [metrics.frechet(f[kept], self.mean, self.covariance) for f in (features, self.exact_features)]
+
+        ours, exact = distances(slice(None))
+        without = np.array([distances(kept) for kept in self.without])
+        change = metrics.jackknife(ours - exact, without[:, 0] - without[:, 1])
+        return {**metrics.jackknife(ours, without[:, 0]), "minus_exact": change}
+
+
+def _spread(values):
+    return {"median": float(np.median(values)), "worst": float(values.min()), "each": values.round(4).tolist()}
+
+
+def to_json(result):
+    """JSON with one line per configuration, so that two runs can be compared by diff."""
+    rows = ",\n".join(f"  {json.dumps(name)}: {json.dumps(row)}" for name, row in result["rows"].items())
+    head = json.dumps({key: value for key, value in result.items() if key != "rows"}, ensure_ascii=False)
+    return f'{head[:-1]},\n "rows": {{\n{rows}\n }}}}\n'
+
+
+def markdown(result):
+    """The table, and one line on what was drawn."""
+    heads = ["configuration", "PSNR dB", "median", "worst", "SSIM", "worst", "obeyed", "− exact"]
+    heads += [*ASPECTS[1:], "Frechet", "− exact"]
+    lines = [result["title"], "", f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for name, row in result["rows"].items():
+        psnr, ssim, obeyed, frechet = row["psnr_db"], row["ssim"], row["obedience"], row["frechet"]
+        cells = [f"`{name}`", _cell(psnr, 1), f"{psnr['median']:.1f}", f"{psnr['worst']:.1f}"]
+        cells += [_cell(ssim, 4), f"{ssim['worst']:.3f}", _cell(obeyed["all"], 2), _cell(obeyed["all_minus_exact"], 2)]
+        cells += [f"{obeyed[aspect]['mean']:.2f}" for aspect in ASPECTS[1:]]
+        cells += [_cell(frechet, 1), _cell(frechet["minus_exact"], 1)]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(row, digits):
+    return f"{row['mean']:.{digits}f} ({row['low']:.{digits}f} to {row['high']:.{digits}f})"
+
+
+def grid(pictures_of, rows, num_seeds, path):
+    """A picture with a row per configuration; the left half shows the first prompts, the right half what suffered most.
+
+    Those are the pictures whose PSNR, averaged over all configurations, is lowest.
+    """
+    half = GRID_COLUMNS // 2
+    hardest = np.argsort(np.mean([row["psnr_db"]["each"] for row in rows.values()], axis=0))
+    columns = [*range(0, half * num_seeds, num_seeds), *hardest[:half]]
+    strips = [sheet(to_bytes(torch.from_numpy(p[columns])), len(columns), scale=1, gap=2) for p in pictures_of.values()]
+    left, height = 250, strips[0].height
+    canvas = Image.new("RGB", (left + strips[0].width, height * len(strips)), "white")
+    pen, font = ImageDraw.Draw(canvas), ImageFont.load_default(size=10)
+    for idx, (name, strip) in enumerate(zip(pictures_of, strips, strict=True)):
+        canvas.paste(strip, (left, idx * height))
+        pen.text((4, idx * height + height // 2 - 6), name, "black", font)
+    canvas.save(path, optimize=True)
+
+
+def main(args):
+    launch_missing(args)
+    captions, _ = captions_and_seeds(args)
+    pictures_of = {name: np.load(picture_file(name, args)) for name in args.configurations}
+    reference = next(name for name in args.configurations if name.startswith("exact@"))
+    ruler = Ruler(pictures_of[reference], captions, args.seeds)
+    result = {
+        "title": f"{args.prompts} held-out prompts × {args.seeds} seeds, guidance {args.guidance:g}, DDIM; "
+        f"reference `{reference}`; 100 dB stands for equal; 95 % intervals over prompts.",
+        **measure.facts(),
+        "rows": {name: ruler.row(pictures) for name, pictures in pictures_of.items()},
+    }
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "quality.json").write_text(to_json(result))
+    (args.out / "quality.md").write_text(markdown(result))
+    grid(pictures_of, result["rows"], args.seeds, args.out / "quality.png")
+    print(markdown(result))
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("configurations", nargs="*", help="such as exact@50, num_stages=2,warmup_steps=3@50")
+    parser.add_argument("--preset", choices=PRESETS)
+    parser.add_argument("--prompts", type=int, default=32)
+    parser.add_argument("--seeds", type=int, default=2, help="pictures per prompt")
+    parser.add_argument("--guidance", type=float, default=GUIDANCE)
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--model", type=Path, default=SHAPES / "unet")
+    parser.add_argument("--work", type=Path, default=ROOT / "build" / "quality", help="where the pictures lie")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--fresh", action="store_true", help="draw everything again")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    args.configurations = PRESETS.get(args.preset, []) + args.configurations
+    if not any(name.startswith("exact@") for name in args.configurations) and not args.worker:
+        parser.error("the list needs an exact@STEPS, the reference")
+    return args
+
+
+if __name__ == "__main__":
+    arguments = parse_arguments()
+    draw_configurations(arguments) if arguments.worker else main(arguments)
