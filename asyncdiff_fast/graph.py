@@ -54,7 +54,8 @@ class Graph:
     """Units in execution order, values, and what the prediction reads. `glue_cost` is everything outside units.
 
     `leaks` are units that leave a tensor behind which is read later, though they did not return it: cut there, and its
-    reader would find nothing.
+    reader would find nothing. `remembers` are modules that keep what follows from units' results for their next call,
+    which would differ between ranks.
     """
 
     units: tuple[Unit, ...]
@@ -64,6 +65,7 @@ class Graph:
     reads_latent: frozenset[int]
     reads_timestep: frozenset[int]
     leaks: frozenset[int] = frozenset()
+    remembers: tuple[str, ...] = ()
 
     def with_costs(self, seconds):
         """The same graph with measured costs; `seconds` maps (name, call) to a number."""
@@ -99,11 +101,17 @@ class _Walk:
         for ref in self.recording.output:
             if ref is not None:
                 _merge(output, self._touched(self.tags.get(ref.storage, {}), len(self.units)))
+        if self.branch_reads or self.recording.steered:
+            # Numbers decide what Python does, so another step may read anything that was made before.
+            for i, reads in enumerate((*(r for _, r in self.units), output)):
+                reads.update((v, value.unit + 1) for v, value in enumerate(self.values) if value.unit < i)
         hidden = {tag for reads in (output, *(r for _, r in self.units)) for tag in reads if tag <= _HIDDEN}
         inputs = [frozenset(i for i, (_, reads) in enumerate(self.units) if tag in reads) for tag in (LATENT, TIMESTEP)]
         leaks = frozenset(_HIDDEN - tag for tag in hidden)
         units = tuple(replace(u, reads=_values_only(reads)) for u, reads in self.units)
-        return Graph(units, tuple(self.values), _values_only(output), self.glue_cost, *inputs, leaks)
+        made = {s for s, tags in self.tags.items() if any(tag >= 0 or tag <= _HIDDEN for tag in tags)}
+        remembers = tuple(name for name, storages in self.recording.state if made.intersection(storages))
+        return Graph(units, tuple(self.values), _values_only(output), self.glue_cost, *inputs, leaks, remembers)
 
     def _touched(self, tags, position):
         return {tag: position if touch is None else touch for tag, touch in tags.items()}
@@ -169,10 +177,13 @@ class _Walk:
                     fresh.setdefault(ref.storage, {})[value] = None
                 writes.append(value)
         for storage, tags in fresh.items():
-            if storage in inner:
+            # Where only a part of a tensor was changed, the rest is still what it was.
+            if storage in inner and all(self.values[v].argument is None or self.values[v].ref.whole for v in tags):
                 self.tags[storage] = tags
             else:
-                self.tags[storage] = {**self.tags.get(storage, {}), **tags}
+                # What is written into must have arrived before.
+                old = self.tags.get(storage, {})
+                self.tags[storage] = {**(self._touched(old, index) if storage in inner else old), **tags}
         return tuple(leaves), tuple(dict.fromkeys(writes))
 
     def _value(self, unit, ref, argument):

@@ -22,13 +22,17 @@ def patch(target, *, mesh=None, scheduler=None, **options):
     Returns: the `Runtime` (a list of them if the pipeline has several denoisers): `.plan`, `.stats()`.
     Raises: ValueError or TypeError on every rank alike, before anything is changed.
     """
-    config = Config.from_options(options)
-    start_process_group(config.timeout_s)
-    runtimes = []
+    config, found, problem, runtimes = None, [], None, []
     try:
-        world = World(_ranks(mesh), config.timeout_s)
-        found = denoisers(target)
-        _agree(world, config, found)
+        config, found = Config.from_options(options), denoisers(target)
+    except (ValueError, TypeError) as error:
+        # Refused below, where the other ranks learn of it.
+        problem = error
+    timeout_s = config.timeout_s if config else Config.timeout_s
+    start_process_group(timeout_s)
+    try:
+        world = World(_ranks(mesh), timeout_s)
+        _agree(world, config, found, problem)
         _share_seeds(world)
         for denoiser in found:
             runtimes.append(_patch_one(denoiser, config, world, scheduler))
@@ -105,14 +109,19 @@ def _ranks(mesh):
         mesh = mesh["stage"]
     elif mesh.ndim != 1:
         raise ValueError(f'a mesh needs one dimension, or one named "stage": got dimensions {names or mesh.ndim}')
-    return mesh.mesh.flatten().tolist()
+    ranks = mesh.mesh.flatten().tolist()
+    if dist.get_rank() not in ranks:
+        raise ValueError(
+            f"only the ranks of the mesh call patch(): got rank {dist.get_rank()}, the mesh has ranks {ranks}"
+        )
+    return ranks
 
 
-def _agree(world, config, found):
+def _agree(world, config, found, problem):
     """Check everything that can be checked beforehand, on all ranks together. Raises on all if one refuses."""
-    problem = None
     try:
-        _check(world, config, found)
+        if problem is None:
+            _check(world, config, found)
     except (ValueError, TypeError) as error:
         problem = error
     digests = [fingerprint.model_digest(d) for d in found] if problem is None else []
@@ -120,7 +129,7 @@ def _agree(world, config, found):
     if problem is not None:
         raise problem
     for rank, (refusal, theirs, digest) in enumerate(reports):
-        if theirs != config:
+        if theirs != config and theirs is not None:
             raise ValueError(
                 f"every rank must pass the same options: rank {world.rank} has {config}, rank {rank} has {theirs}"
             )
@@ -187,8 +196,10 @@ def _patch_one(denoiser, config, world, scheduler):
 
 
 def _release(denoiser):
-    vars(denoiser).pop(_ATTRIBUTE).close()
-    stop_process_group()
+    try:
+        vars(denoiser).pop(_ATTRIBUTE).close()
+    finally:
+        stop_process_group()
 
 
 class _FirstCall(Exception):

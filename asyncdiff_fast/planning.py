@@ -117,6 +117,11 @@ def make_plan(denoiser, forward, args, kwargs, config, world=None, stage_of_unit
 def _decide(denoiser, forward, args, kwargs, config, recording):
     """(graph, division) of a recording, by the options or by search."""
     traced = graph.build_graph(recording, _units(denoiser, recording, config))
+    if traced.remembers:
+        raise ValueError(
+            f"{', '.join(traced.remembers)} keeps what follows from activations for the next call, which ranks that do "
+            "not compute them cannot know: make it a result, or do not patch this model"
+        )
     if traced.leaks:
         names = ", ".join(traced.units[i].name for i in sorted(traced.leaks))
         raise ValueError(f"{names} leaves a tensor behind that other modules read; list a module that holds both")
@@ -135,6 +140,12 @@ def _units(denoiser, recording, config):
     nodes, missing = graph.named_nodes(recording, [name for names in config.stages for name in names])
     if missing:
         raise ValueError(f"stages names modules that the denoiser does not call: {', '.join(missing)}; remove them")
+    odd = dict.fromkeys(node.name for node in nodes if recording.events[node.stop].opaque)
+    if odd:
+        raise ValueError(
+            f"stages names modules that do more than return tensors: {', '.join(odd)} (they keep something, fill a "
+            "list or dict they are given, or return numbers or unknown classes); name modules inside them"
+        )
     return nodes
 
 

@@ -12,13 +12,14 @@ LATENT, TIMESTEP = -1, -2
 
 @dataclass(frozen=True)
 class TensorRef:
-    """One tensor: storage number, layout within it, and what is needed to allocate a copy."""
+    """One tensor: storage number, layout within it, what is needed to allocate a copy, and if it fills the storage."""
 
     storage: int
     shape: tuple[int, ...]
     dtype: str
     nbytes: int
     layout: tuple = ()
+    whole: bool = True
 
     def same_tensor(self, other):
         """True if both name the same elements of the same storage."""
@@ -61,6 +62,10 @@ class Recording:
     latent: frozenset[int] = frozenset()
     timestep: frozenset[int] = frozenset()
     output: tuple[TensorRef | None, ...] = ()
+    # (module, storages) of what modules keep for their next call.
+    state: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    # True if Python compared a timestep that is a plain number.
+    steered: bool = False
 
 
 @dataclass

@@ -18,6 +18,9 @@ class CallSignature:
         parameters = list(inspect.signature(type(denoiser).forward).parameters.values())[1:]
         self.positional = [p.name for p in parameters if p.kind in _NAMED[:2]]
         names = [p.name for p in parameters if p.kind in _NAMED]
+        if not names:
+            # forward(*args): the first is the latent, the second the timestep.
+            names = self.positional = ["argument 0", "argument 1"]
         second = names[1] if len(names) > 1 else None
         self.timestep_name = next((n for n in names if n in TIMESTEP_NAMES), second)
         self.latent_name = next((n for n in names if n != self.timestep_name), None)

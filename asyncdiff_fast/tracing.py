@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
 
+from . import side_effects
 from .recording import Enter, Exit, Op, Recording, TensorRef
 from .signature import CallSignature
 
@@ -61,9 +62,9 @@ class _Recorder(TorchDispatchMode):
                 leaves.append(None)
                 continue
             dtype = str(x.dtype).removeprefix("torch.")
-            leaves.append(
-                TensorRef(number, tuple(x.shape), dtype, x.numel() * x.element_size(), (x.storage_offset(), x.stride()))
-            )
+            nbytes, layout = x.numel() * x.element_size(), (x.storage_offset(), x.stride())
+            whole = nbytes == x.untyped_storage().nbytes()
+            leaves.append(TensorRef(number, tuple(x.shape), dtype, nbytes, layout, whole))
         return tuple(leaves), opaque
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -106,24 +107,39 @@ class _Recorder(TorchDispatchMode):
 
     def hook(self, denoiser):
         """Register hooks on every submodule; returns their handles."""
-        handles = []
+        handles, entered = [], []
         for name, module in denoiser.named_modules():
             if not name:
                 continue
             calls = [0]
 
-            def enter(_, args, kwargs, name=name, calls=calls):
+            def enter(module, args, kwargs, name=name, calls=calls):
                 self.recording.events.append(Enter(name, calls[0], *self.refs((args, kwargs))))
                 calls[0] += 1
+                entered.append(side_effects.belongings(module, (args, kwargs)))
 
-            def leave(_, args, kwargs, output):
-                self.recording.events.append(Exit(*self.refs(output)))
+            def leave(module, args, kwargs, output):
+                leaves, opaque = self.refs(output)
+                # A rank that replays a call does not repeat its side effects; and numbers may follow the timestep.
+                opaque |= side_effects.differ(entered.pop(), side_effects.belongings(module, (args, kwargs)))
+                opaque |= any(isinstance(x, float) for x in tree_leaves(output))
+                self.recording.events.append(Exit(leaves, opaque))
 
             handles += [
                 module.register_forward_pre_hook(enter, with_kwargs=True),
                 module.register_forward_hook(leave, with_kwargs=True),
             ]
         return handles
+
+    def note_state(self, before):
+        """Find what is kept from call to call: attributes that were read in this one, and then changed."""
+        read = {storage for event in self.recording.events if isinstance(event, Op) for storage in event.reads}
+        for name, module, kept in before:
+            after = side_effects.kept_by(module)
+            if not side_effects.differ(kept, [(x, side_effects.version(x)) for x in after]):
+                continue
+            if read.intersection(self.numbers([x for x, _ in kept])):
+                self.recording.state += ((name or type(module).__name__, self.numbers(after)),)
 
 
 def record(denoiser, forward, args, kwargs):
@@ -140,13 +156,19 @@ def record(denoiser, forward, args, kwargs):
     signature = CallSignature(denoiser)
     recorder.recording.latent = frozenset(recorder.numbers(signature.latent(args, kwargs)))
     recorder.recording.timestep = frozenset(recorder.numbers(signature.timestep(args, kwargs)))
-    handles = recorder.hook(denoiser)
-    try:
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"), recorder:
-            result = forward(*args, **kwargs)
-    finally:
-        for handle in handles:
-            handle.remove()
+    timestep = signature.timestep(args, kwargs)
+    if type(timestep) in (int, float):
+        watched = side_effects.watched(timestep, lambda: setattr(recorder.recording, "steered", True))
+        args, kwargs = signature.with_timestep(args, kwargs, watched)
+    with side_effects.restored(denoiser) as before:
+        handles = recorder.hook(denoiser)
+        try:
+            with torch.no_grad(), torch.compiler.set_stance("force_eager"), recorder:
+                result = forward(*args, **kwargs)
+        finally:
+            for handle in handles:
+                handle.remove()
+        recorder.note_state(before)
     recorder.recording.output, opaque = recorder.refs(result)
     if opaque:
         raise TypeError(
@@ -188,7 +210,7 @@ def measure(denoiser, forward, keys, args, kwargs, repeats=2):
         for _ in range(repeats):
             calls.clear()
             copies = tree_map_only(torch.Tensor, torch.clone, (args, kwargs))
-            with torch.no_grad():
+            with torch.no_grad(), side_effects.restored(denoiser):
                 forward(*copies[0], **copies[1])
     finally:
         for handle in handles:

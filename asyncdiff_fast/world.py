@@ -7,6 +7,9 @@ and not through a process group: it works before any group exists, after one has
 import itertools
 import os
 import pickle
+import queue
+import threading
+import time
 from datetime import timedelta
 
 import torch
@@ -32,25 +35,73 @@ _store = None
 
 def start_process_group(timeout_s):
     """Start torch.distributed from torchrun's environment if nobody has; counts one user of a group started here."""
-    global _users, _starts, _store
+    global _users, _starts
     if dist.is_available() and not dist.is_initialized() and "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        timeout = timedelta(seconds=timeout_s)
-        # One store for the life of the process: a second group starts while other ranks still leave the first.
-        _store = _store or next(rendezvous("env://", timeout=timeout))[0]
+        rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         _starts += 1
-        store, rank, size = (
-            dist.PrefixStore(f"start {_starts}", _store),
-            int(os.environ["RANK"]),
-            int(os.environ["WORLD_SIZE"]),
-        )
+        store = _meet(rank, size, timeout_s)
         cuda = torch.cuda.is_available()
         if cuda:
             torch.cuda.set_device(device())
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+        try:
+            timeout = timedelta(seconds=timeout_s)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+        except RuntimeError as error:
+            raise ExchangeError(f"rank {rank} lost another rank while torch.distributed started: {error}") from error
         _users = 1
     elif _users:
         _users += 1
+
+
+def _meet(rank, size, timeout_s):
+    """The store for a new group, once all ranks have come. Raises: ExchangeError that names those which have not."""
+
+    def join():
+        global _store
+        # One store for the life of the process: a second group starts while other ranks still leave the first. It is
+        # told of one rank only, so as not to wait for the others: below they are missed by name.
+        _store = _store or next(rendezvous("env://?world_size=1", timeout=timedelta(seconds=timeout_s)))[0]
+        store = dist.PrefixStore(f"start {_starts}", _store)
+        store.set(f"here/{rank}", b"")
+        return store, _answers(store, "here", [r for r in range(size) if r != rank], timeout_s)[1]
+
+    store, missing = _within(timeout_s + 1, join) or (None, [0])
+    if missing:
+        raise ExchangeError(
+            f"rank {rank} waited {timeout_s:g} s for rank {', '.join(map(str, missing))} to call patch(); it died, "
+            "hangs, or does not run the same script; see its log, or raise timeout_s"
+        )
+    return store
+
+
+def _within(seconds, ask):
+    """What `ask()` returns; None if the store is lost. In a thread: with its host stopped, no call of it ever ends."""
+    results = queue.SimpleQueue()
+
+    def run():
+        try:
+            results.put(ask())
+        except RuntimeError:
+            results.put(None)
+
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        return results.get(timeout=seconds)
+    except queue.Empty:
+        return None
+
+
+def _answers(store, prefix, peers, timeout_s):
+    """({peer: what it wrote}, peers that did not write in time)."""
+    found, missing, deadline = {}, [], time.monotonic() + timeout_s
+    for peer in peers:
+        try:
+            store.wait([f"{prefix}/{peer}"], timedelta(seconds=max(0.05, deadline - time.monotonic())))
+            found[peer] = store.get(f"{prefix}/{peer}")
+        except RuntimeError:
+            missing.append(peer)
+    return found, missing
 
 
 def stop_process_group():
@@ -84,22 +135,22 @@ class World:
         if self.size == 1:
             return [value]
         step = next(self._sequence)
-        key = f"{step}/{self.rank}"
-        self._store.set(key, pickle.dumps((what, value)))
-        answers, missing = [], []
-        for peer in range(self.size):
-            try:
-                # After one has failed to come in time, the others get a moment only.
-                self._store.wait([f"{step}/{peer}"], timedelta(seconds=0.1 if missing else self.timeout_s))
-                answers.append(pickle.loads(self._store.get(f"{step}/{peer}")))
-            except RuntimeError:
-                missing.append(peer)
+
+        def ask():
+            self._store.set(f"{step}/{self.rank}", pickle.dumps((what, value)))
+            answers = _answers(self._store, step, [r for r in range(self.size) if r != self.rank], self.timeout_s)
+            if not answers[1]:
+                self._forget(f"{step}/{self.rank}")
+            return answers
+
+        # Without a launcher's, rank 0 keeps the store.
+        found, missing = _within(self.timeout_s + 1, ask) or ({}, [0])
         if missing:
             raise ExchangeError(
                 f"rank {self.rank} waited {self.timeout_s:g} s for rank {', '.join(map(str, missing))} to agree on "
                 f"{what}; it died, hangs, or does not run the same script; see its log, or raise timeout_s"
             )
-        self._forget(key)
+        answers = [(what, value) if r == self.rank else pickle.loads(found[r]) for r in range(self.size)]
         others = {w for w, _ in answers} - {what}
         if others:
             raise ExchangeError(
@@ -124,8 +175,11 @@ class World:
         backend = c10d._world.pg_map[c10d._get_default_group()][0]
         # Not `new_group`: it may name a group as one destroyed before, whose addresses are still in the store.
         name = f"{self._name}/group {next(self._groups)}"
-        group, _ = c10d._new_process_group_helper(
-            self.size, self.rank, list(self.ranks), c10d.Backend(backend), self._store, name, timeout=limit
-        )
+        try:
+            group, _ = c10d._new_process_group_helper(
+                self.size, self.rank, list(self.ranks), c10d.Backend(backend), self._store, name, timeout=limit
+            )
+        except RuntimeError as error:
+            raise ExchangeError(f"rank {self.rank} lost another rank of {self.ranks}: {error}") from error
         c10d._world.pg_group_ranks[group] = {rank: i for i, rank in enumerate(self.ranks)}
         return group
