@@ -11,7 +11,6 @@ Frechet distance are given with their difference from it over the same pictures.
 
 import argparse
 import hashlib
-import json
 import os
 import subprocess
 import sys
@@ -20,7 +19,6 @@ from pathlib import Path
 import measure
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
 
 ROOT = Path(__file__).resolve().parent.parent
 SHAPES = ROOT / "examples" / "shapes"
@@ -29,8 +27,9 @@ sys.path.append(str(SHAPES))
 import grammar  # noqa: E402
 import judge  # noqa: E402
 import metrics  # noqa: E402
+import quality_tables as tables  # noqa: E402
 from render import render  # noqa: E402
-from sampling import GUIDANCE, draw, load, sheet, to_bytes  # noqa: E402
+from sampling import GUIDANCE, draw, load, to_bytes  # noqa: E402
 
 import asyncdiff_fast  # noqa: E402
 from asyncdiff_fast.config import parse_options  # noqa: E402
@@ -47,7 +46,6 @@ PRESETS = {
 }
 ASPECTS = ("all", "colour", "shape", "background")
 NUM_RENDERED = 4096
-GRID_COLUMNS = 8
 
 
 def parse_configuration(name):
@@ -129,21 +127,19 @@ class Ruler:
         drawn = to_bytes(torch.from_numpy(pictures))
         obeyed = judge.verdicts(self.judge, drawn, self.captions)
         features = self.judge.features(judge.to_pixels(drawn)).double().numpy()
-        return {name: obeyed[name].numpy().astype(float) for name in ASPECTS}, features
+        return {name: obeyed[name].numpy() for name in ASPECTS}, features
 
     def row(self, pictures):
         """All figures of one configuration; `pictures` is (n, 3, 64, 64) in 0..1."""
         psnr, ssim = metrics.psnr(pictures, self.exact), metrics.ssim(pictures, self.exact)
         obeyed, features = self._read(pictures)
-        row = {
+        return {
             "psnr_db": {**metrics.mean_with_interval(psnr, self.picked), **_spread(psnr)},
             "ssim": {**metrics.mean_with_interval(ssim, self.picked), **_spread(ssim)},
-            "obedience": {name: metrics.mean_with_interval(obeyed[name], self.picked) for name in ASPECTS},
+            "obedience": {name: metrics.share_with_interval(obeyed[name]) for name in ASPECTS},
+            "obeyed_by_exact_only": metrics.share_with_interval(self.exact_obeyed["all"] & ~obeyed["all"]),
             "frechet": self._frechet_row(features),
         }
-        change = obeyed["all"] - self.exact_obeyed["all"]
-        row["obedience"]["all_minus_exact"] = metrics.mean_with_interval(change, self.picked)
-        return row
 
     def _frechet_row(self, features):
         def distances(kept):
@@ -159,50 +155,6 @@ def _spread(values):
     return {"median": float(np.median(values)), "worst": float(values.min()), "each": values.round(4).tolist()}
 
 
-def to_json(result):
-    """JSON with one line per configuration, so that two runs can be compared by diff."""
-    rows = ",\n".join(f"  {json.dumps(name)}: {json.dumps(row)}" for name, row in result["rows"].items())
-    head = json.dumps({key: value for key, value in result.items() if key != "rows"}, ensure_ascii=False)
-    return f'{head[:-1]},\n "rows": {{\n{rows}\n }}}}\n'
-
-
-def markdown(result):
-    """The table, and one line on what was drawn."""
-    heads = ["configuration", "PSNR dB", "median", "worst", "SSIM", "worst", "obeyed", "− exact"]
-    heads += [*ASPECTS[1:], "Frechet", "− exact"]
-    lines = [result["title"], "", f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-    for name, row in result["rows"].items():
-        psnr, ssim, obeyed, frechet = row["psnr_db"], row["ssim"], row["obedience"], row["frechet"]
-        cells = [f"`{name}`", _cell(psnr, 1), f"{psnr['median']:.1f}", f"{psnr['worst']:.1f}"]
-        cells += [_cell(ssim, 4), f"{ssim['worst']:.3f}", _cell(obeyed["all"], 2), _cell(obeyed["all_minus_exact"], 2)]
-        cells += [f"{obeyed[aspect]['mean']:.2f}" for aspect in ASPECTS[1:]]
-        cells += [_cell(frechet, 1), _cell(frechet["minus_exact"], 1)]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def _cell(row, digits):
-    return f"{row['mean']:.{digits}f} ({row['low']:.{digits}f} to {row['high']:.{digits}f})"
-
-
-def grid(pictures_of, rows, num_seeds, path):
-    """A picture with a row per configuration; the left half shows the first prompts, the right half what suffered most.
-
-    Those are the pictures whose PSNR, averaged over all configurations, is lowest.
-    """
-    half = GRID_COLUMNS // 2
-    hardest = np.argsort(np.mean([row["psnr_db"]["each"] for row in rows.values()], axis=0))
-    columns = [*range(0, half * num_seeds, num_seeds), *hardest[:half]]
-    strips = [sheet(to_bytes(torch.from_numpy(p[columns])), len(columns), scale=1, gap=2) for p in pictures_of.values()]
-    left, height = 250, strips[0].height
-    canvas = Image.new("RGB", (left + strips[0].width, height * len(strips)), "white")
-    pen, font = ImageDraw.Draw(canvas), ImageFont.load_default(size=10)
-    for idx, (name, strip) in enumerate(zip(pictures_of, strips, strict=True)):
-        canvas.paste(strip, (left, idx * height))
-        pen.text((4, idx * height + height // 2 - 6), name, "black", font)
-    canvas.save(path, optimize=True)
-
-
 def main(args):
     launch_missing(args)
     captions, _ = captions_and_seeds(args)
@@ -216,10 +168,11 @@ def main(args):
         "rows": {name: ruler.row(pictures) for name, pictures in pictures_of.items()},
     }
     args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "quality.json").write_text(to_json(result))
-    (args.out / "quality.md").write_text(markdown(result))
-    grid(pictures_of, result["rows"], args.seeds, args.out / "quality.png")
-    print(markdown(result))
+    (args.out / "quality.json").write_text(tables.as_json(result))
+    (args.out / "quality.md").write_text(tables.as_markdown(result))
+    (args.out / "quality_short.md").write_text(tables.as_short_markdown(result))
+    tables.grid(pictures_of, result["rows"], args.seeds).save(args.out / "quality.png", optimize=True)
+    print(tables.as_markdown(result))
 
 
 def parse_arguments():

@@ -58,6 +58,20 @@ def end_to_end():
     return table(header, body)
 
 
+def quality():
+    """Closeness to the exact picture of the same seed: exact with fewer steps, and the stage configurations."""
+    found = json.loads((measure.RESULTS / "quality.json").read_text())
+    body = []
+    for name, row in found["rows"].items():
+        psnr, ssim, obeyed = row["psnr_db"], row["ssim"], row["obedience"]["all"]
+        if psnr["worst"] >= 100:
+            continue
+        interval = f"{psnr['mean']:.1f} ({psnr['low']:.1f} to {psnr['high']:.1f})"
+        body.append([f"`{name}`", interval, f"{psnr['worst']:.1f}", f"{ssim['mean']:.4f}", f"{obeyed['mean']:.0%}"])
+    header = ["options @ steps", "PSNR, dB: mean", "worst picture", "SSIM", "captions obeyed"]
+    return f"{found['title']}\n\n{table(header, body)}"
+
+
 def filled(text, name, content):
     """The text with what stands between the marks of `name` replaced."""
     begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
@@ -71,11 +85,6 @@ def readme():
     for name, make in (("plans", plans), ("end_to_end", end_to_end), ("quality", quality)):
         text = filled(text, name, make())
     return text
-
-
-def quality():
-    """Closeness to the exact picture, by configuration."""
-    return (measure.RESULTS / "quality_short.md").read_text().strip()
 
 
 if __name__ == "__main__":

@@ -233,7 +233,7 @@ def _changed_weights(model, kind):
 
 
 # Of the rank that is wrong, or what the others hear of it.
-REASONS = ("rank 0", "rank 1", "must", "unknown")
+REASONS = ("rank 0", "rank 1", "must", "unknown", "does not have", "patch needs", "is compiled")
 WEIGHTS = ("one element", "two swapped", "moved", "rows swapped", "buffer")
 
 

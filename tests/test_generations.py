@@ -184,7 +184,7 @@ def _sequence(rank, name):
     return _pipeline(rank, family, make, **options)
 
 
-SLOW = ("batches", "callback", "qwenimage_exception")
+SLOW = ("batches", "qwenimage_exception")
 
 
 @pytest.mark.parametrize("name", quick([(n,) for n in SEQUENCES], *((n,) for n in SEQUENCES if n not in SLOW)))

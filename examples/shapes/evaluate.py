@@ -7,30 +7,21 @@ The sheet's captions are the first 32 with one thing and the first 16 with two, 
 
 import argparse
 import json
-import math
 from pathlib import Path
 
 import grammar
 import judge
+import metrics
 import torch
 from sampling import GUIDANCE, STEPS, draw, load, sheet, to_bytes
 
 
-def wilson_interval(num_right, n):
-    """95 % confidence interval of a share, after Wilson (1927)."""
-    z, share = 1.96, num_right / n
-    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + (z / (2 * n)) ** 2)
-    return centre - half, centre + half
-
-
 def obedience(pipe, captions, steps, guidance):
-    """{"colour": {"share", "low", "high"}, ...} over one picture per caption; caption i has seed i."""
+    """{"colour": {"mean", "low", "high"}, ...} over one picture per caption; caption i has seed i."""
     pictures = to_bytes(draw(pipe, captions, seeds=range(len(captions)), steps=steps, guidance=guidance))
     result = {}
     for name, right in judge.verdicts(judge.load(), pictures, captions).items():
-        low, high = wilson_interval(right.sum().item(), len(captions))
-        result[name] = {"share": right.float().mean().item(), "low": low, "high": high}
+        result[name] = metrics.share_with_interval(right.numpy())
     return result
 
 
@@ -38,7 +29,7 @@ def print_table(rows):
     names = list(next(iter(rows.values())))
     print("| captions | " + " | ".join(names) + " |\n|---" * 1 + "|---" * len(names) + "|")
     for title, row in rows.items():
-        cells = [f"{row[name]['share']:.3f} ({row[name]['low']:.2f}-{row[name]['high']:.2f})" for name in names]
+        cells = [f"{row[name]['mean']:.3f} ({row[name]['low']:.2f}-{row[name]['high']:.2f})" for name in names]
         print(f"| {title} | " + " | ".join(cells) + " |", flush=True)
 
 

@@ -55,6 +55,17 @@ def mean_with_interval(values, picked):
     return {"mean": float(values.mean()), "low": float(low), "high": float(high)}
 
 
+def share_with_interval(right):
+    """{"mean", "low", "high"}: the share of True, and its interval after Wilson (1927), for pictures taken as independent.
+
+    Unlike a bootstrap's it has a width where all are right.
+    """
+    n, share, z = len(right), float(np.mean(right)), 1.96
+    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * np.sqrt(share * (1 - share) / n + (z / (2 * n)) ** 2)
+    return {"mean": share, "low": float(max(0, centre - half)), "high": float(min(1, centre + half))}
+
+
 def without_each_prompt(num_prompts, num_seeds):
     """(num_prompts, (num_prompts - 1) * num_seeds) picture indices: row p leaves prompt p out."""
     pictures = np.arange(num_prompts * num_seeds)

@@ -1,0 +1,83 @@
+"""What `quality.py` writes: JSON, two tables in Markdown, and a grid of pictures."""
+
+import json
+import re
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from sampling import sheet, to_bytes
+
+ASPECTS = ("colour", "shape", "background")
+GRID_COLUMNS = 8
+WARMUP = re.compile(r"\bwarmup_steps=(\d+)")
+
+
+def as_json(result):
+    """JSON with one line per configuration, so that two runs can be compared by diff."""
+    rows = ",\n".join(f"  {json.dumps(name)}: {json.dumps(row)}" for name, row in result["rows"].items())
+    head = json.dumps({key: value for key, value in result.items() if key != "rows"}, ensure_ascii=False)
+    return f'{head[:-1]},\n "rows": {{\n{rows}\n }}}}\n'
+
+
+def as_markdown(result):
+    """The table, and one line on what was drawn."""
+    heads = ["configuration", "PSNR dB", "median", "worst", "SSIM", "worst", "obeyed", "only by exact"]
+    heads += [*ASPECTS, "Frechet", "− exact"]
+    lines = [result["title"], "", f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for name, row in result["rows"].items():
+        psnr, ssim, obeyed, frechet = row["psnr_db"], row["ssim"], row["obedience"], row["frechet"]
+        cells = [f"`{name}`", _cell(psnr, 1), f"{psnr['median']:.1f}", f"{psnr['worst']:.1f}"]
+        cells += [
+            _cell(ssim, 4),
+            f"{ssim['worst']:.3f}",
+            _cell(obeyed["all"], 2),
+            _cell(row["obeyed_by_exact_only"], 2),
+        ]
+        cells += [f"{obeyed[aspect]['mean']:.2f}" for aspect in ASPECTS]
+        cells += [_cell(frechet, 1), _cell(frechet["minus_exact"], 1)]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def as_short_markdown(result):
+    """Mean PSNR and the worst picture's, by warm-up, and of exact sampling with fewer steps: two small tables."""
+    cells, exact = {}, {}
+    for name, row in result["rows"].items():
+        options, _, steps = name.rpartition("@")
+        cell = f"{row['psnr_db']['mean']:.1f} ({row['psnr_db']['worst']:.1f})"
+        found = WARMUP.search(options)
+        if options == "exact":
+            exact[int(steps)] = cell
+        elif found:
+            kind = f"`{options.replace(found.group(), '').strip(',')}`, {steps} steps"
+            cells.setdefault(kind, {})[int(found.group(1))] = cell
+    warmups = sorted({warmup for by_warmup in cells.values() for warmup in by_warmup})
+    lines = ["PSNR in dB, mean (worst picture): " + result["title"], ""]
+    if cells:
+        lines += ["| warm-up steps | " + " | ".join(map(str, warmups)) + " |", "|---" * (len(warmups) + 1) + "|"]
+        lines += [f"| {k} | " + " | ".join(c.get(w, "") for w in warmups) + " |" for k, c in cells.items()]
+    lines += ["", "| exact, steps | " + " | ".join(map(str, exact)) + " |", "|---" * (len(exact) + 1) + "|"]
+    return "\n".join([*lines, "| | " + " | ".join(exact.values()) + " |"]) + "\n"
+
+
+def _cell(row, digits):
+    return f"{row['mean']:.{digits}f} ({row['low']:.{digits}f} to {row['high']:.{digits}f})"
+
+
+def grid(pictures_of, rows, num_seeds):
+    """A picture with a row per configuration; the left half shows the first prompts, the right half what suffered most.
+
+    Those are the pictures whose PSNR, averaged over all configurations, is lowest.
+    """
+    half = GRID_COLUMNS // 2
+    hardest = np.argsort(np.mean([row["psnr_db"]["each"] for row in rows.values()], axis=0))
+    columns = [*range(0, half * num_seeds, num_seeds), *hardest[:half]]
+    strips = [sheet(to_bytes(torch.from_numpy(p[columns])), len(columns), scale=1, gap=2) for p in pictures_of.values()]
+    left, height = 250, strips[0].height
+    canvas = Image.new("RGB", (left + strips[0].width, height * len(strips)), "white")
+    pen, font = ImageDraw.Draw(canvas), ImageFont.load_default(size=10)
+    for idx, (name, strip) in enumerate(zip(pictures_of, strips, strict=True)):
+        canvas.paste(strip, (left, idx * height))
+        pen.text((4, idx * height + height // 2 - 6), name, "black", font)
+    return canvas
