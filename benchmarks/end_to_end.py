@@ -28,7 +28,7 @@ def parse(argv):
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--nproc", type=int, default=2)
     parser.add_argument("--model", choices=("sd15_width", *real_models.MODELS), default="sd15_width")
-    parser.add_argument("--options", default="", help="options of patch(), such as balance=time,stride=2")
+    parser.add_argument("--options", default="balance=time", help="options of patch(), such as balance=flops,stride=2")
     parser.add_argument("--warmup-steps", type=int, default=1)
     parser.add_argument("--calls", type=int, default=8, help="steady calls in each round")
     parser.add_argument("--rounds", type=int, default=2)

@@ -163,14 +163,14 @@ def main(args):
     ruler = Ruler(pictures_of[reference], captions, args.seeds)
     result = {
         "title": f"{args.prompts} held-out prompts × {args.seeds} seeds, guidance {args.guidance:g}, DDIM; "
-        f"reference `{reference}`; 100 dB stands for equal; 95 % intervals over prompts.",
+        f"reference `{reference}`.",
+        "note": "100 dB stands for equal; `only by exact`: obeyed by the reference alone; 95 % intervals over prompts.",
         **measure.facts(),
         "rows": {name: ruler.row(pictures) for name, pictures in pictures_of.items()},
     }
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "quality.json").write_text(tables.as_json(result))
     (args.out / "quality.md").write_text(tables.as_markdown(result))
-    (args.out / "quality_short.md").write_text(tables.as_short_markdown(result))
     tables.grid(pictures_of, result["rows"], args.seeds).save(args.out / "quality.png", optimize=True)
     print(tables.as_markdown(result))
 

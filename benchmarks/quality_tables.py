@@ -1,7 +1,6 @@
-"""What `quality.py` writes: JSON, two tables in Markdown, and a grid of pictures."""
+"""What `quality.py` writes: JSON, a table in Markdown, and a grid of pictures."""
 
 import json
-import re
 
 import numpy as np
 import torch
@@ -10,7 +9,6 @@ from sampling import sheet, to_bytes
 
 ASPECTS = ("colour", "shape", "background")
 GRID_COLUMNS = 8
-WARMUP = re.compile(r"\bwarmup_steps=(\d+)")
 
 
 def as_json(result):
@@ -24,7 +22,7 @@ def as_markdown(result):
     """The table, and one line on what was drawn."""
     heads = ["configuration", "PSNR dB", "median", "worst", "SSIM", "worst", "obeyed", "only by exact"]
     heads += [*ASPECTS, "Frechet", "− exact"]
-    lines = [result["title"], "", f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    lines = [result["title"] + " " + result["note"], "", f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for name, row in result["rows"].items():
         psnr, ssim, obeyed, frechet = row["psnr_db"], row["ssim"], row["obedience"], row["frechet"]
         cells = [f"`{name}`", _cell(psnr, 1), f"{psnr['median']:.1f}", f"{psnr['worst']:.1f}"]
@@ -38,27 +36,6 @@ def as_markdown(result):
         cells += [_cell(frechet, 1), _cell(frechet["minus_exact"], 1)]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
-
-
-def as_short_markdown(result):
-    """Mean PSNR and the worst picture's, by warm-up, and of exact sampling with fewer steps: two small tables."""
-    cells, exact = {}, {}
-    for name, row in result["rows"].items():
-        options, _, steps = name.rpartition("@")
-        cell = f"{row['psnr_db']['mean']:.1f} ({row['psnr_db']['worst']:.1f})"
-        found = WARMUP.search(options)
-        if options == "exact":
-            exact[int(steps)] = cell
-        elif found:
-            kind = f"`{options.replace(found.group(), '').strip(',')}`, {steps} steps"
-            cells.setdefault(kind, {})[int(found.group(1))] = cell
-    warmups = sorted({warmup for by_warmup in cells.values() for warmup in by_warmup})
-    lines = ["PSNR in dB, mean (worst picture): " + result["title"], ""]
-    if cells:
-        lines += ["| warm-up steps | " + " | ".join(map(str, warmups)) + " |", "|---" * (len(warmups) + 1) + "|"]
-        lines += [f"| {k} | " + " | ".join(c.get(w, "") for w in warmups) + " |" for k, c in cells.items()]
-    lines += ["", "| exact, steps | " + " | ".join(map(str, exact)) + " |", "|---" * (len(exact) + 1) + "|"]
-    return "\n".join([*lines, "| | " + " | ".join(exact.values()) + " |"]) + "\n"
 
 
 def _cell(row, digits):

@@ -1,7 +1,7 @@
 """How close pictures are to others: one by one (PSNR, SSIM), as a set (Frechet distance), and how sure that is.
 
 Intervals hold for other prompts and seeds, so the pictures of one prompt are drawn or left out together. Those of means
-are percentile bootstraps; the Frechet distance grows when pictures repeat, so it has a jackknife.
+are percentile bootstraps, those of the Frechet distance, which grows when pictures repeat, jackknives.
 """
 
 import numpy as np
@@ -56,7 +56,7 @@ def mean_with_interval(values, picked):
 
 
 def share_with_interval(right):
-    """{"mean", "low", "high"}: the share of True, and its interval after Wilson (1927), for pictures taken as independent.
+    """{"mean", "low", "high"}: the share of True and its interval after Wilson (1927), pictures taken as independent.
 
     Unlike a bootstrap's it has a width where all are right.
     """
