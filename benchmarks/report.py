@@ -61,8 +61,12 @@ def end_to_end():
 
 
 def quality():
+    """The short form of the quality table."""
+    return quality_tables(json.loads((measure.RESULTS / "quality.json").read_text()))
+
+
+def quality_tables(result):
     """Mean PSNR and the worst picture's, by warm-up, and of exact sampling with fewer steps: two small tables."""
-    result = json.loads((measure.RESULTS / "quality.json").read_text())
     cells, exact = {}, {}
     for name, row in result["rows"].items():
         options, _, steps = name.rpartition("@")

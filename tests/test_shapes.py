@@ -151,17 +151,6 @@ def test_quality_reads_configurations(shapes, monkeypatch):
         quality.parse_configuration("num_stages=2")
 
 
-def test_short_quality_table_has_a_column_for_each_warmup(shapes, monkeypatch):
-    monkeypatch.syspath_prepend(SHAPES.parent.parent / "benchmarks")
-    tables = importlib.import_module("quality_tables")
-    names = ("exact@50", "exact@25", "num_stages=2,warmup_steps=1@50", "num_stages=2,warmup_steps=3@50")
-    rows = {name: {"psnr_db": {"mean": 30.0 + idx, "worst": 20.0}} for idx, name in enumerate(names)}
-    text = tables.as_short_markdown({"title": "Drawn.", "rows": rows})
-    assert "| warm-up steps | 1 | 3 |" in text
-    assert "| `num_stages=2`, 50 steps | 32.0 (20.0) | 33.0 (20.0) |" in text
-    assert "| exact, steps | 50 | 25 |" in text
-
-
 def test_batches_depend_on_seed_and_number_alone(shapes, pipe, monkeypatch):
     """A run that starts in the middle sees what a run from the beginning saw."""
     monkeypatch.setattr(shapes["batches"], "POOL_PICTURES", 16)
