@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from diffusers import DiffusionPipeline
 
-from .config import Config, parse_options
+from .config import Config, environment_options
 from .launch import complete
 from .patching import denoisers, device, is_patched, patch, unpatch
 
@@ -59,7 +59,7 @@ def options():
 
     Raises: ValueError or TypeError if ASYNCDIFF_FAST names an unknown option or a wrong value.
     """
-    given = parse_options(os.environ.get("ASYNCDIFF_FAST", ""))
+    given = environment_options()
     if not given and _num_processes() == 1:
         return None
     chosen = complete(given, _num_processes())

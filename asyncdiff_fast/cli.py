@@ -12,7 +12,7 @@ import sys
 import typing
 from pathlib import Path
 
-from .config import Config, parse_options
+from .config import Config, environment_options
 from .launch import UsageError, as_text, complete, is_rank, launch
 
 
@@ -176,7 +176,7 @@ def _run(args):
 
 def _from_environment():
     try:
-        return parse_options(os.environ.get("ASYNCDIFF_FAST", ""))
+        return environment_options()
     except ValueError as error:
         raise UsageError(f"ASYNCDIFF_FAST: {error}") from error
 

@@ -83,10 +83,10 @@ class Config:
             raise TypeError(f"unknown option {', '.join(unknown)}; known options: {', '.join(known)}")
         return cls(**options)
 
-    @classmethod
-    def from_environment(cls):
-        """Config from the variable ASYNCDIFF_FAST, a list such as `num_stages=2,warmup_steps=3`."""
-        return cls.from_options(parse_options(os.environ.get("ASYNCDIFF_FAST", "")))
+
+def environment_options():
+    """The options in the variable ASYNCDIFF_FAST, a list such as `num_stages=2,warmup_steps=3`."""
+    return parse_options(os.environ.get("ASYNCDIFF_FAST", ""))
 
 
 def parse_options(text):

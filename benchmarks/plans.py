@@ -44,7 +44,7 @@ def published_stages(model, num_stages):
 
 def measured(plan, name, split):
     """One row: a plan's figures. MB are 10^6 bytes; a tensor counts once for each rank it travels to."""
-    cut = sum(n for (_, _, what), n in plan.sent_bytes().items() if what != "prediction")
+    cut = plan.cut_bytes
     crossing = {(v, target) for t in plan.transfers if t.unit >= 0 for target, values in t.targets for v in values}
     owner = plan.division.owner
     return {

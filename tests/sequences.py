@@ -1,8 +1,11 @@
 """Generations one after another on patched ranks, beside the same ones in the plain simulation and unpatched."""
 
+import diffusers
+import numpy as np
 import oracle
 import pytest
 import torch
+from PIL import Image
 
 import asyncdiff_fast
 
@@ -95,3 +98,23 @@ def assert_right(results, tolerance=1e-5, stale=True):
         if stale:
             assert float((simulated - plain).abs().max()) > 10 * tolerance, "the case cannot tell stale from exact"
     assert (results[0][1]["compute_calls"] > 0) == stale
+
+
+def image_to_image(pipe):
+    """A sibling of a pipeline that begins in the middle: a function of its strength, giving a function that draws."""
+    # This class asks for it.
+    pipe.unet.register_to_config(sample_size=16)
+    other = diffusers.StableDiffusionImg2ImgPipeline.from_pipe(pipe)
+    other.set_progress_bar_config(disable=True)
+    image = Image.fromarray(np.random.RandomState(0).randint(0, 255, (32, 32, 3), dtype=np.uint8))
+
+    def strength(value):
+        @torch.no_grad()
+        def run():
+            generator = torch.Generator().manual_seed(3)
+            arguments = dict(image=image, strength=value, num_inference_steps=8, output_type="np", generator=generator)
+            return other(prompt="a cat", **arguments).images
+
+        return run
+
+    return strength

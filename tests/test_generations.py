@@ -6,8 +6,7 @@ import pytest
 import ranks
 import tiny_pipelines
 import torch
-from PIL import Image
-from sequences import Bare, assert_right, compare, noise, quick
+from sequences import Bare, assert_right, compare, image_to_image, noise, quick
 
 import asyncdiff_fast
 
@@ -118,21 +117,7 @@ def _interrupt(pipe, generate):
 
 
 def _image_to_image(pipe, generate):
-    # This class asks for it.
-    pipe.unet.register_to_config(sample_size=16)
-    other = diffusers.StableDiffusionImg2ImgPipeline.from_pipe(pipe)
-    other.set_progress_bar_config(disable=True)
-    image = Image.fromarray(np.random.RandomState(0).randint(0, 255, (32, 32, 3), dtype=np.uint8))
-
-    def strength(value):
-        @torch.no_grad()
-        def run():
-            generator = torch.Generator().manual_seed(3)
-            arguments = dict(image=image, strength=value, num_inference_steps=8, output_type="np", generator=generator)
-            return other(prompt="a cat", **arguments).images
-
-        return run
-
+    strength = image_to_image(pipe)
     return [strength(0.6), generate(), strength(0.5), strength(0.9), generate()]
 
 

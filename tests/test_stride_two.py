@@ -1,13 +1,11 @@
 """Stride 2 on two stages and an extra rank, against the intended rule, for every kind of timestep and phase."""
 
 import diffusers
-import numpy as np
 import pytest
 import ranks
 import tiny_pipelines
 import torch
-from PIL import Image
-from sequences import Bare, assert_right, compare, noise, quick
+from sequences import Bare, assert_right, compare, image_to_image, noise, quick
 from stride_two import StrideTwo, recorded_timesteps
 
 import asyncdiff_fast
@@ -67,21 +65,7 @@ def _image_to_image(rank, scheduler):
     pipe = tiny_pipelines.build("sd15")
     if SCHEDULERS[scheduler] is not None:
         pipe.scheduler = SCHEDULERS[scheduler].from_config(pipe.scheduler.config)
-    # This class asks for it.
-    pipe.unet.register_to_config(sample_size=16)
-    other = diffusers.StableDiffusionImg2ImgPipeline.from_pipe(pipe)
-    other.set_progress_bar_config(disable=True)
-    image = Image.fromarray(np.random.RandomState(0).randint(0, 255, (32, 32, 3), dtype=np.uint8))
-
-    def strength(value):
-        @torch.no_grad()
-        def run():
-            generator = torch.Generator().manual_seed(3)
-            arguments = dict(image=image, strength=value, num_inference_steps=8, output_type="np", generator=generator)
-            return other(prompt="a cat", **arguments).images
-
-        return run
-
+    strength = image_to_image(pipe)
     generations = [strength(0.6), lambda: tiny_pipelines.generate(pipe, "sd15", steps=5), strength(0.8)]
     return _compare(rank, pipe, pipe.unet, generations, dict(warmup_steps=1))
 

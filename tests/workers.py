@@ -29,9 +29,9 @@ def _rank_main(pipe, target, rank, world_size, port, args):
         pipe.send_bytes(pickle.dumps((f"rank {rank}: {type(error).__name__}: {error}\n{traceback.format_exc()}", None)))
 
 
-def start(world_size, target, *args):
-    """Start ranks that run `target(rank, *args)`. Returns [(process, pipe)]."""
-    context, port = multiprocessing.get_context("spawn"), _free_port()
+def start(world_size, target, *args, context=None):
+    """Start ranks that run `target(rank, *args)`, spawned or from another context. Returns [(process, pipe)]."""
+    context, port = context or multiprocessing.get_context("spawn"), _free_port()
     ranks = []
     for rank in range(world_size):
         here, there = context.Pipe()
