@@ -4,8 +4,18 @@ import dataclasses
 import os
 from dataclasses import dataclass
 
+from .layout import Mesh
+
 ENVIRONMENT = {
     "ASYNCDIFF_FAST": "options of patch() for `import asyncdiff_fast.auto`, such as num_stages=2,warmup_steps=3"
+}
+
+_CHOICES = {
+    "exchange": ("displaced", "sync", "none"),
+    "group_norm": ("corrected", "stale", "sync", "local"),
+    "patch_axis": ("rows", "columns", "alternating"),
+    "stride_phase": ("warmup", "odd"),
+    "balance": ("flops", "time"),
 }
 
 
@@ -21,16 +31,31 @@ class Config:
         stages: module names of each stage, instead of the search; modules not named run on every rank.
         stride_phase: with stride 2, "warmup" computes at the first step after warm-up and every other one from there;
             "odd" computes at odd steps, as the published implementation does.
+        num_patches: how many ranks share the rows of the picture (DistriFusion's patches).
+        cfg_parallel: the two halves of classifier-free guidance run on different ranks.
+        exchange: after warm-up, patches read of each other what the step before made ("displaced"), what this step
+            makes ("sync"), or what the last exact step made ("none"; with warmup_steps=0 nothing: naive patches).
+        group_norm: whose statistics a patch normalises with at displaced steps: the others' of the step before,
+            corrected by the change of its own ("corrected") or not ("stale"), everybody's of this step ("sync"), or its
+            own ("local").
+        bessel: GroupNorm divides the variance by n - 1, as the published implementation does.
+        patch_axis: naive patches are cut into "rows", "columns", or both by turns ("alternating").
         balance: "flops" divides by counted work, the same on every machine; "time" measures each unit once.
         timeout_s: seconds to wait for another rank before failing.
     Raises: ValueError that names the option, the value and the allowed values.
-    Source: AsyncDiff (Chen et al., 2024), sections 3.2 to 3.4.
+    Source: AsyncDiff (Chen et al., 2024), sections 3.2 to 3.4; DistriFusion (Li et al., 2024), section 4.
     """
 
     num_stages: int = 1
     stride: int = 1
     warmup_steps: int = 4
     time_shift: bool = False
+    num_patches: int = 1
+    cfg_parallel: bool = False
+    exchange: str = "displaced"
+    group_norm: str = "corrected"
+    bessel: bool = False
+    patch_axis: str = "rows"
     stages: tuple[tuple[str, ...], ...] | None = None
     stride_phase: str = "warmup"
     balance: str = "flops"
@@ -42,11 +67,15 @@ class Config:
             if self.num_stages == 1:
                 object.__setattr__(self, "num_stages", len(self.stages))
         self._check_integer("num_stages", 1)
-        self._check_integer("warmup_steps", 1)
+        self._check_integer("num_patches", 1)
+        self._check_integer("warmup_steps", 0)
+        for name, allowed in _CHOICES.items():
+            quoted = [f'"{a}"' for a in allowed]
+            self._check(getattr(self, name) in allowed, name, f"{', '.join(quoted[:-1])} or {quoted[-1]}")
+        for name in ("cfg_parallel", "bessel", "time_shift"):
+            self._check(isinstance(getattr(self, name), bool), name, "True or False")
+        self._check_patches()
         self._check(type(self.stride) is int and self.stride in (1, 2), "stride", "1 or 2")
-        self._check(self.stride_phase in ("warmup", "odd"), "stride_phase", '"warmup" or "odd"')
-        self._check(self.balance in ("flops", "time"), "balance", '"flops" or "time"')
-        self._check(isinstance(self.time_shift, bool), "time_shift", "True or False")
         number = isinstance(self.timeout_s, int | float) and not isinstance(self.timeout_s, bool)
         self._check(number and 0 < self.timeout_s < 1e9, "timeout_s", "a positive number of seconds")
         if self.stages is not None and len(self.stages) != self.num_stages:
@@ -60,6 +89,25 @@ class Config:
                 "(3 processes) or stride=1"
             )
 
+    def _check_patches(self):
+        if self.warmup_steps == 0 and not self.naive:
+            raise ValueError(
+                "warmup_steps must be an integer of at least 1: got warmup_steps=0; only naive patches (num_patches of "
+                'at least 2, exchange="none") work without an exact step'
+            )
+        if self.patch_axis != "rows" and not self.naive:
+            raise ValueError(
+                f'patch_axis must be "rows" unless patches are naive: got patch_axis={self.patch_axis!r}; pass '
+                'exchange="none", warmup_steps=0'
+            )
+        if self.exchange == "sync":
+            object.__setattr__(self, "group_norm", "sync")
+
+    @property
+    def naive(self):
+        """True if patches know nothing of each other."""
+        return self.num_patches > 1 and self.exchange == "none" and self.warmup_steps == 0
+
     def _check(self, ok, name, allowed):
         if not ok:
             raise ValueError(f"{name} must be {allowed}: got {name}={getattr(self, name)!r}")
@@ -70,9 +118,19 @@ class Config:
         self._check(ok, name, f"an integer of at least {least}")
 
     @property
-    def world_size(self):
-        """Ranks needed: one for each stage, and one more with stride 2."""
+    def stage_ranks(self):
+        """Ranks that share the stages: one for each, and one more with stride 2."""
         return self.num_stages + self.stride - 1
+
+    @property
+    def mesh(self):
+        """The ranks as a `Mesh` of CFG halves, patches and stages."""
+        return Mesh(2 if self.cfg_parallel else 1, self.num_patches, self.stage_ranks)
+
+    @property
+    def world_size(self):
+        """Ranks needed."""
+        return self.mesh.size
 
     @classmethod
     def from_options(cls, options):

@@ -62,7 +62,7 @@ def transfers(graph, division, config, num_predictions=1):
     Args:
         num_predictions: tensors in the denoiser's result.
     """
-    wanted = {rank: needs(graph, division, config, rank) for rank in range(config.world_size)}
+    wanted = {rank: needs(graph, division, config, rank) for rank in range(config.stage_ranks)}
     done, listed = [0.0] * division.num_stages, []
     for i, unit in enumerate(graph.units):
         owner = division.owner[i]
@@ -76,11 +76,11 @@ def transfers(graph, division, config, num_predictions=1):
             name = unit.name if unit.call == 0 else f"{unit.name}#{unit.call}"
             listed.append((done[owner], i, Transfer(name, i, owner, tuple(targets))))
     ordered = [transfer for _, _, transfer in sorted(listed, key=lambda item: item[:2])]
-    sources = [(PREDICTION, config.world_size - 1)]
+    sources = [(PREDICTION, config.stage_ranks - 1)]
     if config.stride == 2:
         sources.append((NEXT_PREDICTION, config.num_stages - 1))
     for name, source in sources:
-        targets = [(r, tuple(range(num_predictions))) for r in range(config.world_size) if r != source]
+        targets = [(r, tuple(range(num_predictions))) for r in range(config.stage_ranks) if r != source]
         ordered.append(Transfer(name, -1, source, tuple(targets)))
     return tuple(ordered)
 

@@ -53,7 +53,9 @@ class Slot:
     def describe(self, rank, ranks):
         """[(peer, direction, name, bytes)] as the other side must list it too."""
         lines = [(s.peer, (rank, s.peer), self.name, s.buffers[0].nbytes) for s in self.sends]
-        return lines + [(r.peer, (r.peer, rank), self.name, r.buffers[0].nbytes) for r in self.recvs]
+        lines += [(r.peer, (r.peer, rank), self.name, r.buffers[0].nbytes) for r in self.recvs]
+        # Both sides list each direction in the order of its messages.
+        return sorted(lines, key=lambda line: line[1])
 
 
 class TorchExchange:

@@ -120,11 +120,11 @@ class Pass:
         if self.config.stride == 2 and self.rank == self.config.num_stages - 1:
             self._send(self._numbers[NEXT_PREDICTION], tensors)
             self._next = tensors
-        if self.rank == self.config.world_size - 1:
+        if self.rank == self.config.stage_ranks - 1:
             self._send(self._numbers[PREDICTION], tensors)
         self._post_receives()
         self.epoch += 1
-        return result if self.rank == self.config.world_size - 1 else self._received(PREDICTION)
+        return result if self.rank == self.config.stage_ranks - 1 else self._received(PREDICTION)
 
     def repeat(self):
         """The prediction that was computed for this step at the step before."""

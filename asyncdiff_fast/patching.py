@@ -145,10 +145,10 @@ def _agree(world, config, found, problem):
 def _check(world, config, found):
     if config.world_size != world.size:
         raise ValueError(
-            f"world_size must be num_stages + stride - 1: got {config.num_stages} + {config.stride} - 1 = "
-            f"{config.world_size}, world_size {world.size}; start {config.world_size} processes "
-            f"(torchrun --nproc-per-node {config.world_size}) or pass "
-            f"num_stages={max(world.size - config.stride + 1, 1)}"
+            f"world_size must be cfg halves * num_patches * (num_stages + stride - 1): got {config.mesh.halves} * "
+            f"{config.num_patches} * ({config.num_stages} + {config.stride} - 1) = {config.world_size}, world_size "
+            f"{world.size}; start {config.world_size} processes (torchrun --nproc-per-node {config.world_size}) or "
+            f"pass {_fitting(world.size, config)}"
         )
     for denoiser in found:
         kind = type(denoiser).__name__
@@ -172,6 +172,14 @@ def _check(world, config, found):
                 f"num_stages must not exceed the number of units: got num_stages={config.num_stages}, {kind} has "
                 f"{leaves} modules; use fewer stages"
             )
+
+
+def _fitting(size, config):
+    """Options that a number of ranks fits."""
+    others = size // config.mesh.halves
+    if config.num_patches > 1:
+        return f"num_patches={max(others // config.stage_ranks, 1)}"
+    return f"num_stages={max(others - config.stride + 1, 1)}"
 
 
 def _share_seeds(world):

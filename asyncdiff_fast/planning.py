@@ -53,13 +53,13 @@ class Plan:
     def __str__(self):
         total = sum(self.division.costs) or 1.0
         head = (
-            f"{self.config.num_stages} stages, stride {self.config.stride}, {self.config.world_size} ranks: largest "
+            f"{self.config.num_stages} stages, stride {self.config.stride}, {self.config.stage_ranks} ranks: largest "
             f"stage {self.division.balance:.3f} of the mean, {self.cut_bytes / 1e6:.2f} MB cut and "
             f"{(self.bytes_per_call - self.cut_bytes) / 1e6:.2f} MB predictions per call, stale hops "
             f"{self.division.hops[0]} to {self.division.hops[1]}, glue on every rank {self.graph.glue_cost / total:.1%}"
         )
         rows = [("rank", "stage", "share", "weights MB", "units")]
-        for rank in range(self.config.world_size):
+        for rank in range(self.config.stage_ranks):
             stage = stage_of(self.config, rank)
             share = f"{self.division.costs[stage] / total:.1%}"
             rows.append((str(rank), str(stage), share, f"{self.weight_bytes[stage] / 1e6:.1f}", self._ranges(stage)))

@@ -7,6 +7,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from . import fingerprint, schedule
+from .bands import Bands
 from .buffers import Placeholders
 from .clock import Clock, last_scheduler, unwatch_schedulers, watch_schedulers
 from .exchange import TorchExchange
@@ -16,6 +17,7 @@ from .planning import make_plan
 from .schedule import Mode
 from .signature import CallSignature
 from .timesteps import Timesteps
+from .world import World
 
 log = logging.getLogger(__name__)
 # Plans kept for inputs seen before, per denoiser.
@@ -30,24 +32,49 @@ class Runtime:
 
     def __init__(self, denoiser, config, world, scheduler=None):
         self.denoiser, self.config, self.world = denoiser, config, world
-        self.plan = self.on_refused = None
+        self._plan = self.on_refused = None
         self._scheduler = scheduler
         self._signature = CallSignature(denoiser)
         self._clock = Clock()
-        self._exchange = TorchExchange(world) if world.size > 1 else None
+        self._worlds = {axis: World(self._along(axis), world.timeout_s) for axis in ("patch", "stage")}
+        self._stage = self._worlds["stage"].rank
+        self._exchange = self._bands = None
+        self._start_exchange()
         self._passes, self._units, self._placeholders = {}, {}, {}
         self._structure = None
         self._active = self._forward_error = None
+        # The denoiser may call itself.
+        self._inside = False
         self._interrupted, self._phases = False, 0
         self._calls = dict.fromkeys(Mode, 0)
         watch_schedulers()
         self._undo_end = on_pipeline_end(denoiser, self._clock.end)
         self._root = Attachment(denoiser, self._call)
 
+    @property
+    def plan(self):
+        """The latest plan, None before the first call: a `Plan` of stages, a `PatchPlan`, or a pair of both."""
+        found = [x for x in (self._bands and self._bands.plan, self._plan) if x is not None]
+        return tuple(found) if len(found) == 2 else next(iter(found), None)
+
+    def _along(self, axis):
+        """torch.distributed ranks that differ from this one in one axis of the mesh."""
+        return [self.world.ranks[r] for r in self.config.mesh.along(axis, self.world.rank)]
+
+    def _start_exchange(self):
+        patches, stages = self._worlds["patch"], self._worlds["stage"]
+        if stages.size > 1:
+            self._exchange = TorchExchange(stages)
+        if patches.size > 1:
+            self._bands = Bands(self.denoiser, self.config, patches, TorchExchange(patches), self._signature)
+
+    def _exchanges(self):
+        return [x for x in (self._exchange, self._bands and self._bands.exchange) if x is not None]
+
     # One call of the denoiser.
 
     def _call(self, forward, args, kwargs):
-        if self._exchange is None or self._active is not None:
+        if self.world.size == 1 or self._inside:
             return forward(*args, **kwargs)
         if self._needs_gradients(args, kwargs):
             self._clock.end()
@@ -56,14 +83,33 @@ class Runtime:
         signature = self._inputs_key(args, kwargs)
         tick = self._clock.tick(timestep, signature)
         try:
+            self._inside = True
             if tick.begins:
                 self._begin_generation(args, kwargs)
-            current = self._pass_for(tick, signature, forward, args, kwargs)
-            return self._carry_out(current, tick, timestep, forward, args, kwargs)
+            if self._bands is None:
+                return self._on_stages(tick, forward, args, kwargs)
+            counted = self._bands.counted(self._noting(forward))
+
+            def on_stages(args, kwargs):
+                return self._on_stages(tick, counted, args, kwargs)
+
+            with self._refusing():
+                return self._bands.call(tick, signature, self._noting(forward), on_stages, args, kwargs)
         except BaseException:
             self._interrupted = True
             self._clock.end()
             raise
+        finally:
+            self._inside = False
+
+    def _on_stages(self, tick, forward, args, kwargs):
+        """This call, shared by the stages: of the whole picture, or of this rank's patch."""
+        if self._exchange is None:
+            self._calls[schedule.mode(self.config, tick.step)] += 1
+            return forward(*args, **kwargs)
+        signature = self._inputs_key(args, kwargs)
+        current = self._pass_for(tick, signature, forward, args, kwargs)
+        return self._carry_out(current, tick, self._signature.timestep(args, kwargs), forward, args, kwargs)
 
     def _carry_out(self, current, tick, timestep, forward, args, kwargs):
         mode = schedule.mode(self.config, tick.step, current.last_step == tick.step - 1)
@@ -91,7 +137,7 @@ class Runtime:
     def _follow_timesteps(self, current, mode, tick, timestep):
         """Keep the place in the scheduler's list up to date; returns the offset this rank computes with."""
         if self.config.stride == 1:
-            return schedule.timestep_offset(self.config, self.world.rank, False)
+            return schedule.timestep_offset(self.config, self._stage, False)
         if mode is Mode.EXACT:
             with self._refusing():
                 if tick.step == 0 or current.timesteps is None:
@@ -99,7 +145,7 @@ class Runtime:
                 current.timesteps.see(timestep)
         else:
             current.timesteps.skip()
-        return schedule.timestep_offset(self.config, self.world.rank, current.timesteps.is_last)
+        return schedule.timestep_offset(self.config, self._stage, current.timesteps.is_last)
 
     def _retimed(self, current, offset, timestep, args, kwargs):
         if offset == 0:
@@ -148,9 +194,12 @@ class Runtime:
 
     def _restart_exchange(self):
         """After an exception inside a call, messages are left half-way: begin again with a new group."""
-        self._exchange.abort("interrupted")
-        self._exchange.close()
-        self._exchange = TorchExchange(self.world)
+        for exchange in self._exchanges():
+            exchange.abort("interrupted")
+            exchange.close()
+        if self._bands is not None:
+            self._bands.forget(released=True)
+        self._start_exchange()
         self._passes.clear()
         self._interrupted = False
 
@@ -162,7 +211,9 @@ class Runtime:
         for attachment in self._units.values():
             attachment.remove()
         self._units.clear()
-        self.plan = None
+        if self._bands is not None:
+            self._bands.forget()
+        self._plan = None
 
     # Plans.
 
@@ -170,8 +221,8 @@ class Runtime:
         key = (tick.call, signature)
         if key not in self._passes:
             known = None
-            if self.plan is not None:
-                known = {u.key: s for u, s in zip(self.plan.graph.units, self.plan.division.owner, strict=True)}
+            if self._plan is not None:
+                known = {u.key: s for u, s in zip(self._plan.graph.units, self._plan.division.owner, strict=True)}
             with self._refusing():
                 plan = make_plan(
                     self.denoiser,
@@ -179,18 +230,18 @@ class Runtime:
                     args,
                     kwargs,
                     self.config,
-                    self.world,
+                    self._worlds["stage"],
                     known if tick.call else None,
                 )
             self._attach(plan)
             device = next(x.device for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor))
             placeholders = self._placeholders.setdefault(device, Placeholders(device))
-            current = Pass(plan, self.config, self.world.rank, device, placeholders)
+            current = Pass(plan, self.config, self._stage, device, placeholders)
             current.bind(self._exchange, f"call {tick.call}, plan {self._phases}")
             self._phases += 1
             self._passes[key] = current
             if tick.call == 0:
-                self.plan = plan
+                self._plan = plan
             self._evict(tick)
         return self._passes[key]
 
@@ -246,13 +297,16 @@ class Runtime:
     def stats(self):
         """Dict: calls by mode, bytes sent and time waited by this rank, since `clear_stats`."""
         calls = {f"{mode.name.lower()}_calls": n for mode, n in self._calls.items()}
-        return calls | (self._exchange.stats() if self._exchange is not None else {})
+        found = [x.stats() for x in self._exchanges()]
+        waits = {name: wait for s in found for name, wait in s["wait_s_by_slot"].items()}
+        sums = {name: sum(s[name] for s in found) for name in ("sent_bytes", "posts", "wait_s") if found}
+        return calls | sums | ({"wait_s_by_slot": waits} if found else {})
 
     def clear_stats(self):
         """Begin to count anew."""
         self._calls = dict.fromkeys(Mode, 0)
-        if self._exchange is not None:
-            self._exchange.clear_stats()
+        for exchange in self._exchanges():
+            exchange.clear_stats()
 
     def close(self):
         """Take every hook off and free every buffer; the denoiser is as it was."""
@@ -262,10 +316,12 @@ class Runtime:
             attachment.remove()
         self._units.clear()
         unwatch_schedulers()
-        if self._exchange is not None:
+        for exchange in self._exchanges():
             if self._interrupted:
-                self._exchange.abort("interrupted")
-            self._exchange.close()
+                exchange.abort("interrupted")
+            exchange.close()
+        if self._bands is not None:
+            self._bands.forget(released=True)
         self._passes.clear()
 
 

@@ -11,6 +11,31 @@ class Mode(enum.Enum):
     REPEAT = "nothing is computed; the prediction was made at the step before"
 
 
+class PatchMode(enum.Enum):
+    """From which call the other patches' rows, statistics, keys and values are."""
+
+    LOCAL = "none: every patch works for itself"
+    SYNC = "this call"
+    DISPLACED = "the call before"
+    FROZEN = "the last synchronous call"
+
+
+def patch_mode(config, step):
+    """`PatchMode` of a call at `step`."""
+    if config.naive:
+        return PatchMode.LOCAL
+    if step < config.warmup_steps or config.exchange == "sync":
+        return PatchMode.SYNC
+    return PatchMode.DISPLACED if config.exchange == "displaced" else PatchMode.FROZEN
+
+
+def patch_axis(config, step):
+    """Along which dimension of a picture patches are cut at `step`: -2 into bands of rows, -1 of columns."""
+    if config.patch_axis == "alternating":
+        return -1 if step % 2 else -2
+    return -1 if config.patch_axis == "columns" else -2
+
+
 def mode(config, step, has_state=True):
     """Mode of a call at `step` (counted from 0 in each generation).
 

@@ -1,0 +1,222 @@
+"""One patch of one call: the state of every site, the slots between patches, and what the forward meets on its way."""
+
+import torch
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+
+from .exchange import Recv, Send
+from .patch_sites import make_state, messages
+from .schedule import PatchMode
+from .sites import JOINS, KINDS, NORM, seen
+
+
+class Band:
+    """A patch's part of one pass, for one plan.
+
+    While it is `probing` there is no plan yet: every patch works for itself, and `found` collects what it meets.
+    """
+
+    def __init__(self, config, cutter, patch, device):
+        self.config, self.cutter, self.patch, self.device = config, cutter, patch, device
+        self.mode, self.group_norm, self.bessel = PatchMode.LOCAL, config.group_norm, config.bessel
+        self.plan = None
+        self.probing, self.bound, self.found = True, False, {}
+        # Whether the first convolution reads the latent where it lies.
+        self.sees_latent = False
+        self._states, self._order, self._constants, self._joins = {}, [], {}, {}
+        self._slots, self._groups, self._first_of, self._last_of = {}, [], {}, {}
+        self._result = self._latent = None
+        self.restart()
+
+    # What is met in a forward.
+
+    def restart(self):
+        """A forward begins: the calls of its modules are counted from here."""
+        self._calls, self._stack = {}, []
+
+    def enter(self, name):
+        """A module with sites is called; `leave` ends it. True if it lies in no other such module."""
+        call = self._calls[name] = self._calls.get(name, -1) + 1
+        # Its sites and its joins are counted apart.
+        self._stack.append([(name, call), -1, -1])
+        return len(self._stack) == 1
+
+    def leave(self):
+        """Ends the module call entered last."""
+        self._stack.pop()
+
+    def constant(self):
+        """The result of the module call entered last, if it follows from positions alone, else None."""
+        return self._constants.get(self._stack[-1][0])
+
+    @property
+    def modules(self):
+        """Names of the modules whose calls are met, besides those with sites."""
+        return {name for name, _ in self._constants} | {key[0] for key, _ in self._joins}
+
+    def meet(self, func, args, kwargs):
+        """The result of a watched function call on this patch."""
+        top = self._stack[-1]
+        key = top[0]
+        if func in JOINS:
+            top[2] += 1
+            for i, x in self._joins.get((key, top[2]), ()):
+                args = (*args[:i], x, *args[i + 1 :])
+            return func(*args, **kwargs)
+        top[1] += 1
+        entry = self._states.get((key, top[1]))
+        if self.probing:
+            result = func(*args, **kwargs) if entry is None else entry[1].run(func, args, kwargs, self)
+            self._note(key, func, args, kwargs, result)
+            return result
+        if entry is None and self.plan is None:
+            return func(*args, **kwargs)
+        if entry is None:
+            raise RuntimeError(
+                f"the denoiser took another way than at its first call: {key[0]} was called once more; patches need "
+                "the same modules at every step"
+            )
+        index, state = entry
+        if self.mode is PatchMode.DISPLACED and index in self._first_of:
+            self._exchange.wait(self._groups[self._first_of[index]])
+        result = state.run(func, args, kwargs, self)
+        if self.mode is PatchMode.DISPLACED and index in self._last_of:
+            self._exchange.post(self._groups[self._last_of[index]])
+        return result
+
+    def _note(self, key, func, args, kwargs, result):
+        first = not self.found
+        self.found.setdefault(key, []).append(seen(KINDS[func], args, kwargs, result, sampled=False))
+        if first:
+            self.sees_latent = self._lies_in_latent(args[0] if args else kwargs["input"])
+
+    def exchange(self, state):
+        """Synchronously: the others' parts of this call take their places."""
+        slot = self._slots.get(id(state))
+        if slot is not None:
+            self._exchange.post(slot)
+            self._exchange.wait(slot)
+
+    def rows_of_latent(self, x, above, count):
+        """`count` rows of the latent seen as `x` sees its own, from `above` rows relative to the first of them."""
+        stride = x.stride(-2)
+        shape = (*x.shape[:-2], count, x.shape[-1])
+        return torch.as_strided(x, shape, x.stride(), x.storage_offset() + above * stride)
+
+    def _lies_in_latent(self, x):
+        """True if a tensor is a view of the whole latent, rows for rows."""
+        latent, dim = self._latent, self.cutter.dim
+        same = x.untyped_storage().data_ptr() == latent.untyped_storage().data_ptr()
+        return same and x.dim() >= 4 and (x.stride(-2), x.stride(-1)) == (latent.stride(dim), latent.stride(-1))
+
+    # The plan.
+
+    def prepare(self, sites, constants, joins):
+        """What is known before the first look: the sites that change the rows, and this patch's positions."""
+        for site in sites:
+            self._states[(site.name, site.call), site.place] = (-1, make_state(site, self.patch, None))
+        self._constants, self._joins = constants, joins
+
+    def bind(self, plan, exchange, phase, samples):
+        """Allocate buffers and register slots for a plan. Collective."""
+        self.plan, self._exchange, self.phase = plan, exchange, phase
+        self.probing, self.found = False, {}
+        self._states = {}
+        # Ordinary tensors, whatever mode the first call runs in: they are written in later ones too.
+        with torch.inference_mode(False):
+            self._order = [make_state(site, self.patch, self.device) for site in plan.sites]
+        for index, (site, state) in enumerate(zip(plan.sites, self._order, strict=True)):
+            self._states[(site.name, site.call), site.place] = (index, state)
+            state.sample = samples.get(index)
+        for norms in (False, True):
+            numbers = []
+            for index, (site, state) in enumerate(zip(plan.sites, self._order, strict=True)):
+                sends, recvs = messages(state)
+                if site.exchanges and (site.kind == NORM) == norms and (sends or recvs):
+                    self._slots[id(state)] = exchange.slot(site.label, sends, recvs, depth=1)
+                    numbers.append(index)
+            exchange.freeze(f"{phase} {'norms' if norms else 'sync'}", numbers)
+        self._bind_groups()
+
+    def _bind_groups(self):
+        numbers = []
+        for number, group in enumerate(self.plan.groups):
+            pairs = [messages(self._order[i]) for i in group]
+            sends, recvs = [s for p in pairs for s in p[0]], [r for p in pairs for r in p[1]]
+            if not sends and not recvs:
+                continue
+            self._first_of[group[0]] = self._last_of[group[-1]] = len(self._groups)
+            self._groups.append(self._exchange.slot(f"patches {number}", sends, recvs, depth=1))
+            numbers.append(number)
+        self._exchange.freeze(f"{self.phase} displaced", numbers)
+
+    def bind_result(self, exchange, phase, whole, mine):
+        """Buffers for the parts of the result. Collective.
+
+        Args:
+            whole, mine: the denoiser's result on the whole picture, and on this patch.
+        """
+        self._exchange, self.phase, self.probing, self.bound = exchange, phase, False, True
+        sends, recvs, self._result = [], [], []
+        for a, b in zip(_tensors(whole), _tensors(mine), strict=True):
+            dims = [d for d in range(a.dim()) if a.shape[d] != b.shape[d]]
+            if len(dims) != 1:
+                raise ValueError(
+                    f"the denoiser returns {tuple(a.shape)} for the whole picture and {tuple(b.shape)} for a patch: "
+                    "patches need one dimension of rows in it"
+                )
+            parts = self._parts(a, dims[0])
+            self._result.append((dims[0], parts))
+            for patch, part in enumerate(parts):
+                if patch == self.patch:
+                    sends += [Send(t, (part,)) for t in range(len(parts)) if t != patch]
+                else:
+                    recvs.append(Recv(patch, (part,)))
+        self._slots["result"] = exchange.slot("result", sends, recvs, depth=1)
+        exchange.freeze(f"{phase} result")
+
+    def _parts(self, whole, dim):
+        """Buffers for every patch's part of a result."""
+        rows, shape = self.cutter.rows, list(whole.shape)
+        per_row, rest = divmod(shape[dim], rows.size)
+        if rest:
+            raise ValueError(f"the denoiser returns {shape[dim]} rows for {rows.size}: not a whole number for each")
+        parts = []
+        with torch.inference_mode(False):
+            for start, stop in rows.held:
+                shape[dim] = per_row * (stop - start)
+                parts.append(torch.zeros(shape, dtype=whole.dtype, device=whole.device))
+        return parts
+
+    def release(self):
+        """Forget the slots and buffers of this plan."""
+        names = ["result"] if self.plan is None else ["sync", "norms", "displaced", "result"]
+        for name in names:
+            self._exchange.release(f"{self.phase} {name}")
+
+    # One call.
+
+    def begin(self, signature, mode, args, kwargs, exact=False):
+        """(args, kwargs) of this patch. With `exact` the result is the unpatched denoiser's, whatever the options."""
+        self.mode, self._latent = mode, signature.latent(args, kwargs)
+        self.bessel = self.config.bessel and not exact
+        if mode is PatchMode.SYNC and self.plan is not None:
+            # What displaced steps of an earlier generation have under way must not come later than what is sent now.
+            self._exchange.drain({f"{self.phase} displaced"})
+        return self.cutter.cut(signature, args, kwargs)
+
+    def end(self, result):
+        """The result for the whole picture, in new tensors."""
+        self._latent = None
+        leaves, spec = tree_flatten(result)
+        mine = [i for i, x in enumerate(leaves) if isinstance(x, torch.Tensor)]
+        for i, (_, parts) in zip(mine, self._result, strict=True):
+            parts[self.patch].copy_(leaves[i])
+        self._exchange.post(self._slots["result"])
+        self._exchange.wait(self._slots["result"])
+        for i, (dim, parts) in zip(mine, self._result, strict=True):
+            leaves[i] = torch.cat(parts, dim)
+        return tree_unflatten(leaves, spec)
+
+
+def _tensors(tree):
+    return [x for x in tree_leaves(tree) if isinstance(x, torch.Tensor)]

@@ -1,0 +1,204 @@
+"""The patches of one denoiser, seen from one rank: plans them at the first call, then carries out each call."""
+
+import torch
+from torch.utils._pytree import tree_leaves
+
+from . import patch_plan, schedule, side_effects, sites
+from .band import Band
+from .cutting import Cutter
+from .modules import Attachment
+from .patch_plan import PatchPlan
+from .schedule import PatchMode
+from .sites import JOINS, KINDS, Watch
+
+# How far the patches' synchronous result may be from the whole picture's, of its largest element.
+CLOSE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+
+
+class Bands:
+    """`plan` is the latest plan (None before the first call)."""
+
+    def __init__(self, denoiser, config, world, exchange, signature):
+        self.denoiser, self.config, self.world, self.exchange = denoiser, config, world, exchange
+        self.plan = self._active = None
+        self._signature = signature
+        self._bands, self._hooks, self._phases = {}, {}, 0
+        # Whether the denoiser's own forward has sites outside its modules.
+        self._at_root = False
+        self._watch = Watch({*KINDS, *JOINS}, self._meet)
+
+    def call(self, tick, key, forward, run, args, kwargs):
+        """What the denoiser returns for the whole picture. Collective over the patches.
+
+        Args:
+            tick: the call's place in time.
+            key: changes with the inputs' shapes.
+            forward: the denoiser's own, for the plan.
+            run: `run(args, kwargs)` is this call on the patch; the forward in it goes through `counted`.
+        """
+        axis = schedule.patch_axis(self.config, tick.step)
+        place = (tick.call, key, axis)
+        if place not in self._bands:
+            self._bands[place] = self._first(forward, args, kwargs, axis)
+            if tick.call == 0:
+                self.plan = self._bands[place].plan
+        mode = schedule.patch_mode(self.config, tick.step)
+        return self._on_patch(self._bands[place], mode, run, args, kwargs)
+
+    def counted(self, forward):
+        """The denoiser's forward, such that the calls of its modules are counted from its beginning."""
+
+        def begun(*args, **kwargs):
+            if self._active is None:
+                return forward(*args, **kwargs)
+            self._active.restart()
+            return self._in_module("", forward, args, kwargs) if self._at_root else forward(*args, **kwargs)
+
+        return begun
+
+    def forget(self, released=False):
+        """Drop all plans, buffers and hooks; the slots too, unless they are `released`."""
+        for band in () if released else self._bands.values():
+            band.release()
+        self._bands.clear()
+        for attachment in self._hooks.values():
+            attachment.remove()
+        self._hooks.clear()
+        self.plan = None
+
+    def evict(self, kept):
+        """Drop the plans of inputs that were seen first, but for `kept` of them."""
+        for place in list(self._bands)[:-kept]:
+            self._bands.pop(place).release()
+
+    def _on_patch(self, band, mode, run, args, kwargs, exact=False):
+        cut_args, cut_kwargs = band.begin(self._signature, mode, args, kwargs, exact)
+        self._active = band
+        try:
+            result = run(cut_args, cut_kwargs)
+        finally:
+            self._active = None
+        return band.end(result) if band.bound else result
+
+    # The plan.
+
+    def _first(self, forward, args, kwargs, axis):
+        """The band for these inputs: a forward on the whole picture tells its sites, one on each patch their rows."""
+
+        def run(args, kwargs):
+            with side_effects.restored(self.denoiser), torch.no_grad():
+                return self.counted(forward)(*args, **kwargs)
+
+        latent = self._signature.latent(args, kwargs)
+        if not isinstance(latent, torch.Tensor) or latent.dim() not in (3, 4, 5):
+            kind = tuple(latent.shape) if isinstance(latent, torch.Tensor) else type(latent).__name__
+            raise ValueError(f"num_patches needs a latent of 3, 4 or 5 dimensions as the denoiser's input: got {kind}")
+        with side_effects.restored(self.denoiser):
+            whole, recorder = sites.record(self.denoiser, forward, args, kwargs)
+        cutter = Cutter.of(recorder, latent, self._signature.latent_name, self.config, self.world.rank, axis)
+        band = Band(self.config, cutter, self.world.rank, latent.device)
+        band.prepare(*_beforehand(recorder, cutter, self.config.naive))
+        self._attach(recorder, band)
+        mine = self._probed(band, run, args, kwargs)
+        phase = f"patches, plan {self._phases}"
+        self._phases += 1
+        if not self.config.naive:
+            plan, samples = self._planned(band, recorder, whole)
+            band.bind(plan, self.exchange, phase, samples)
+        band.bind_result(self.exchange, phase, whole, mine)
+        if not self.config.naive:
+            self._verify(self._on_patch(band, PatchMode.SYNC, run, args, kwargs, exact=True), whole)
+        return band
+
+    def _probed(self, band, run, args, kwargs):
+        """The denoiser's result on this patch alone, whose numbers mean nothing yet."""
+        problem = result = None
+        try:
+            result = self._on_patch(band, PatchMode.LOCAL, run, args, kwargs)
+        except Exception as error:
+            problem = f"{type(error).__name__}: {error}"
+        problems = self.world.gather(problem, "a first look at the patches")
+        for patch, text in enumerate(problems):
+            if text is not None:
+                raise ValueError(
+                    f"{type(self.denoiser).__name__} does not run on patch {patch} of {self.world.size}, "
+                    f"{band.cutter.describe(patch)}: {text}"
+                )
+        return result
+
+    def _planned(self, band, recorder, whole):
+        """(plan, {site: what its keys look like on the whole picture})."""
+        everyone = self.world.gather((band.found, band.sees_latent), "the rows of every site")
+        levels, start = band.cutter.levels, band.cutter.rows.size
+        found = patch_plan.make_sites(recorder, levels, start, [f for f, _ in everyone], all(s for _, s in everyone))
+        nbytes = sum(x.nbytes for x in tree_leaves(whole) if isinstance(x, torch.Tensor))
+        plan = PatchPlan(self.config, band.cutter.rows, levels, found, nbytes)
+        if len(set(self.world.gather(plan.digest(), "the plan of the patches"))) > 1:
+            raise ValueError("ranks planned different patches: the denoisers or their inputs differ; make them equal")
+        samples = {i: recorder.sites[s.name, s.call][s.place].sample for i, s in enumerate(found)}
+        return plan, samples
+
+    def _verify(self, joined, whole):
+        """The patches together must give what the whole picture gives."""
+        error = 0.0
+        for a, b in zip(tree_leaves(joined), tree_leaves(whole), strict=True):
+            if isinstance(b, torch.Tensor):
+                limit = CLOSE.get(b.dtype, 1e-1) * max(float(b.abs().max()), 1e-12)
+                error = max(error, float((a - b).abs().max()) / limit)
+        worst = max(self.world.gather(error, "the first result of the patches"))
+        if not worst <= 1:
+            raise ValueError(
+                f"{type(self.denoiser).__name__} cannot be shared out as patches: together they differ from the whole "
+                f"picture by {worst:.3g} times what rounding explains, so something in it mixes rows in a way that is "
+                "neither a convolution, a GroupNorm nor scaled_dot_product_attention; use num_stages instead, or set "
+                "its attention to a processor that calls scaled_dot_product_attention"
+            )
+
+    # Hooks.
+
+    def _attach(self, recorder, band):
+        modules = dict(self.denoiser.named_modules())
+        wanted = {name for name, _ in recorder.sites} | band.modules
+        self._at_root |= "" in wanted
+        for name in sorted(wanted - {"", *self._hooks}):
+
+            def handler(forward, args, kwargs, name=name):
+                return self._in_module(name, forward, args, kwargs)
+
+            self._hooks[name] = Attachment(modules[name], handler)
+
+    def _in_module(self, name, forward, args, kwargs):
+        band = self._active
+        if band is None:
+            return forward(*args, **kwargs)
+        outermost = band.enter(name)
+        try:
+            known = band.constant()
+            if known is not None:
+                return known
+            if not outermost:
+                return forward(*args, **kwargs)
+            with self._watch:
+                return forward(*args, **kwargs)
+        finally:
+            band.leave()
+
+    def _meet(self, func, args, kwargs):
+        return self._active.meet(func, args, kwargs)
+
+
+def _beforehand(recorder, cutter, naive):
+    """(sites, {key: result}, {(key, place): [(argument, tensor)]}) that follow from the whole picture alone."""
+    probes = () if naive else patch_plan.resampling_sites(recorder, cutter.levels)
+    constants = {}
+    for key, result in recorder.constants.items():
+        cut = cutter.positions(result)
+        if cut is not None:
+            constants[key] = cut
+    joins = {}
+    for key, found in recorder.joins.items():
+        for place, argument, x, shape in found:
+            cut = cutter.join_position(x, shape)
+            if cut is not None:
+                joins.setdefault((key, place), []).append((argument, cut))
+    return probes, constants, joins

@@ -1,0 +1,137 @@
+"""Cuts a call's inputs to one patch's rows, and tensors of positions with them."""
+
+from dataclasses import dataclass
+
+import torch
+from torch.utils._pytree import tree_flatten_with_path, tree_map_only, tree_unflatten
+
+from . import layout, patch_plan
+from .sites import CONV
+
+# Inputs with these in their names speak of the prompt, whatever their sizes are.
+_PROMPT = ("encoder", "txt", "text", "prompt", "pooled", "timestep", "guidance")
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Tokens of a picture (or clip) in one dimension: `outer` times the rows of a resolution, `inner` to a row."""
+
+    rows: layout.Rows
+    outer: int
+    inner: int
+
+    @property
+    def size(self):
+        """Tokens in all."""
+        return self.outer * self.rows.size * self.inner
+
+    def take(self, x, dim, patch):
+        """A patch's tokens of dimension `dim`."""
+        dim %= x.dim()
+        start, stop = self.rows.held[patch]
+        parts = x.unflatten(dim, (self.outer, self.rows.size, self.inner)).narrow(dim + 1, start, stop - start)
+        return parts.flatten(dim, dim + 2)
+
+
+@dataclass(frozen=True)
+class Cutter:
+    """Which dimension of which input holds rows of the picture.
+
+    `dim`: of the latent. `sizes`: {(rows, width): Rows} of pictures at every resolution. `grid`: of tokens, or None.
+    """
+
+    latent_name: str
+    dim: int
+    axis: int
+    rows: layout.Rows
+    levels: dict
+    sizes: dict
+    grid: Grid | None
+    patch: int
+
+    @classmethod
+    def of(cls, recorder, latent, latent_name, config, patch, axis):
+        """The cutter for one forward on the whole picture; `axis` is -2 for rows, -1 for columns."""
+        sequence = latent.dim() == 3
+        dim = 1 if sequence else latent.dim() + axis
+        size = latent.shape[dim]
+        factor = patch_plan.factor_of(recorder, size, axis)
+        rows = layout.split(size, config.num_patches, factor, aligned=config.naive)
+        levels = patch_plan.levels_of(recorder, rows, axis)
+        pictures = {tuple(latent.shape[-2:])} | {s.result[-2:] for s in patch_plan.resamplings(recorder)}
+        sizes = {} if sequence else {hw: levels[hw[axis]] for hw in pictures if hw[axis] in levels}
+        grid = Grid(rows, 1, 1) if sequence else _tokens(recorder, levels)
+        if axis == -1 and grid is not None:
+            raise ValueError("patch_axis must be rows where the denoiser works on tokens: pass patch_axis='rows'")
+        return cls(latent_name, dim, axis, rows, levels, sizes, grid, patch)
+
+    def describe(self, patch):
+        """A patch in words."""
+        start, stop = self.rows.held[patch]
+        return f"{'rows' if self.axis == -2 else 'columns'} {start} to {stop} of {self.rows.size}"
+
+    def cut(self, signature, args, kwargs):
+        """(args, kwargs) of this patch."""
+        named = signature.named(args, kwargs)
+        leaves, spec = tree_flatten_with_path(named)
+        cut = tree_unflatten([self._cut(path[0].key, x) for path, x in leaves], spec)
+        return tuple(list(cut.values())[: len(args)]), {name: cut[name] for name in kwargs}
+
+    def _cut(self, name, x):
+        if not isinstance(x, torch.Tensor):
+            return x
+        if name == self.latent_name:
+            return self._narrow(x, self.dim, self.rows)
+        if x.dim() >= 4 and tuple(x.shape[-2:]) in self.sizes:
+            return self._narrow(x, self.axis, self.sizes[tuple(x.shape[-2:])])
+        if self.grid is None or any(word in name for word in _PROMPT) or x.dim() not in (2, 3):
+            return x
+        dim = 1 if x.dim() == 3 else 0
+        return self.grid.take(x, dim, self.patch) if x.shape[dim] == self.grid.size else x
+
+    def _narrow(self, x, dim, rows):
+        start, stop = rows.held[self.patch]
+        return x.narrow(dim, start, stop - start)
+
+    def positions(self, tree):
+        """A module's result that follows from positions alone, for this patch; None if it has no rows in it."""
+        found = []
+
+        def cut(x):
+            dim = self.position_dim(x, x.shape)
+            found.append(dim)
+            return x if dim is None else self._position(x, dim)
+
+        result = tree_map_only(torch.Tensor, cut, tree)
+        return result if any(dim is not None for dim in found) else None
+
+    def position_dim(self, x, result):
+        """The dimension of `x`, counted from the end, that runs with the rows (tokens) of `result`; None without."""
+        for dim in range(-x.dim(), -1):
+            whole = -dim <= len(result) and x.shape[dim] == result[dim] > 1
+            if whole and (self.grid is not None and x.shape[dim] == self.grid.size):
+                return dim
+            if whole and dim == -2 and x.dim() >= 3 and tuple(x.shape[-2:]) in self.sizes:
+                return dim
+        return None
+
+    def _position(self, x, dim):
+        if self.grid is not None and x.shape[dim] == self.grid.size:
+            return self.grid.take(x, dim, self.patch)
+        return self._narrow(x, dim, self.sizes[tuple(x.shape[-2:])])
+
+    def join_position(self, x, result):
+        """`x` cut as the `result` of joining it with an activation is; None if it has no rows in it."""
+        dim = self.position_dim(x, result)
+        return None if dim is None else self._position(x, dim)
+
+
+def _tokens(recorder, levels):
+    """The grid that a convolution whose kernel is its stride makes of the latent; None without one."""
+    for key in recorder.order:
+        for seen in recorder.sites[key]:
+            if seen.kind == CONV and len(seen.shape) >= 4 and seen.result[-2] in levels:
+                kernel, stride, *_ = seen.options[len(seen.shape) - 4]
+                outer = seen.result[2] if len(seen.result) == 5 else 1
+                return Grid(levels[seen.result[-2]], outer, seen.result[-1]) if kernel == stride else None
+    return None

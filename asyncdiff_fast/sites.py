@@ -1,0 +1,187 @@
+"""Sites: the few function calls of a forward that read more than one row, found and replaced where they happen.
+
+Everything else in a denoiser works row by row (token by token), so it runs on a patch as on a smaller picture. A site is
+known by its module, the number of the module's call, and its place among that call's watched functions.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+CONV, NORM, ATTENTION, RESIZE, POSITIONS = "convolution", "norm", "attention", "resize", "positions"
+KINDS = {
+    torch.conv1d: CONV,
+    torch.conv2d: CONV,
+    torch.conv3d: CONV,
+    F.group_norm: NORM,
+    torch.group_norm: NORM,
+    F.scaled_dot_product_attention: ATTENTION,
+    F.interpolate: RESIZE,
+}
+# Functions that join an activation with a tensor of positions, such as a sine embedding.
+JOINS = {
+    torch.add, torch.mul, torch.sub, torch.Tensor.add, torch.Tensor.mul, torch.Tensor.sub,
+    torch.Tensor.__add__, torch.Tensor.__radd__, torch.Tensor.__mul__, torch.Tensor.__rmul__, torch.Tensor.__sub__,
+}  # fmt: skip
+# Their results depend on the shape of a tensor only.
+_SHAPE_ONLY = {torch.empty_like, torch.zeros_like, torch.ones_like, torch.full_like, torch.rand_like, torch.randn_like}
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One watched call: shapes of its first argument (of the keys, for attention) and result, and its options."""
+
+    kind: str
+    shape: tuple[int, ...]
+    result: tuple[int, ...]
+    options: tuple
+    dtype: torch.dtype
+    # A few numbers of each key token, by which the picture's tokens are told from others.
+    sample: torch.Tensor | None = None
+
+
+def conv_options(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
+    """((kernel, stride, padding, dilation) by spatial dimension) of a convolution's arguments."""
+    n = weight.dim() - 2
+    kernel = tuple(weight.shape[2:])
+    stride, dilation = ((v,) * n if isinstance(v, int) else tuple(v) * (n // len(v)) for v in (stride, dilation))
+    if isinstance(padding, str):
+        total = [d * (k - 1) if padding == "same" else 0 for d, k in zip(dilation, kernel, strict=True)]
+        # An even kernel pads one more after than before, which a symmetric padding cannot say.
+        padding = tuple(p // 2 if p % 2 == 0 else None for p in total)
+    elif isinstance(padding, int):
+        padding = (padding,) * n
+    else:
+        padding = tuple(padding) * (n // len(padding))
+    return tuple(zip(kernel, stride, padding, dilation, strict=True))
+
+
+def _norm_options(input, num_groups, *_, **__):
+    return (num_groups,)
+
+
+def _resize_options(input, size=None, scale_factor=None, mode="nearest", *_, **__):
+    return (mode,)
+
+
+_OPTIONS = {CONV: conv_options, NORM: _norm_options, RESIZE: _resize_options}
+
+
+def seen(kind, args, kwargs, result, sampled=True):
+    """The `Seen` of a call; `sampled` keeps a few numbers of each key."""
+    first = args[0] if args else next(iter(kwargs.values()))
+    if kind == ATTENTION:
+        key = args[1] if len(args) > 1 else kwargs["key"]
+        sample = key.detach()[(0,) * (key.dim() - 2)][:, :8].clone() if sampled else None
+        value = args[2] if len(args) > 2 else kwargs["value"]
+        return Seen(kind, tuple(key.shape), tuple(first.shape), tuple(value.shape), key.dtype, sample)
+    options = _OPTIONS[kind](*args, **kwargs)
+    return Seen(kind, tuple(first.shape), tuple(result.shape), options, first.dtype)
+
+
+class Watch(TorchFunctionMode):
+    """Within `inside(module)` hands every watched function call to `handle(func, args, kwargs)`."""
+
+    def __init__(self, watched, handle):
+        super().__init__()
+        self._watched, self._handle = watched, handle
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in self._watched:
+            return self._handle(func, args, kwargs or {})
+        return func(*args, **(kwargs or {}))
+
+
+class Recorder(TorchFunctionMode):
+    """Records one forward on a whole picture: its sites, and which tensors follow from positions alone.
+
+    `sites`: {(module, call): [Seen]}. `order`: their keys as first seen. `constants`: {(module, call): result} of
+    modules whose results follow from no input. `joins`: {(module, call): [(place, argument, tensor)]} of functions that
+    join an activation with such a tensor.
+    """
+
+    def __init__(self, inputs):
+        super().__init__()
+        self.sites, self.order, self.constants, self.joins = {}, [], {}, {}
+        # By identity; held, so that no identity is used twice.
+        self._follows = {id(x): x for x in tree_leaves(inputs) if isinstance(x, torch.Tensor)}
+        self._stack, self._calls, self._places, self._inside_constant = [("", 0)], {}, {}, 0
+
+    def _follow(self, tree):
+        for x in tree_leaves(tree):
+            if isinstance(x, torch.Tensor):
+                self._follows[id(x)] = _Weak(x)
+
+    def _is_input(self, x):
+        found = self._follows.get(id(x))
+        return found is x or (isinstance(found, _Weak) and found.ref() is x)
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        leaves = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        follows = func not in _SHAPE_ONLY and any(self._is_input(x) for x in leaves)
+        if follows:
+            self._follow(result)
+            if getattr(func, "__name__", "") in _IN_PLACE or getattr(func, "__name__", "").endswith("_"):
+                self._follow(args[:1])
+        key = self._stack[-1]
+        if func in KINDS:
+            if key not in self.sites:
+                self.order.append(key)
+            self.sites.setdefault(key, []).append(seen(KINDS[func], args, kwargs, result))
+        elif func in JOINS:
+            place = self._places[key] = self._places.get(key, -1) + 1
+            for i, x in enumerate(args[:2]):
+                if isinstance(x, torch.Tensor) and follows and not self._is_input(x) and x.dim() > 1:
+                    self.joins.setdefault(key, []).append((place, i, x.detach(), tuple(result.shape)))
+        return result
+
+    def watch(self, denoiser):
+        """Follow the calls of every submodule; returns the hooks' handles."""
+        handles = []
+        for name, module in denoiser.named_modules():
+            if not name:
+                continue
+
+            def enter(module, args, kwargs, name=name):
+                call = self._calls[name] = self._calls.get(name, -1) + 1
+                self._stack.append((name, call))
+
+            def leave(module, args, kwargs, output):
+                key = self._stack.pop()
+                tensors = [x for x in tree_leaves(output) if isinstance(x, torch.Tensor)]
+                if tensors and not any(self._is_input(x) for x in tensors):
+                    self.constants[key] = output
+
+            handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
+            handles.append(module.register_forward_hook(leave, with_kwargs=True))
+        return handles
+
+
+_IN_PLACE = {"__iadd__", "__isub__", "__imul__", "__itruediv__", "__setitem__"}
+
+
+class _Weak:
+    """A weak reference to a tensor that follows from an input."""
+
+    def __init__(self, tensor):
+        import weakref
+
+        self.ref = weakref.ref(tensor)
+
+
+def record(denoiser, forward, args, kwargs):
+    """(result, `Recorder`) of one forward on the whole picture."""
+    recorder = Recorder((args, kwargs))
+    handles = recorder.watch(denoiser)
+    try:
+        with torch.no_grad(), recorder:
+            result = forward(*args, **kwargs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return result, recorder
