@@ -6,7 +6,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from .exchange import Recv, Send
 from .patch_sites import make_state, messages
 from .schedule import PatchMode
-from .sites import JOINS, KINDS, NORM, seen
+from .sites import CONV, JOINS, KINDS, NORM, seen
 
 
 class Band:
@@ -49,9 +49,14 @@ class Band:
         return self._constants.get(self._stack[-1][0])
 
     @property
-    def modules(self):
-        """Names of the modules whose calls are met, besides those with sites."""
-        return {name for name, _ in self._constants} | {key[0] for key, _ in self._joins}
+    def constant_modules(self):
+        """Names of the modules whose results follow from positions alone."""
+        return {name for name, _ in self._constants}
+
+    @property
+    def joining_modules(self):
+        """Names of the modules that join an activation with positions."""
+        return {key[0] for key, _ in self._joins}
 
     def meet(self, func, args, kwargs):
         """The result of a watched function call on this patch."""
@@ -86,7 +91,7 @@ class Band:
     def _note(self, key, func, args, kwargs, result):
         first = not self.found
         self.found.setdefault(key, []).append(seen(KINDS[func], args, kwargs, result, sampled=False))
-        if first:
+        if first and KINDS[func] == CONV:
             self.sees_latent = self._lies_in_latent(args[0] if args else kwargs["input"])
 
     def exchange(self, state):
@@ -149,23 +154,27 @@ class Band:
             numbers.append(number)
         self._exchange.freeze(f"{self.phase} displaced", numbers)
 
-    def bind_result(self, exchange, phase, whole, mine):
-        """Buffers for the parts of the result. Collective.
+    def learn_result(self, whole, mine):
+        """Learn which dimension of the denoiser's results holds the rows.
 
         Args:
-            whole, mine: the denoiser's result on the whole picture, and on this patch.
+            whole, mine: its result on the whole picture, and on this patch.
         """
-        self._exchange, self.phase, self.probing, self.bound = exchange, phase, False, True
-        sends, recvs, self._result = [], [], []
+        self._result = []
         for a, b in zip(_tensors(whole), _tensors(mine), strict=True):
             dims = [d for d in range(a.dim()) if a.shape[d] != b.shape[d]]
-            if len(dims) != 1:
+            if len(dims) != 1 or a.dim() != b.dim():
                 raise ValueError(
                     f"the denoiser returns {tuple(a.shape)} for the whole picture and {tuple(b.shape)} for a patch: "
                     "patches need one dimension of rows in it"
                 )
-            parts = self._parts(a, dims[0])
-            self._result.append((dims[0], parts))
+            self._result.append((dims[0], self._parts(a, dims[0])))
+
+    def bind_result(self, exchange, phase):
+        """Register the slot for the parts of the result. Collective."""
+        self._exchange, self.phase, self.probing, self.bound = exchange, phase, False, True
+        sends, recvs = [], []
+        for _, parts in self._result:
             for patch, part in enumerate(parts):
                 if patch == self.patch:
                     sends += [Send(t, (part,)) for t in range(len(parts)) if t != patch]

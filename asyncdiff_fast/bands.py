@@ -99,22 +99,22 @@ class Bands:
         band = Band(self.config, cutter, self.world.rank, latent.device)
         band.prepare(*_beforehand(recorder, cutter, self.config.naive))
         self._attach(recorder, band)
-        mine = self._probed(band, run, args, kwargs)
+        self._probe(band, run, args, kwargs, whole)
         phase = f"patches, plan {self._phases}"
         self._phases += 1
         if not self.config.naive:
             plan, samples = self._planned(band, recorder, whole)
             band.bind(plan, self.exchange, phase, samples)
-        band.bind_result(self.exchange, phase, whole, mine)
+        band.bind_result(self.exchange, phase)
         if not self.config.naive:
             self._verify(self._on_patch(band, PatchMode.SYNC, run, args, kwargs, exact=True), whole)
         return band
 
-    def _probed(self, band, run, args, kwargs):
-        """The denoiser's result on this patch alone, whose numbers mean nothing yet."""
-        problem = result = None
+    def _probe(self, band, run, args, kwargs, whole):
+        """Run the denoiser on this patch alone: the numbers mean nothing yet, but all shapes are seen."""
+        problem = None
         try:
-            result = self._on_patch(band, PatchMode.LOCAL, run, args, kwargs)
+            band.learn_result(whole, self._on_patch(band, PatchMode.LOCAL, run, args, kwargs))
         except Exception as error:
             problem = f"{type(error).__name__}: {error}"
         problems = self.world.gather(problem, "a first look at the patches")
@@ -124,13 +124,14 @@ class Bands:
                     f"{type(self.denoiser).__name__} does not run on patch {patch} of {self.world.size}, "
                     f"{band.cutter.describe(patch)}: {text}"
                 )
-        return result
 
     def _planned(self, band, recorder, whole):
         """(plan, {site: what its keys look like on the whole picture})."""
         everyone = self.world.gather((band.found, band.sees_latent), "the rows of every site")
         levels, start = band.cutter.levels, band.cutter.rows.size
-        found = patch_plan.make_sites(recorder, levels, start, [f for f, _ in everyone], all(s for _, s in everyone))
+        frames = band.cutter.grid.outer if band.cutter.grid is not None else 1
+        seen, sees_latent = zip(*everyone, strict=True)
+        found = patch_plan.make_sites(recorder, levels, start, seen, all(sees_latent), frames)
         nbytes = sum(x.nbytes for x in tree_leaves(whole) if isinstance(x, torch.Tensor))
         plan = PatchPlan(self.config, band.cutter.rows, levels, found, nbytes)
         if len(set(self.world.gather(plan.digest(), "the plan of the patches"))) > 1:
@@ -158,7 +159,9 @@ class Bands:
 
     def _attach(self, recorder, band):
         modules = dict(self.denoiser.named_modules())
-        wanted = {name for name, _ in recorder.sites} | band.modules
+        wanted = {name for name, _ in recorder.sites} | band.constant_modules
+        # What the modules inside a joining one do must not be taken for its own.
+        wanted |= {n for outer in band.joining_modules for n in modules if n == outer or n.startswith(f"{outer}.")}
         self._at_root |= "" in wanted
         for name in sorted(wanted - {"", *self._hooks}):
 

@@ -56,7 +56,8 @@ class Cutter:
         dim = 1 if sequence else latent.dim() + axis
         size = latent.shape[dim]
         factor = patch_plan.factor_of(recorder, size, axis)
-        rows = layout.split(size, config.num_patches, factor, aligned=config.naive)
+        aligned = config.naive or _tiling(recorder) is not None
+        rows = layout.split(size, config.num_patches, factor, aligned)
         levels = patch_plan.levels_of(recorder, rows, axis)
         pictures = {tuple(latent.shape[-2:])} | {s.result[-2:] for s in patch_plan.resamplings(recorder)}
         sizes = {} if sequence else {hw: levels[hw[axis]] for hw in pictures if hw[axis] in levels}
@@ -126,12 +127,18 @@ class Cutter:
         return None if dim is None else self._position(x, dim)
 
 
+def _tiling(recorder):
+    """The first convolution if its kernel is its stride, so that it makes tokens of the latent; else None."""
+    first = next(iter(patch_plan.resamplings(recorder)), None)
+    if first is None or first.kind != CONV:
+        return None
+    kernel, stride, *_ = first.options[len(first.shape) - 4]
+    return first if kernel == stride else None
+
+
 def _tokens(recorder, levels):
-    """The grid that a convolution whose kernel is its stride makes of the latent; None without one."""
-    for key in recorder.order:
-        for seen in recorder.sites[key]:
-            if seen.kind == CONV and len(seen.shape) >= 4 and seen.result[-2] in levels:
-                kernel, stride, *_ = seen.options[len(seen.shape) - 4]
-                outer = seen.result[2] if len(seen.result) == 5 else 1
-                return Grid(levels[seen.result[-2]], outer, seen.result[-1]) if kernel == stride else None
-    return None
+    """The grid of tokens that a denoiser makes of its latent; None without one."""
+    first = _tiling(recorder)
+    if first is None or first.result[-2] not in levels:
+        return None
+    return Grid(levels[first.result[-2]], first.result[2] if len(first.result) == 5 else 1, first.result[-1])

@@ -113,12 +113,13 @@ def halos(rows, windows):
 class Tokens:
     """A sequence with `inner` tokens for each row of a resolution, and `extra` others (the text of a joint attention).
 
-    Every patch has all of the others.
+    Every patch has all of the others. The rows of a clip lie frame by frame: `outer` is the number of its frames.
     """
 
     rows: Rows
     inner: int
     extra: int = 0
+    outer: int = 1
 
     def count(self, patch):
         """Tokens of the picture that a patch owns."""
@@ -127,8 +128,15 @@ class Tokens:
 
     def own(self, patch):
         """Where those begin and end among the tokens of the picture that the patch holds."""
+        # Rows are held twice in pictures only, whose tokens lie row by row.
         skipped = (self.rows.owned[patch][0] - self.rows.held[patch][0]) * self.inner
         return skipped, skipped + self.count(patch)
+
+    def places(self, patch):
+        """Places of the tokens that a patch holds among the picture's."""
+        (start, stop), width = self.rows.held[patch], self.inner // self.outer
+        frames = range(0, self.outer * self.rows.size * width, self.rows.size * width)
+        return [first + i for first in frames for i in range(start * width, stop * width)]
 
 
 def tokens_of(rows, length, lengths):

@@ -265,7 +265,7 @@ def resampling_sites(recorder, levels):
     return sites
 
 
-def make_sites(recorder, levels, start, patches, sees_latent):
+def make_sites(recorder, levels, start, patches, sees_latent, frames=1):
     """Sites of the plan, from one forward on the whole picture and one on each patch.
 
     Args:
@@ -273,6 +273,7 @@ def make_sites(recorder, levels, start, patches, sees_latent):
         start: the size of the latent's own resolution.
         patches: for each patch, {(module, call): [Seen]}.
         sees_latent: True if the first convolution can read rows of the latent around its own.
+        frames: of a clip whose tokens lie in one sequence.
     Raises: ValueError that names the module if a site's rows cannot be told.
     """
     sites, level, first = [], start, True
@@ -291,7 +292,7 @@ def make_sites(recorder, levels, start, patches, sees_latent):
             elif whole.kind == NORM:
                 sites.append(_norm(common, whole, parts, levels, level))
             else:
-                sites.append(_ring(common, whole, parts, levels[level]))
+                sites.append(_ring(common, whole, parts, levels[level], frames))
     return tuple(sites)
 
 
@@ -340,7 +341,7 @@ def _norm(common, whole, parts, levels, level):
     return Norm(*common, whole.options[0], rows)
 
 
-def _ring(common, whole, parts, rows):
+def _ring(common, whole, parts, rows, frames):
     if all(s.shape[-2] == whole.shape[-2] for s in parts):
         return Site(*common)
     try:
@@ -348,4 +349,4 @@ def _ring(common, whole, parts, rows):
     except ValueError as error:
         raise ValueError(f"{common[0]} attends to tokens that are not rows of the picture: {error}") from error
     (b, heads, _, size), (_, value_heads, _, value_size) = parts[0].shape, parts[0].options
-    return Ring(*common, layout.Tokens(rows, per_row, extra), (b, heads, size), (b, value_heads, value_size))
+    return Ring(*common, layout.Tokens(rows, per_row, extra, frames), (b, heads, size), (b, value_heads, value_size))

@@ -272,9 +272,11 @@ class RingState(State):
             return False
         mine = key[(0,) * (key.dim() - 2)][:, : self.sample.shape[-1]].float()
         whole = self.sample.float()
-        first = (mine[:extra] - whole[:extra]).abs().max()
-        last = (mine[-extra:] - whole[-extra:]).abs().max()
-        return bool(first < last)
+        places = torch.tensor(self.site.tokens.places(self.patch), device=key.device)
+        others = torch.arange(extra, device=key.device)
+        first = whole[torch.cat((others, places + extra))]
+        last = whole[torch.cat((places, others + len(whole) - extra))]
+        return bool((mine - first).abs().max() < (mine - last).abs().max())
 
     def _mask(self, mask):
         """A mask over this patch's keys, as one over the ring; of the picture's tokens nothing may be masked."""

@@ -156,6 +156,8 @@ class Recorder(TorchFunctionMode):
                 tensors = [x for x in tree_leaves(output) if isinstance(x, torch.Tensor)]
                 if tensors and not any(self._is_input(x) for x in tensors):
                     self.constants[key] = output
+                    # What is made of it needs no care of its own: the module's result will be a patch's.
+                    self._follow(output)
 
             handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
             handles.append(module.register_forward_hook(leave, with_kwargs=True))
