@@ -40,7 +40,7 @@ class Bands:
         place = (tick.call, key, axis)
         if place not in self._bands:
             self._bands[place] = self._first(forward, args, kwargs, axis)
-            if tick.call == 0:
+            if tick.call == 0 or self.plan is None:
                 self.plan = self._bands[place].plan
         mode = schedule.patch_mode(self.config, tick.step)
         return self._on_patch(self._bands[place], mode, run, args, kwargs)

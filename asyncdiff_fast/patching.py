@@ -1,5 +1,7 @@
 """`patch` and `unpatch`: the whole way from a pipeline to hooks on its denoiser, and back."""
 
+import weakref
+
 import torch
 
 from . import fingerprint, modules
@@ -35,7 +37,7 @@ def patch(target, *, mesh=None, scheduler=None, **options):
         _agree(world, config, found, problem)
         _share_seeds(world)
         for denoiser in found:
-            runtimes.append(_patch_one(denoiser, config, world, scheduler))
+            runtimes.append(_patch_one(denoiser, config, world, scheduler, target))
     except BaseException:
         for runtime in runtimes:
             _release(runtime.denoiser)
@@ -195,9 +197,11 @@ def _share_seeds(world):
         torch.cuda.set_rng_state(cuda_state)
 
 
-def _patch_one(denoiser, config, world, scheduler):
+def _patch_one(denoiser, config, world, scheduler, target):
     start_process_group(config.timeout_s)
     runtime = Runtime(denoiser, config, world, scheduler)
+    pipe = weakref.ref(target)
+    runtime.guided = lambda: getattr(pipe(), "do_classifier_free_guidance", True)
     runtime.on_refused = lambda: _release(denoiser)
     setattr(denoiser, _ATTRIBUTE, runtime)
     return runtime

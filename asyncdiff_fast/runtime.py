@@ -11,6 +11,7 @@ from .bands import Bands
 from .buffers import Placeholders
 from .clock import Clock, last_scheduler, unwatch_schedulers, watch_schedulers
 from .exchange import TorchExchange
+from .halves import Halves
 from .modules import Attachment, on_pipeline_end, step_cache, structure
 from .passes import Pass
 from .planning import make_plan
@@ -33,12 +34,14 @@ class Runtime:
     def __init__(self, denoiser, config, world, scheduler=None):
         self.denoiser, self.config, self.world = denoiser, config, world
         self._plan = self.on_refused = None
+        # Whether the pipeline uses guidance, where it tells.
+        self.guided = lambda: True
         self._scheduler = scheduler
         self._signature = CallSignature(denoiser)
         self._clock = Clock()
-        self._worlds = {axis: World(self._along(axis), world.timeout_s) for axis in ("patch", "stage")}
+        self._worlds = {axis: World(self._along(axis), world.timeout_s) for axis in ("half", "patch", "stage")}
         self._stage = self._worlds["stage"].rank
-        self._exchange = self._bands = None
+        self._exchange = self._bands = self._halves = None
         self._start_exchange()
         self._passes, self._units, self._placeholders = {}, {}, {}
         self._structure = None
@@ -62,14 +65,17 @@ class Runtime:
         return [self.world.ranks[r] for r in self.config.mesh.along(axis, self.world.rank)]
 
     def _start_exchange(self):
-        patches, stages = self._worlds["patch"], self._worlds["stage"]
+        halves, patches, stages = self._worlds.values()
+        if halves.size > 1:
+            self._halves = Halves(self.denoiser, halves, TorchExchange(halves), self._signature)
         if stages.size > 1:
             self._exchange = TorchExchange(stages)
         if patches.size > 1:
             self._bands = Bands(self.denoiser, self.config, patches, TorchExchange(patches), self._signature)
 
     def _exchanges(self):
-        return [x for x in (self._exchange, self._bands and self._bands.exchange) if x is not None]
+        parts = [x.exchange for x in (self._halves, self._bands) if x is not None]
+        return parts + ([self._exchange] if self._exchange is not None else [])
 
     # One call of the denoiser.
 
@@ -86,21 +92,34 @@ class Runtime:
             self._inside = True
             if tick.begins:
                 self._begin_generation(args, kwargs)
-            if self._bands is None:
-                return self._on_stages(tick, forward, args, kwargs)
-            counted = self._bands.counted(self._noting(forward))
+            if self._halves is None:
+                return self._on_patches(tick, forward, args, kwargs)
 
-            def on_stages(args, kwargs):
-                return self._on_stages(tick, counted, args, kwargs)
+            def on_patches(tick, args, kwargs):
+                return self._on_patches(tick, forward, args, kwargs)
 
             with self._refusing():
-                return self._bands.call(tick, signature, self._noting(forward), on_stages, args, kwargs)
+                quiet = self._noting(forward)
+                return self._halves.call(tick, signature, quiet, on_patches, args, kwargs, self.guided())
         except BaseException:
             self._interrupted = True
             self._clock.end()
             raise
         finally:
             self._inside = False
+
+    def _on_patches(self, tick, forward, args, kwargs):
+        """This call, shared by the patches: of the whole batch, or of this rank's half of the guidance."""
+        if self._bands is None:
+            return self._on_stages(tick, forward, args, kwargs)
+        counted = self._bands.counted(self._noting(forward))
+
+        def on_stages(args, kwargs):
+            return self._on_stages(tick, counted, args, kwargs)
+
+        with self._refusing():
+            key = self._inputs_key(args, kwargs)
+            return self._bands.call(tick, key, self._noting(forward), on_stages, args, kwargs)
 
     def _on_stages(self, tick, forward, args, kwargs):
         """This call, shared by the stages: of the whole picture, or of this rank's patch."""
@@ -180,6 +199,8 @@ class Runtime:
             self._structure = now
         for current in self._passes.values():
             current.last_step = -1
+        if self._halves is not None:
+            self._halves.begin_generation()
 
     def _compare_inputs(self, inputs):
         first = inputs[0]
@@ -197,8 +218,9 @@ class Runtime:
         for exchange in self._exchanges():
             exchange.abort("interrupted")
             exchange.close()
-        if self._bands is not None:
-            self._bands.forget(released=True)
+        for part in (self._halves, self._bands):
+            if part is not None:
+                part.forget(released=True)
         self._start_exchange()
         self._passes.clear()
         self._interrupted = False
@@ -211,8 +233,9 @@ class Runtime:
         for attachment in self._units.values():
             attachment.remove()
         self._units.clear()
-        if self._bands is not None:
-            self._bands.forget()
+        for part in (self._halves, self._bands):
+            if part is not None:
+                part.forget()
         self._plan = None
 
     # Plans.
@@ -240,7 +263,7 @@ class Runtime:
             current.bind(self._exchange, f"call {tick.call}, plan {self._phases}")
             self._phases += 1
             self._passes[key] = current
-            if tick.call == 0:
+            if tick.call == 0 or self._plan is None:
                 self._plan = plan
             self._evict(tick)
         return self._passes[key]
@@ -320,8 +343,9 @@ class Runtime:
             if self._interrupted:
                 exchange.abort("interrupted")
             exchange.close()
-        if self._bands is not None:
-            self._bands.forget(released=True)
+        for part in (self._halves, self._bands):
+            if part is not None:
+                part.forget(released=True)
         self._passes.clear()
 
 
