@@ -24,6 +24,8 @@ class Band:
         self.sees_latent = False
         self._states, self._order, self._constants, self._joins = {}, [], {}, {}
         self._slots, self._groups, self._first_of, self._last_of = {}, [], {}, {}
+        # Sites met by the first displaced call, whose own parts are sent at its end.
+        self._met = []
         self._result = self._latent = None
         self.restart()
 
@@ -81,10 +83,14 @@ class Band:
                 "the same modules at every step"
             )
         index, state = entry
-        if self.mode is PatchMode.DISPLACED and index in self._first_of:
+        if self.mode is not PatchMode.DISPLACED:
+            return state.run(func, args, kwargs, self)
+        if self._met is not None:
+            self._met.append(index)
+        if index in self._first_of:
             self._exchange.wait(self._groups[self._first_of[index]])
         result = state.run(func, args, kwargs, self)
-        if self.mode is PatchMode.DISPLACED and index in self._last_of:
+        if index in self._last_of:
             self._exchange.post(self._groups[self._last_of[index]])
         return result
 
@@ -103,7 +109,12 @@ class Band:
 
     def rows_of_latent(self, x, above, count):
         """`count` rows of the latent seen as `x` sees its own, from `above` rows relative to the first of them."""
-        stride = x.stride(-2)
+        stride, latent = x.stride(-2), self._latent
+        if (stride, x.untyped_storage().nbytes()) != (
+            latent.stride(self.cutter.dim),
+            latent.untyped_storage().nbytes(),
+        ):
+            raise RuntimeError(f"{self._stack[-1][0][0]} no longer reads the latent where it lies; unpatch and patch anew")
         shape = (*x.shape[:-2], count, x.shape[-1])
         return torch.as_strided(x, shape, x.stride(), x.storage_offset() + above * stride)
 
@@ -140,11 +151,14 @@ class Band:
                     self._slots[id(state)] = exchange.slot(site.label, sends, recvs, depth=1)
                     numbers.append(index)
             exchange.freeze(f"{phase} {'norms' if norms else 'sync'}", numbers)
-        self._bind_groups()
 
     def _bind_groups(self):
+        """Register what displaced steps post together, of the sites that the first of them has met. Collective.
+
+        With stages a rank meets only those of its own stage, the same on all patches.
+        """
         numbers = []
-        for number, group in enumerate(self.plan.groups):
+        for number, group in enumerate(self.plan.groups(self._met)):
             pairs = [messages(self._order[i]) for i in group]
             sends, recvs = [s for p in pairs for s in p[0]], [r for p in pairs for r in p[1]]
             if not sends and not recvs:
@@ -198,8 +212,8 @@ class Band:
 
     def release(self):
         """Forget the slots and buffers of this plan."""
-        names = ["result"] if self.plan is None else ["sync", "norms", "displaced", "result"]
-        for name in names:
+        names = [] if self.plan is None else ["sync", "norms"] + ["displaced"] * (self._met is None)
+        for name in [*names, "result"]:
             self._exchange.release(f"{self.phase} {name}")
 
     # One call.
@@ -208,7 +222,7 @@ class Band:
         """(args, kwargs) of this patch. With `exact` the result is the unpatched denoiser's, whatever the options."""
         self.mode, self._latent = mode, signature.latent(args, kwargs)
         self.bessel = self.config.bessel and not exact
-        if mode is PatchMode.SYNC and self.plan is not None:
+        if mode is PatchMode.SYNC and self._met is None:
             # What displaced steps of an earlier generation have under way must not come later than what is sent now.
             self._exchange.drain({f"{self.phase} displaced"})
         return self.cutter.cut(signature, args, kwargs)
@@ -216,6 +230,11 @@ class Band:
     def end(self, result):
         """The result for the whole picture, in new tensors."""
         self._latent = None
+        if self.mode is PatchMode.DISPLACED and self._met:
+            self._bind_groups()
+            self._met = None
+            for slot in self._groups:
+                self._exchange.post(slot)
         leaves, spec = tree_flatten(result)
         mine = [i for i, x in enumerate(leaves) if isinstance(x, torch.Tensor)]
         for i, (_, parts) in zip(mine, self._result, strict=True):

@@ -102,6 +102,12 @@ class Config:
             )
         if self.exchange == "sync":
             object.__setattr__(self, "group_norm", "sync")
+        if self.num_patches > 1 and self.num_stages > 1 and self.group_norm == "sync":
+            raise ValueError(
+                f"patches of stages cannot wait for each other: got num_stages={self.num_stages}, "
+                f'num_patches={self.num_patches}, exchange={self.exchange!r}, group_norm="sync"; pass '
+                'exchange="displaced" with group_norm "corrected", "stale" or "local", or num_stages=1'
+            )
 
     @property
     def naive(self):

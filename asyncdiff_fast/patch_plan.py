@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import dataclass, field
-from functools import cached_property
 
 import torch
 
@@ -166,14 +165,16 @@ class PatchPlan:
     sites: tuple = field(repr=False)
     result_bytes: int = 0
 
-    @cached_property
-    def groups(self):
-        """Sites of one slot each, numbered as in `sites`: what displaced steps post together."""
+    def displaced(self, i):
+        """True if a site's messages travel after the call that makes them."""
+        stale = self.config.group_norm not in ("sync", "local")
+        return self.sites[i].exchanges and (stale or self.sites[i].kind != NORM)
+
+    def groups(self, met):
+        """Of the sites that are met, in their order, those that displaced steps post together."""
         groups, size = [[]], 0
-        synchronous = self.config.group_norm == "sync"
-        for i, site in enumerate(self.sites):
-            if not site.exchanges or (site.kind == NORM and (synchronous or self.config.group_norm == "local")):
-                continue
+        for i in filter(self.displaced, met):
+            site = self.sites[i]
             groups[-1].append(i)
             size += sum(site.sent_bytes(p) for p in range(len(site.shapes)))
             if size >= GROUP_BYTES or len(groups[-1]) >= GROUP_SITES:
@@ -183,10 +184,9 @@ class PatchPlan:
 
     def sent_bytes(self, patch, kind=None):
         """Bytes that a patch sends in one displaced call, in all or of one kind of site; without the result."""
-        wanted = [i for g in self.groups for i in g]
-        if self.config.group_norm == "sync":
-            wanted += [i for i, s in enumerate(self.sites) if s.kind == NORM and s.exchanges]
-        return sum(self.sites[i].sent_bytes(patch) for i in wanted if kind in (None, self.sites[i].kind))
+        local = self.config.group_norm == "local"
+        wanted = [s for s in self.sites if kind in (None, s.kind) and not (local and s.kind == NORM)]
+        return sum(site.sent_bytes(patch) for site in wanted)
 
     def memory_bytes(self, patch):
         """Bytes of a patch's long-lived buffers: halos, statistics, keys and values of all patches."""
