@@ -24,8 +24,8 @@ class Band:
         self.sees_latent = False
         self._states, self._order, self._constants, self._joins = {}, [], {}, {}
         self._slots, self._groups, self._first_of, self._last_of = {}, [], {}, {}
-        # Sites met by the first displaced call, whose own parts are sent at its end.
-        self._met = []
+        # Sites met by the first displaced call, whose own parts are sent at its end; the way of all later ones.
+        self._met, self._way, self._cursor = [], None, 0
         self._result = self._latent = None
         self.restart()
 
@@ -33,7 +33,7 @@ class Band:
 
     def restart(self):
         """A forward begins: the calls of its modules are counted from here."""
-        self._calls, self._stack = {}, []
+        self._calls, self._stack, self._cursor = {}, [], 0
 
     def enter(self, name):
         """A module with sites is called; `leave` ends it. True if it lies in no other such module."""
@@ -78,21 +78,34 @@ class Band:
         if entry is None and self.plan is None:
             return func(*args, **kwargs)
         if entry is None:
-            raise RuntimeError(
-                f"the denoiser took another way than at its first call: {key[0]} was called once more; patches need "
-                "the same modules at every step"
-            )
+            self._lost(f"{key[0]} was called once more")
         index, state = entry
+        self._follow(index)
         if self.mode is not PatchMode.DISPLACED:
             return state.run(func, args, kwargs, self)
-        if self._met is not None:
-            self._met.append(index)
         if index in self._first_of:
             self._exchange.wait(self._groups[self._first_of[index]])
         result = state.run(func, args, kwargs, self)
         if index in self._last_of:
             self._exchange.post(self._groups[self._last_of[index]])
         return result
+
+    def _follow(self, index):
+        """Check that the sites are met in the order of the plan, or of the first displaced call."""
+        if self.mode is PatchMode.FROZEN:
+            return
+        way = range(len(self._order)) if self.mode is PatchMode.SYNC else self._way
+        if way is None:
+            self._met.append(index)
+        elif self._cursor >= len(way) or way[self._cursor] != index:
+            site = self.plan.sites[index]
+            self._lost(f"{site.label} was called out of turn")
+        self._cursor += 1
+
+    def _lost(self, what):
+        raise RuntimeError(
+            f"the denoiser took another way than at its first call: {what}; patches need the same modules at every step"
+        )
 
     def _note(self, key, func, args, kwargs, result):
         first = not self.found
@@ -114,14 +127,15 @@ class Band:
             latent.stride(self.cutter.dim),
             latent.untyped_storage().nbytes(),
         ):
-            raise RuntimeError(f"{self._stack[-1][0][0]} no longer reads the latent where it lies; unpatch and patch anew")
+            name = self._stack[-1][0][0]
+            raise RuntimeError(f"{name} no longer reads the latent where it lies; unpatch() and patch() anew")
         shape = (*x.shape[:-2], count, x.shape[-1])
         return torch.as_strided(x, shape, x.stride(), x.storage_offset() + above * stride)
 
     def _lies_in_latent(self, x):
         """True if a tensor is a view of the whole latent, rows for rows."""
         latent, dim = self._latent, self.cutter.dim
-        same = x.untyped_storage().data_ptr() == latent.untyped_storage().data_ptr()
+        same = x.untyped_storage()._cdata == latent.untyped_storage()._cdata
         return same and x.dim() >= 4 and (x.stride(-2), x.stride(-1)) == (latent.stride(dim), latent.stride(-1))
 
     # The plan.
@@ -158,7 +172,7 @@ class Band:
         With stages a rank meets only those of its own stage, the same on all patches.
         """
         numbers = []
-        for number, group in enumerate(self.plan.groups(self._met)):
+        for number, group in enumerate(self.plan.groups(self._way)):
             pairs = [messages(self._order[i]) for i in group]
             sends, recvs = [s for p in pairs for s in p[0]], [r for p in pairs for r in p[1]]
             if not sends and not recvs:
@@ -212,7 +226,7 @@ class Band:
 
     def release(self):
         """Forget the slots and buffers of this plan."""
-        names = [] if self.plan is None else ["sync", "norms"] + ["displaced"] * (self._met is None)
+        names = [] if self.plan is None else ["sync", "norms"] + ["displaced"] * (self._way is not None)
         for name in [*names, "result"]:
             self._exchange.release(f"{self.phase} {name}")
 
@@ -222,7 +236,7 @@ class Band:
         """(args, kwargs) of this patch. With `exact` the result is the unpatched denoiser's, whatever the options."""
         self.mode, self._latent = mode, signature.latent(args, kwargs)
         self.bessel = self.config.bessel and not exact
-        if mode is PatchMode.SYNC and self._met is None:
+        if mode is PatchMode.SYNC and self._way is not None:
             # What displaced steps of an earlier generation have under way must not come later than what is sent now.
             self._exchange.drain({f"{self.phase} displaced"})
         return self.cutter.cut(signature, args, kwargs)
@@ -230,11 +244,15 @@ class Band:
     def end(self, result):
         """The result for the whole picture, in new tensors."""
         self._latent = None
-        if self.mode is PatchMode.DISPLACED and self._met:
+        if self.mode is PatchMode.DISPLACED and self._way is None:
+            self._way = tuple(self._met)
             self._bind_groups()
-            self._met = None
             for slot in self._groups:
                 self._exchange.post(slot)
+        elif self.mode in (PatchMode.SYNC, PatchMode.DISPLACED) and self.plan is not None:
+            expected = len(self._order) if self.mode is PatchMode.SYNC else len(self._way)
+            if self._cursor != expected:
+                self._lost(f"{expected - self._cursor} sites were not met")
         leaves, spec = tree_flatten(result)
         mine = [i for i, x in enumerate(leaves) if isinstance(x, torch.Tensor)]
         for i, (_, parts) in zip(mine, self._result, strict=True):

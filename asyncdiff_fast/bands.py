@@ -13,6 +13,8 @@ from .sites import JOINS, KINDS, Watch
 
 # How far the patches' synchronous result may be from the whole picture's, of its largest element.
 CLOSE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+# Plans kept for inputs seen before, per denoiser.
+KEPT_BANDS = 8
 
 
 class Bands:
@@ -38,8 +40,13 @@ class Bands:
         """
         axis = schedule.patch_axis(self.config, tick.step)
         place = (tick.call, key, axis)
-        if place not in self._bands:
+        if place in self._bands:
+            # The last used come last.
+            self._bands[place] = self._bands.pop(place)
+        else:
             self._bands[place] = self._first(forward, args, kwargs, axis)
+            for old in list(self._bands)[:-KEPT_BANDS]:
+                self._bands.pop(old).release()
             if tick.call == 0 or self.plan is None:
                 self.plan = self._bands[place].plan
         mode = schedule.patch_mode(self.config, tick.step)
@@ -66,11 +73,6 @@ class Bands:
         self._hooks.clear()
         self.plan = None
 
-    def evict(self, kept):
-        """Drop the plans of inputs that were seen first, but for `kept` of them."""
-        for place in list(self._bands)[:-kept]:
-            self._bands.pop(place).release()
-
     def _on_patch(self, band, mode, run, args, kwargs, exact=False):
         cut_args, cut_kwargs = band.begin(self._signature, mode, args, kwargs, exact)
         self._active = band
@@ -84,31 +86,86 @@ class Bands:
 
     def _first(self, forward, args, kwargs, axis):
         """The band for these inputs: a forward on the whole picture tells its sites, one on each patch their rows."""
-
-        def run(args, kwargs):
-            with side_effects.restored(self.denoiser), torch.no_grad():
-                return self.counted(forward)(*args, **kwargs)
-
-        latent = self._signature.latent(args, kwargs)
-        if not isinstance(latent, torch.Tensor) or latent.dim() not in (3, 4, 5):
-            kind = tuple(latent.shape) if isinstance(latent, torch.Tensor) else type(latent).__name__
-            raise ValueError(f"num_patches needs a latent of 3, 4 or 5 dimensions as the denoiser's input: got {kind}")
-        with side_effects.restored(self.denoiser):
-            whole, recorder = sites.record(self.denoiser, forward, args, kwargs)
-        cutter = Cutter.of(recorder, latent, self._signature.latent_name, self.config, self.world.rank, axis)
-        band = Band(self.config, cutter, self.world.rank, latent.device)
-        band.prepare(*_beforehand(recorder, cutter, self.config.naive))
-        self._attach(recorder, band)
+        whole, recorder = self._look(forward, args, kwargs)
+        run = self._quiet(forward)
+        band = self._band(recorder, args, kwargs, axis, self.world.rank)
         self._probe(band, run, args, kwargs, whole)
         phase = f"patches, plan {self._phases}"
         self._phases += 1
         if not self.config.naive:
-            plan, samples = self._planned(band, recorder, whole)
+            everyone = self.world.gather((band.found, band.sees_latent), "the rows of every site")
+            plan = self._plan(band.cutter, recorder, everyone, whole)
+            if len(set(self.world.gather(plan.digest(), "the plan of the patches"))) > 1:
+                raise ValueError("ranks planned different patches: the denoisers or their inputs differ")
+            samples = {i: recorder.sites[s.name, s.call][s.place].sample for i, s in enumerate(plan.sites)}
             band.bind(plan, self.exchange, phase, samples)
         band.bind_result(self.exchange, phase)
         if not self.config.naive:
             self._verify(self._on_patch(band, PatchMode.SYNC, run, args, kwargs, exact=True), whole)
         return band
+
+    def plan_alone(self, forward, args, kwargs):
+        """The plan, made by one process that looks at every patch in turn. Returns `PatchPlan`."""
+        whole, recorder = self._look(forward, args, kwargs)
+        run, everyone = self._quiet(forward), []
+        for patch in range(self.config.num_patches):
+            band = self._band(recorder, args, kwargs, schedule.patch_axis(self.config, 0), patch)
+            self._on_patch(band, PatchMode.LOCAL, run, args, kwargs)
+            everyone.append((band.found, band.sees_latent))
+        return self._plan(band.cutter, recorder, everyone, whole)
+
+    def on_first_patch(self, forward, args, kwargs, make_plan):
+        """What `make_plan(denoiser, forward, args, kwargs, config)` makes of the first patch's call."""
+        _, recorder = self._look(forward, args, kwargs)
+        self._active = self._band(recorder, args, kwargs, schedule.patch_axis(self.config, 0), 0)
+        cut_args, cut_kwargs = self._active.begin(self._signature, PatchMode.LOCAL, args, kwargs)
+        try:
+            return make_plan(self.denoiser, self.counted(forward), cut_args, cut_kwargs, self.config)
+        finally:
+            self._active = None
+
+    def _quiet(self, forward):
+        """Calls of the denoiser that leave no trace in it."""
+
+        def run(args, kwargs):
+            with side_effects.restored(self.denoiser), torch.no_grad():
+                return self.counted(forward)(*args, **kwargs)
+
+        return run
+
+    def _look(self, forward, args, kwargs):
+        """(result, `Recorder`) of a forward on the whole picture."""
+        latent = self._signature.latent(args, kwargs)
+        if not isinstance(latent, torch.Tensor) or latent.dim() not in (3, 4, 5):
+            kind = tuple(latent.shape) if isinstance(latent, torch.Tensor) else type(latent).__name__
+            raise ValueError(f"num_patches needs a latent of 3, 4 or 5 dimensions as the denoiser's input: got {kind}")
+        with side_effects.restored(self.denoiser):
+            whole, recorder = sites.record(self.denoiser, forward, latent, args, kwargs)
+        if recorder.steered_by:
+            raise ValueError(
+                f"{', '.join(dict.fromkeys(recorder.steered_by))} reads numbers from activations into Python, which "
+                "differ from patch to patch: use num_stages instead"
+            )
+        return whole, recorder
+
+    def _band(self, recorder, args, kwargs, axis, patch):
+        """A band without a plan, ready for a first look."""
+        latent = self._signature.latent(args, kwargs)
+        cutter = Cutter.of(recorder, latent, self._signature.latent_name, self.config, patch, axis)
+        band = Band(self.config, cutter, patch, latent.device)
+        band.prepare(*_beforehand(recorder, cutter, self.config.naive))
+        self._attach(recorder, band)
+        return band
+
+    def _plan(self, cutter, recorder, everyone, whole):
+        """The plan from what every patch has found; without sites for naive patches, which exchange results only."""
+        found = ()
+        if not self.config.naive:
+            seen, sees_latent = zip(*everyone, strict=True)
+            frames = cutter.grid.outer if cutter.grid is not None else 1
+            found = patch_plan.make_sites(recorder, cutter.levels, cutter.rows.size, seen, all(sees_latent), frames)
+        nbytes = sum(x.nbytes for x in tree_leaves(whole) if isinstance(x, torch.Tensor))
+        return PatchPlan(self.config, cutter.rows, cutter.levels, found, nbytes)
 
     def _probe(self, band, run, args, kwargs, whole):
         """Run the denoiser on this patch alone: the numbers mean nothing yet, but all shapes are seen."""
@@ -124,20 +181,6 @@ class Bands:
                     f"{type(self.denoiser).__name__} does not run on patch {patch} of {self.world.size}, "
                     f"{band.cutter.describe(patch)}: {text}"
                 )
-
-    def _planned(self, band, recorder, whole):
-        """(plan, {site: what its keys look like on the whole picture})."""
-        everyone = self.world.gather((band.found, band.sees_latent), "the rows of every site")
-        levels, start = band.cutter.levels, band.cutter.rows.size
-        frames = band.cutter.grid.outer if band.cutter.grid is not None else 1
-        seen, sees_latent = zip(*everyone, strict=True)
-        found = patch_plan.make_sites(recorder, levels, start, seen, all(sees_latent), frames)
-        nbytes = sum(x.nbytes for x in tree_leaves(whole) if isinstance(x, torch.Tensor))
-        plan = PatchPlan(self.config, band.cutter.rows, levels, found, nbytes)
-        if len(set(self.world.gather(plan.digest(), "the plan of the patches"))) > 1:
-            raise ValueError("ranks planned different patches: the denoisers or their inputs differ; make them equal")
-        samples = {i: recorder.sites[s.name, s.call][s.place].sample for i, s in enumerate(found)}
-        return plan, samples
 
     def _verify(self, joined, whole):
         """The patches together must give what the whole picture gives."""

@@ -62,26 +62,14 @@ class Halves:
     # One batch of two halves.
 
     def _on_batch(self, batch, key, forward, run, tick, args, kwargs):
-        cut_args, cut_kwargs = self._cut(batch, args, kwargs)
+        cut_args, cut_kwargs = half_of(self.half, batch, args, kwargs)
         if ("batch", tick.call, key) not in self._slots:
             with torch.no_grad():
                 self._compare(forward(*args, **kwargs), forward(*cut_args, **cut_kwargs))
         halves = self._share(("batch", tick.call, key), run(tick, cut_args, cut_kwargs), (0, 1))
         leaves, spec = zip(*map(tree_flatten, halves), strict=True)
-        joined = [torch.cat(pair) if isinstance(pair[0], torch.Tensor) else pair[0] for pair in zip(*leaves, strict=True)]
-        return tree_unflatten(joined, spec[0])
-
-    def _cut(self, batch, args, kwargs):
-        """(args, kwargs) of this half: every tensor whose first dimension is the batch, or frames of it."""
-
-        def cut(x):
-            frames = x.dim() >= 3 and x.shape[0] % batch == 0
-            if x.dim() == 0 or not (x.shape[0] == batch or frames):
-                return x
-            size = x.shape[0] // 2
-            return x.narrow(0, self.half * size, size)
-
-        return tree_map_only(torch.Tensor, cut, (args, kwargs))
+        pairs = zip(*leaves, strict=True)
+        return tree_unflatten([torch.cat(p) if isinstance(p[0], torch.Tensor) else p[0] for p in pairs], spec[0])
 
     def _compare(self, whole, part):
         """The halves must be what the batch gives."""
@@ -136,8 +124,7 @@ class Halves:
         self.exchange.post(slot)
         self.exchange.wait(slot)
         for half in senders:
-            received = iter(buffers[half])
-            found[half] = result if half == self.half else tree_map(lambda x: _filled(x, received), spec)
+            found[half] = result if half == self.half else _filled(spec, buffers[half])
         return found
 
     def _bound(self, place, result, senders):
@@ -153,6 +140,19 @@ class Halves:
         self.exchange.freeze(f"halves, plan {self._phases}")
         self._phases += 1
         return slot, spec, buffers
+
+
+def half_of(half, batch, args, kwargs):
+    """(args, kwargs) of one half: of every tensor whose first dimension is the batch, or frames of it."""
+
+    def cut(x):
+        frames = x.dim() >= 3 and x.shape[0] % batch == 0
+        if x.dim() == 0 or not (x.shape[0] == batch or frames):
+            return x
+        size = x.shape[0] // 2
+        return x.narrow(0, half * size, size)
+
+    return tree_map_only(torch.Tensor, cut, (args, kwargs))
 
 
 class _Like:
@@ -171,9 +171,10 @@ class _Like:
         return torch.zeros(self.shape, dtype=self.dtype, device=device)
 
 
-def _filled(x, tensors):
-    # Copies: a scheduler may keep a prediction for longer than the buffer keeps it.
-    return next(tensors).clone() if isinstance(x, _Like) else x
+def _filled(spec, buffers):
+    """A result with copies of the buffers in it: a scheduler may keep a prediction for longer than they do."""
+    received = iter(buffers)
+    return tree_map(lambda x: next(received).clone() if isinstance(x, _Like) else x, spec)
 
 
 def _foreseen(given, named):

@@ -51,6 +51,10 @@ class Attachment:
                 del self.module._diffusers_hook
 
 
+# What diffusers changes in a module that stays: its attention processor, and FreeU's factors.
+_SETTINGS = ("processor", "s1", "s2", "b1", "b2")
+
+
 def containers(denoiser):
     """Names of the modules that hold a list of modules."""
     lists = (torch.nn.ModuleList, torch.nn.ModuleDict)
@@ -58,8 +62,9 @@ def containers(denoiser):
 
 
 def structure(denoiser):
-    """A number that changes when modules are added, replaced or removed (adapters, fused projections)."""
-    return hash(tuple((name, id(module)) for name, module in denoiser.named_modules()))
+    """A number that changes when modules or attention processors are added, replaced or removed, or FreeU is set."""
+    modules = denoiser.named_modules()
+    return hash(tuple((name, id(module), *map(vars(module).get, _SETTINGS)) for name, module in modules))
 
 
 def is_compiled(denoiser):

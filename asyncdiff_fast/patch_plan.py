@@ -147,8 +147,7 @@ class Resize(Site):
         """True if every patch's interpolation is the module's own."""
         ratio, rest = divmod(self.after.size, self.before.size)
         return not rest and all(
-            (a[0], a[1]) == (b[0] * ratio, b[1] * ratio)
-            for a, b in zip(self.after.held, self.before.held, strict=True)
+            (a[0], a[1]) == (b[0] * ratio, b[1] * ratio) for a, b in zip(self.after.held, self.before.held, strict=True)
         )
 
 
@@ -207,16 +206,29 @@ class PatchPlan:
         return hash_of((self.rows, self.sites, self.result_bytes))
 
     def __str__(self):
-        head = f"{'patch':>5}  {'rows':>9}  {'keys, values':>12}  {'halos':>8}  {'statistics':>10}  {'result':>7}  buffers"
-        lines = [f"{len(self.rows.held)} patches of {self.rows.size} rows; MB sent per displaced call:", head]
+        head = ("patch", "rows", "keys, values", "halos", "statistics", "result", "buffers")
+        widths = (5, 9, 12, 8, 10, 7, 10)
+        lines = [f"{len(self.rows.held)} patches of {self.rows.size} rows; MB sent per displaced call:"]
+        lines.append("  ".join(f"{name:>{width}}" for name, width in zip(head, widths, strict=True)))
         for patch, (start, stop) in enumerate(self.rows.held):
             kv, halo, norm = (self.sent_bytes(patch, kind) / 1e6 for kind in (ATTENTION, CONV, NORM))
             result = self.result_bytes * (stop - start) / self.rows.size * (len(self.rows.held) - 1) / 1e6
             lines.append(
                 f"{patch:>5}  {f'{start}-{stop}':>9}  {kv:>12.2f}  {halo:>8.2f}  {norm:>10.3f}  {result:>7.2f}  "
-                f"{self.memory_bytes(patch) / 1e6:.1f} MB"
+                f"{self.memory_bytes(patch) / 1e6:>7.1f} MB"
             )
         return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class MeshPlan:
+    """The patches of a call, and the stages of each patch."""
+
+    patches: PatchPlan
+    stages: object
+
+    def __str__(self):
+        return f"{self.patches}\neach patch in\n{self.stages}"
 
 
 def hash_of(value):
@@ -244,8 +256,10 @@ def levels_of(recorder, rows, axis=-2):
         before, after = found.shape[axis], found.result[axis]
         if before in levels and after not in levels:
             known = levels[before]
-            coarser = after < before
-            levels[after] = known.coarser(after, -(-before // after)) if coarser else known.finer(after, after // before)
+            if after < before:
+                levels[after] = known.coarser(after, -(-before // after))
+            else:
+                levels[after] = known.finer(after, after // before)
     return levels
 
 
@@ -317,9 +331,7 @@ def _halo(common, whole, before, after, first):
     kernel, stride, padding, dilation = whole.options[len(whole.shape) - 4]
     if padding is None:
         raise ValueError(f"{common[0]} pads more rows below than above (padding='same' with an even kernel)")
-    windows = tuple(
-        layout.window(before, after, p, kernel, stride, padding, dilation) for p in range(len(before.held))
-    )
+    windows = tuple(layout.window(before, after, p, kernel, stride, padding, dilation) for p in range(len(before.held)))
     return Halo(*common, before, after, windows, layout.halos(before, windows), first and kernel > 1)
 
 
@@ -348,5 +360,11 @@ def _ring(common, whole, parts, rows, frames):
         per_row, extra = layout.tokens_of(rows, whole.shape[-2], [s.shape[-2] for s in parts])
     except ValueError as error:
         raise ValueError(f"{common[0]} attends to tokens that are not rows of the picture: {error}") from error
-    (b, heads, _, size), (_, value_heads, _, value_size) = parts[0].shape, parts[0].options
-    return Ring(*common, layout.Tokens(rows, per_row, extra, frames), (b, heads, size), (b, value_heads, value_size))
+    (value_shape, causal), shape = parts[0].options, parts[0].shape
+    if causal or len(shape) not in (3, 4):
+        how = "causally" if causal else f"with keys of {len(shape)} dimensions"
+        raise ValueError(f"{common[0]} attends {how}: patches cannot share it")
+    # (b, s, d) is one head.
+    heads = [s[1] if len(s) == 4 else 1 for s in (shape, value_shape)]
+    key, value = (shape[0], heads[0], shape[-1]), (shape[0], heads[1], value_shape[-1])
+    return Ring(*common, layout.Tokens(rows, per_row, extra, frames), key, value)

@@ -226,15 +226,18 @@ class RingState(State):
         if step.mode is PatchMode.LOCAL:
             return func(*args, **kwargs)
         named = dict(zip(_ATTENTION_NAMES, args, strict=False)) | kwargs
-        if named.get("is_causal"):
-            raise ValueError(f"{self.site.label} attends causally: patches cannot share it")
+        one_head = named["key"].dim() == 3
+        if one_head:
+            named |= {name: named[name].unsqueeze(1) for name in ("query", "key", "value")}
         self._write(named["key"], named["value"])
         if step.mode is PatchMode.SYNC:
             step.exchange(self)
         if named.get("attn_mask") is not None:
             named["attn_mask"] = self._mask(named["attn_mask"])
+            if one_head:
+                named["attn_mask"] = named["attn_mask"].unsqueeze(-3)
         named["key"], named["value"] = self.key_value()
-        return func(**named)
+        return func(**named).squeeze(1) if one_head else func(**named)
 
     def _split(self, x, dim=-2):
         """(picture, others) of this patch's tokens."""

@@ -5,9 +5,13 @@ import weakref
 import torch
 
 from . import fingerprint, modules
+from .bands import Bands
 from .config import Config
+from .halves import half_of
+from .patch_plan import MeshPlan
 from .planning import make_plan
 from .runtime import Runtime
+from .signature import CallSignature
 from .world import World, device, start_process_group, stop_process_group
 
 _ATTRIBUTE = "_asyncdiff_fast"
@@ -69,7 +73,7 @@ def plan(target, inputs=None, **options):
         target: as for `patch`; needs no process group. A denoiser may lie on the meta device.
         inputs: dict of arguments: of the pipeline's call (default: a prompt), or of the denoiser's forward.
         options: see `Config`.
-    Returns: `Plan`.
+    Returns: `Plan` of stages, `PatchPlan`, or both in a `MeshPlan`.
     """
     config = Config.from_options(options)
     denoiser = denoisers(target)[0]
@@ -77,7 +81,7 @@ def plan(target, inputs=None, **options):
         args, kwargs = (), dict(inputs or {})
     else:
         args, kwargs = _first_call(target, denoiser, {"prompt": "a photograph"} if inputs is None else inputs)
-    return make_plan(denoiser, denoiser.forward, args, kwargs, config)
+    return _plan_call(denoiser, config, args, kwargs)
 
 
 def denoisers(target):
@@ -212,6 +216,25 @@ def _release(denoiser):
         vars(denoiser).pop(_ATTRIBUTE).close()
     finally:
         stop_process_group()
+
+
+def _plan_call(denoiser, config, args, kwargs):
+    """The plan of one call, of half its batch if the CFG halves are shared out."""
+    signature = CallSignature(denoiser)
+    if config.cfg_parallel:
+        latent = signature.latent(args, kwargs)
+        args, kwargs = half_of(0, latent.shape[0], args, kwargs) if latent.shape[0] % 2 == 0 else (args, kwargs)
+    if config.num_patches == 1:
+        return make_plan(denoiser, denoiser.forward, args, kwargs, config)
+    bands = Bands(denoiser, config, None, None, signature)
+    try:
+        patches = bands.plan_alone(denoiser.forward, args, kwargs)
+        if config.num_stages == 1:
+            return patches
+        # The stages of every patch are those of the first.
+        return MeshPlan(patches, bands.on_first_patch(denoiser.forward, args, kwargs, make_plan))
+    finally:
+        bands.forget(released=True)
 
 
 class _FirstCall(Exception):

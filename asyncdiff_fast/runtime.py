@@ -14,6 +14,7 @@ from .exchange import TorchExchange
 from .halves import Halves
 from .modules import Attachment, on_pipeline_end, step_cache, structure
 from .passes import Pass
+from .patch_plan import MeshPlan
 from .planning import make_plan
 from .schedule import Mode
 from .signature import CallSignature
@@ -56,9 +57,9 @@ class Runtime:
 
     @property
     def plan(self):
-        """The latest plan, None before the first call: a `Plan` of stages, a `PatchPlan`, or a pair of both."""
-        found = [x for x in (self._bands and self._bands.plan, self._plan) if x is not None]
-        return tuple(found) if len(found) == 2 else next(iter(found), None)
+        """The latest plan, None before the first call: a `Plan` of stages, a `PatchPlan`, or both in a `MeshPlan`."""
+        patches = self._bands and self._bands.plan
+        return MeshPlan(patches, self._plan) if patches and self._plan else patches or self._plan
 
     def _along(self, axis):
         """torch.distributed ranks that differ from this one in one axis of the mesh."""

@@ -1,9 +1,10 @@
 """Sites: the few function calls of a forward that read more than one row, found and replaced where they happen.
 
-Everything else in a denoiser works row by row (token by token), so it runs on a patch as on a smaller picture. A site is
-known by its module, the number of the module's call, and its place among that call's watched functions.
+Everything else in a denoiser works row by row (token by token), so it runs on a patch as on a smaller picture. A site
+is known by its module, the number of the module's call, and its place among that call's watched functions.
 """
 
+import weakref
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +29,12 @@ JOINS = {
 }  # fmt: skip
 # Their results depend on the shape of a tensor only.
 _SHAPE_ONLY = {torch.empty_like, torch.zeros_like, torch.ones_like, torch.full_like, torch.rand_like, torch.randn_like}
+
+_IN_PLACE = {"__iadd__", "__isub__", "__imul__", "__itruediv__", "__setitem__"}
+_NUMBERS = {
+    torch.Tensor.item, torch.Tensor.tolist, torch.Tensor.__bool__, torch.Tensor.__float__, torch.Tensor.__int__,
+    torch.Tensor.__index__, torch.equal, torch.allclose,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -77,7 +84,8 @@ def seen(kind, args, kwargs, result, sampled=True):
         key = args[1] if len(args) > 1 else kwargs["key"]
         sample = key.detach()[(0,) * (key.dim() - 2)][:, :8].clone() if sampled else None
         value = args[2] if len(args) > 2 else kwargs["value"]
-        return Seen(kind, tuple(key.shape), tuple(first.shape), tuple(value.shape), key.dtype, sample)
+        causal = bool(args[5] if len(args) > 5 else kwargs.get("is_causal", False))
+        return Seen(kind, tuple(key.shape), tuple(first.shape), (tuple(value.shape), causal), key.dtype, sample)
     options = _OPTIONS[kind](*args, **kwargs)
     return Seen(kind, tuple(first.shape), tuple(result.shape), options, first.dtype)
 
@@ -95,50 +103,69 @@ class Watch(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+class _Followed:
+    """Tensors that follow from some others, known by identity while they live."""
+
+    def __init__(self, tensors):
+        self._known = {}
+        self.add(tensors)
+
+    def add(self, tree):
+        for x in tree_leaves(tree):
+            if isinstance(x, torch.Tensor):
+                self._known[id(x)] = weakref.ref(x)
+
+    def __contains__(self, x):
+        found = self._known.get(id(x))
+        return found is not None and found() is x
+
+    def any(self, tensors):
+        return any(x in self for x in tensors)
+
+
 class Recorder(TorchFunctionMode):
     """Records one forward on a whole picture: its sites, and which tensors follow from positions alone.
 
     `sites`: {(module, call): [Seen]}. `order`: their keys as first seen. `constants`: {(module, call): result} of
-    modules whose results follow from no input. `joins`: {(module, call): [(place, argument, tensor)]} of functions that
-    join an activation with such a tensor.
+    modules whose results follow from no input. `joins`: {(module, call): [(place, argument, tensor, shape of the
+    result)]} of functions that join an activation with such a tensor. `steered_by`: modules where a number read from
+    the picture's activations steers Python.
     """
 
-    def __init__(self, inputs):
+    def __init__(self, latent, inputs):
         super().__init__()
-        self.sites, self.order, self.constants, self.joins = {}, [], {}, {}
-        # By identity; held, so that no identity is used twice.
-        self._follows = {id(x): x for x in tree_leaves(inputs) if isinstance(x, torch.Tensor)}
-        self._stack, self._calls, self._places, self._inside_constant = [("", 0)], {}, {}, 0
-
-    def _follow(self, tree):
-        for x in tree_leaves(tree):
-            if isinstance(x, torch.Tensor):
-                self._follows[id(x)] = _Weak(x)
-
-    def _is_input(self, x):
-        found = self._follows.get(id(x))
-        return found is x or (isinstance(found, _Weak) and found.ref() is x)
+        self.sites, self.order, self.constants, self.joins, self.steered_by = {}, [], {}, {}, []
+        self._inputs, self._picture = _Followed(inputs), _Followed(latent)
+        self._stack, self._calls, self._places = [("", 0)], {}, {}
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         leaves = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
-        follows = func not in _SHAPE_ONLY and any(self._is_input(x) for x in leaves)
-        if follows:
-            self._follow(result)
-            if getattr(func, "__name__", "") in _IN_PLACE or getattr(func, "__name__", "").endswith("_"):
-                self._follow(args[:1])
+        if func not in _SHAPE_ONLY:
+            name = getattr(func, "__name__", "")
+            changed = args[:1] if name in _IN_PLACE or (name.endswith("_") and not name.endswith("__")) else ()
+            for followed in (self._inputs, self._picture):
+                if followed.any(leaves):
+                    followed.add((result, changed))
         key = self._stack[-1]
         if func in KINDS:
             if key not in self.sites:
                 self.order.append(key)
             self.sites.setdefault(key, []).append(seen(KINDS[func], args, kwargs, result))
         elif func in JOINS:
-            place = self._places[key] = self._places.get(key, -1) + 1
-            for i, x in enumerate(args[:2]):
-                if isinstance(x, torch.Tensor) and follows and not self._is_input(x) and x.dim() > 1:
-                    self.joins.setdefault(key, []).append((place, i, x.detach(), tuple(result.shape)))
+            self._note_join(key, args, leaves, result)
+        elif func in _NUMBERS and self._picture.any(leaves):
+            self.steered_by.append(key[0] or "the forward itself")
         return result
+
+    def _note_join(self, key, args, leaves, result):
+        place = self._places[key] = self._places.get(key, -1) + 1
+        if not self._inputs.any(leaves):
+            return
+        for i, x in enumerate(args[:2]):
+            if isinstance(x, torch.Tensor) and x not in self._inputs and x.dim() > 1:
+                self.joins.setdefault(key, []).append((place, i, x.detach(), tuple(result.shape)))
 
     def watch(self, denoiser):
         """Follow the calls of every submodule; returns the hooks' handles."""
@@ -154,31 +181,19 @@ class Recorder(TorchFunctionMode):
             def leave(module, args, kwargs, output):
                 key = self._stack.pop()
                 tensors = [x for x in tree_leaves(output) if isinstance(x, torch.Tensor)]
-                if tensors and not any(self._is_input(x) for x in tensors):
+                if tensors and not self._inputs.any(tensors):
                     self.constants[key] = output
                     # What is made of it needs no care of its own: the module's result will be a patch's.
-                    self._follow(output)
+                    self._inputs.add(output)
 
             handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
             handles.append(module.register_forward_hook(leave, with_kwargs=True))
         return handles
 
 
-_IN_PLACE = {"__iadd__", "__isub__", "__imul__", "__itruediv__", "__setitem__"}
-
-
-class _Weak:
-    """A weak reference to a tensor that follows from an input."""
-
-    def __init__(self, tensor):
-        import weakref
-
-        self.ref = weakref.ref(tensor)
-
-
-def record(denoiser, forward, args, kwargs):
-    """(result, `Recorder`) of one forward on the whole picture."""
-    recorder = Recorder((args, kwargs))
+def record(denoiser, forward, latent, args, kwargs):
+    """(result, `Recorder`) of one forward on the whole picture; `latent` is the argument that holds it."""
+    recorder = Recorder(latent, (args, kwargs))
     handles = recorder.watch(denoiser)
     try:
         with torch.no_grad(), recorder:
