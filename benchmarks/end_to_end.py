@@ -28,7 +28,7 @@ def parse(argv):
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--nproc", type=int, default=2)
     parser.add_argument("--model", choices=("sd15_width", *real_models.MODELS), default="sd15_width")
-    parser.add_argument("--options", default="balance=time", help="options of patch(), such as balance=flops,stride=2")
+    parser.add_argument("--options", default="balance=time", help="options of patch(), such as num_patches=2")
     parser.add_argument("--warmup-steps", type=int, default=1)
     parser.add_argument("--calls", type=int, default=8, help="steady calls in each round")
     parser.add_argument("--rounds", type=int, default=2)
@@ -107,7 +107,8 @@ def measure_rank(options):
     if options.device == "cpu":
         torch.set_num_threads(1)
     config = {"warmup_steps": options.warmup_steps, **asyncdiff_fast.config.parse_options(options.options)}
-    config.setdefault("num_stages", options.nproc + 1 - config.get("stride", 1))
+    if not {"num_patches", "cfg_parallel"} & set(config):
+        config.setdefault("num_stages", options.nproc + 1 - config.get("stride", 1))
     denoiser, inputs, twin = load(options.model, options.device)
     runtime = asyncdiff_fast.patch(denoiser, **config)
     steps = config["warmup_steps"] + options.calls
@@ -139,6 +140,12 @@ def profiler(folder):
     return torch.profiler.profile(on_trace_ready=lambda p: p.export_chrome_trace(path))
 
 
+def balance(plan):
+    """The largest stage over the mean of all; None without stages."""
+    plans = plan if isinstance(plan, tuple) else (plan,)
+    return next((p.division.balance for p in plans if hasattr(p, "division")), None)
+
+
 def report(options, config, runtime, alone, together, warm, waits, cpu):
     """Gather what the ranks measured into one row."""
     mine = {"wait_s": statistics.median(waits), "rss": measure.peak_rss_mb(), "cpu": cpu[-1], "stats": runtime.stats()}
@@ -147,6 +154,7 @@ def report(options, config, runtime, alone, together, warm, waits, cpu):
     if dist.get_rank():
         return None
     call, call_alone = statistics.median(together), statistics.median(alone)
+    sent = [r["stats"]["sent_bytes"] / options.calls for r in ranks]
     asynchronous = options.steps - config["warmup_steps"]
     # Warm-up calls of the last round: plans and buffers are there, as from the second generation on.
     whole = warm[-1] + asynchronous * call
@@ -164,10 +172,10 @@ def report(options, config, runtime, alone, together, warm, waits, cpu):
         "cpu_s": [r["cpu"][1] for r in ranks],
         "exposed_wait_share": max(r["wait_s"] for r in ranks) / call,
         "exposed_wait_shares": [r["wait_s"] / call for r in ranks],
-        "bytes_per_call": runtime.plan.bytes_per_call,
-        "sent_bytes_per_call": [r["stats"]["sent_bytes"] / options.calls for r in ranks],
+        "bytes_per_call": sum(sent),
+        "sent_bytes_per_call": sent,
         "peak_rss_mb": [r["rss"] for r in ranks],
-        "balance": runtime.plan.division.balance,
+        "balance": balance(runtime.plan),
         "whole_steps": options.steps,
         "whole_s": whole,
         "whole_s_alone": options.steps * call_alone,

@@ -1,16 +1,19 @@
 """How far each configuration's pictures are from the exact ones of the same seed, on the model of examples/shapes.
 
     python benchmarks/quality.py --preset stages
+    python benchmarks/quality.py --preset patches
     python benchmarks/quality.py exact@50 exact@25 num_stages=2,stride=1,warmup_steps=3@50
 
 A configuration is `exact` or options of `asyncdiff_fast.patch`, then @ and the number of steps. All configurations of
 one world size run under one launch of torchrun, which this script starts; finished ones are kept until `--fresh`.
 The first `exact` configuration is the reference: PSNR and SSIM compare with it picture by picture, and obedience and
-Frechet distance are given with their difference from it over the same pictures.
+Frechet distance are given with their difference from it over the same pictures. Patches with the corrected GroupNorm
+are compared, picture by picture, with every other way of as many patches and as much warm-up, or none.
 """
 
 import argparse
 import hashlib
+import itertools
 import os
 import subprocess
 import sys
@@ -36,14 +39,23 @@ from asyncdiff_fast.config import parse_options  # noqa: E402
 
 EXACT_STEPS = (50, 33, 25, 20, 17, 13)
 STAGES_AND_STRIDES = ((2, 1), (3, 1), (4, 1), (2, 2), (3, 2))
+WAYS_OF_PATCHES = (
+    ["exchange=sync,warmup_steps=1"]
+    + [f"group_norm={how},warmup_steps={w}" for how in ("corrected", "stale", "sync", "local") for w in (1, 4)]
+    + [f"exchange=none,warmup_steps={w}" for w in (1, 4)]
+    + [f"exchange=none,patch_axis={axis},warmup_steps=0" for axis in ("rows", "columns", "alternating")]
+)
 PRESETS = {
     "stages": [f"exact@{steps}" for steps in EXACT_STEPS]
     + [
         f"num_stages={stages},stride={stride},warmup_steps={warmup}@50"
         for stages, stride in STAGES_AND_STRIDES
         for warmup in (1, 3, 5, 9)
-    ]
+    ],
+    "patches": ["exact@50"] + [f"num_patches={n},{way}@50" for n in (2, 4) for way in WAYS_OF_PATCHES],
 }
+# Where the results lie, if not in quality.*
+FILES = {"patches": "quality_patches"}
 ASPECTS = ("all", "colour", "shape", "background")
 NUM_RENDERED = 4096
 
@@ -54,6 +66,23 @@ def parse_configuration(name):
     if not at or not steps.isdigit():
         raise ValueError(f"a configuration is exact@STEPS or OPTIONS@STEPS: got {name!r}")
     return (None if options == "exact" else parse_options(options)), int(steps)
+
+
+def pairs(names):
+    """(corrected patches, another way of as many patches and steps and as much warm-up, or none) of a list of names.
+
+    Synchronous patches are left out: they are the reference but for rounding.
+    """
+    found = []
+    for name, other in itertools.product(names, names):
+        (ours, steps), (theirs, other_steps) = parse_configuration(name), parse_configuration(other)
+        if name == other or steps != other_steps or not ours or not theirs or theirs.get("exchange") == "sync":
+            continue
+        warmups = (ours.get("warmup_steps"), 0)
+        alike = ours.get("num_patches", 1) == theirs.get("num_patches") and theirs.get("warmup_steps") in warmups
+        if alike and ours.get("group_norm") == "corrected":
+            found.append((name, other))
+    return found
 
 
 def world_size(name):
@@ -141,6 +170,11 @@ class Ruler:
             "frechet": self._frechet_row(features),
         }
 
+    def pair(self, ours, theirs):
+        """How much closer one set of pictures is to the exact ones than another, in dB, picture by picture."""
+        gain = metrics.psnr(ours, self.exact) - metrics.psnr(theirs, self.exact)
+        return {**metrics.mean_with_interval(gain, self.picked), "closer": float(np.mean(gain > 0))}
+
     def _frechet_row(self, features):
         def distances(kept):
             return [metrics.frechet(f[kept], self.mean, self.covariance) for f in (features, self.exact_features)]
@@ -167,11 +201,13 @@ def main(args):
         "note": "100 dB stands for equal; `only by exact`: obeyed by the reference alone; 95 % intervals over prompts.",
         **measure.facts(),
         "rows": {name: ruler.row(pictures) for name, pictures in pictures_of.items()},
+        "pairs": {" − ".join(pair): ruler.pair(*map(pictures_of.get, pair)) for pair in pairs(args.configurations)},
     }
+    name = FILES.get(args.preset, "quality")
     args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "quality.json").write_text(tables.as_json(result))
-    (args.out / "quality.md").write_text(tables.as_markdown(result))
-    tables.grid(pictures_of, result["rows"], args.seeds).save(args.out / "quality.png", optimize=True)
+    (args.out / f"{name}.json").write_text(tables.as_json(result))
+    (args.out / f"{name}.md").write_text(tables.as_markdown(result))
+    tables.grid(pictures_of, result["rows"], args.seeds).save(args.out / f"{name}.png", optimize=True)
     print(tables.as_markdown(result))
 
 

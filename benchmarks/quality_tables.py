@@ -12,10 +12,15 @@ GRID_COLUMNS = 8
 
 
 def as_json(result):
-    """JSON with one line per configuration, so that two runs can be compared by diff."""
-    rows = ",\n".join(f"  {json.dumps(name)}: {json.dumps(row)}" for name, row in result["rows"].items())
-    head = json.dumps({key: value for key, value in result.items() if key != "rows"}, ensure_ascii=False)
-    return f'{head[:-1]},\n "rows": {{\n{rows}\n }}}}\n'
+    """JSON with one line per configuration and per pair, so that two runs can be compared by diff."""
+    parts = [json.dumps({k: v for k, v in result.items() if k not in ("rows", "pairs")}, ensure_ascii=False)[:-1]]
+    for part in ("rows", "pairs"):
+        lines = [
+            f"  {json.dumps(name, ensure_ascii=False)}: {json.dumps(row)}" for name, row in result.get(part, {}).items()
+        ]
+        if lines:
+            parts.append(f' "{part}": {{\n' + ",\n".join(lines) + "\n }")
+    return ",\n".join(parts) + "}\n"
 
 
 def as_markdown(result):
@@ -35,6 +40,12 @@ def as_markdown(result):
         cells += [f"{obeyed[aspect]['mean']:.2f}" for aspect in ASPECTS]
         cells += [_cell(frechet, 1), _cell(frechet["minus_exact"], 1)]
         lines.append("| " + " | ".join(cells) + " |")
+    if result.get("pairs"):
+        lines += ["", "PSNR of one way minus that of another, picture by picture:", ""]
+        lines += ["| one − another | dB | pictures closer |", "|---|---|---|"]
+        for name, pair in result["pairs"].items():
+            ours, theirs = name.split(" − ")
+            lines.append(f"| `{ours}` − `{theirs}` | {_cell(pair, 1)} | {pair['closer']:.2f} |")
     return "\n".join(lines) + "\n"
 
 

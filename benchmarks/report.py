@@ -8,6 +8,7 @@ import sys
 import measure
 
 WARMUP = re.compile(r"\bwarmup_steps=(\d+)")
+PATCHES = re.compile(r"\bnum_patches=(\d+),")
 README = pathlib.Path(__file__).parents[1] / "README.md"
 
 
@@ -86,6 +87,43 @@ def quality_tables(result):
     return "\n".join([*lines, "| | " + " | ".join(exact.values()) + " |"])
 
 
+def quality_of_patches():
+    """The short form of the table of patches."""
+    return patch_tables(json.loads((measure.RESULTS / "quality_patches.json").read_text()))
+
+
+def patch_tables(result):
+    """Mean PSNR and the worst picture's of every way of patches, and how much closer the corrected GroupNorm is."""
+    closeness, gains = {}, {}
+    for name, row in result["rows"].items():
+        if PATCHES.search(name):
+            place, way = _place_and_way(name)
+            closeness.setdefault(way, {})[place] = f"{row['psnr_db']['mean']:.1f} ({row['psnr_db']['worst']:.1f})"
+    for pair, gain in result["pairs"].items():
+        ours, theirs = pair.split(" − ")
+        cell = f"{gain['mean']:+.1f} ({gain['low']:+.1f} to {gain['high']:+.1f})"
+        gains.setdefault(_place_and_way(theirs)[1], {})[_place_and_way(ours)[0]] = cell
+    closeness = _by_place("options, and warm-up steps", closeness)
+    gains = _by_place('`group_norm="corrected"` minus', gains)
+    title = "PSNR in dB, mean (worst picture): " + result["title"]
+    return f"{title}\n\n{closeness}\n\nPSNR gained, picture by picture, with 95 % intervals over prompts:\n\n{gains}"
+
+
+def _place_and_way(name):
+    """((patches, warm-up steps), the other options) of a configuration of patches."""
+    options = name.rpartition("@")[0]
+    patches, warmup = PATCHES.search(options), WARMUP.search(options)
+    way = options.replace(patches.group(), "").replace(warmup.group(), "").strip(",")
+    return (int(patches.group(1)), int(warmup.group(1))), way
+
+
+def _by_place(head, cells):
+    """A table of {way: {(patches, warm-up steps): cell}}."""
+    places = sorted({place for by_place in cells.values() for place in by_place})
+    heads = [f"{patches} patches, {warmup}" for patches, warmup in places]
+    return table([head, *heads], [[f"`{way}`", *(of.get(p, "") for p in places)] for way, of in cells.items()])
+
+
 def filled(text, name, content):
     """The text with what stands between the marks of `name` replaced."""
     begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
@@ -96,7 +134,8 @@ def filled(text, name, content):
 def readme():
     """The README with every table as the committed results have it."""
     text = README.read_text()
-    for name, make in (("plans", plans), ("end_to_end", end_to_end), ("quality", quality)):
+    makers = {"plans": plans, "end_to_end": end_to_end, "quality": quality, "quality patches": quality_of_patches}
+    for name, make in makers.items():
         text = filled(text, name, make())
     return text
 

@@ -1,0 +1,255 @@
+"""Denoisers that mix the rows of a picture in other ways than patches can follow, and some that only look so.
+
+Each is called as `net(x, t)`: x (1, 4, 16, 8), t a number; it returns a tensor like x.
+"""
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+WIDTH, HEIGHT = 16, 16
+
+
+class Net(nn.Module):
+    """A convolution, `mix`, a convolution."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Conv2d(4, WIDTH, 3, padding=1), nn.Conv2d(WIDTH, 4, 3, padding=1)
+        self.qkv = nn.Linear(WIDTH, 3 * WIDTH)
+
+    def forward(self, x, t):
+        return self.last(self.mix(self.first(x), t))
+
+    def heads(self, h):
+        """Queries, keys and values, (n, 2, tokens, 8) each."""
+        q, k, v = self.qkv(h.flatten(2).transpose(1, 2)).chunk(3, -1)
+        return [a.unflatten(-1, (2, -1)).transpose(1, 2) for a in (q, k, v)]
+
+    def picture(self, tokens, like):
+        """Tokens (n, heads, tokens, size) as a picture like another."""
+        return tokens.transpose(1, 2).flatten(2).transpose(1, 2).unflatten(-1, like.shape[-2:])
+
+
+class AcrossRows(Net):
+    """A linear layer over the height."""
+
+    def __init__(self):
+        super().__init__()
+        self.rows = nn.Linear(HEIGHT, HEIGHT)
+
+    def mix(self, h, t):
+        return self.rows(h.transpose(-1, -2)).transpose(-1, -2)
+
+
+class InstanceNorm(Net):
+    def mix(self, h, t):
+        return functional.instance_norm(h)
+
+
+class LayerNormOverPicture(Net):
+    def mix(self, h, t):
+        return functional.layer_norm(h, h.shape[1:])
+
+
+class Causal(Net):
+    def mix(self, h, t):
+        return h + self.picture(functional.scaled_dot_product_attention(*self.heads(h), is_causal=True), h)
+
+
+class Bilinear(Net):
+    def mix(self, h, t):
+        small = functional.interpolate(h, scale_factor=0.5, mode="bilinear")
+        return h + functional.interpolate(small, scale_factor=2.0, mode="bilinear")
+
+
+class OwnSoftmax(Net):
+    """Attention without scaled_dot_product_attention."""
+
+    def mix(self, h, t):
+        q, k, v = self.heads(h)
+        return h + self.picture((q @ k.transpose(-1, -2) / 8**0.5).softmax(-1) @ v, h)
+
+
+class Squeeze(Net):
+    """Squeeze and excitation: the mean of the picture scales its channels."""
+
+    def mix(self, h, t):
+        return h * h.mean((2, 3), keepdim=True).sigmoid()
+
+
+class Cumulative(Net):
+    def mix(self, h, t):
+        return h.cumsum(2)
+
+
+class Flip(Net):
+    def mix(self, h, t):
+        return h + h.flip(2)
+
+
+class Shift(Net):
+    def mix(self, h, t):
+        return h + h.roll(1, 2)
+
+
+class MaxPool(Net):
+    """Windows that overlap."""
+
+    def mix(self, h, t):
+        return functional.max_pool2d(h, 3, stride=1, padding=1)
+
+
+class ReflectPad(Net):
+    def mix(self, h, t):
+        return functional.pad(h, (1, 1, 1, 1), mode="reflect")[:, :, 1:-1, 1:-1] + functional.pad(
+            h, (0, 0, 0, 1), mode="reflect"
+        )[:, :, 1:]
+
+
+class Transposed(Net):
+    """A transposed convolution whose windows overlap."""
+
+    def __init__(self):
+        super().__init__()
+        self.up = nn.ConvTranspose2d(WIDTH, WIDTH, 4, stride=2, padding=1)
+        self.down = nn.Conv2d(WIDTH, WIDTH, 3, stride=2, padding=1)
+
+    def mix(self, h, t):
+        return self.down(self.up(h))
+
+
+class Fourier(Net):
+    def mix(self, h, t):
+        """What FreeU does to skips: low frequencies are scaled."""
+        waves = torch.fft.fftn(h.float(), dim=(-2, -1))
+        waves[..., :2, :2] *= 0.2
+        return torch.fft.ifftn(waves, dim=(-2, -1)).real.to(h.dtype)
+
+
+class Pointwise(Net):
+    """Pixels of a patch are shuffled into channels and back: rows stay what they are."""
+
+    def mix(self, h, t):
+        return functional.pixel_shuffle(functional.pixel_unshuffle(h, 2) * 2, 2)
+
+
+class Masked(Net):
+    """Attention in which one token of the picture in three is masked."""
+
+    def mix(self, h, t):
+        q, k, v = self.heads(h)
+        mask = torch.arange(k.shape[-2], device=h.device) % 3 > 0
+        return h + self.picture(functional.scaled_dot_product_attention(q, k, v, attn_mask=mask.expand(q.shape[-2], -1)), h)
+
+
+class Windowed(Net):
+    """Attention within windows of four rows."""
+
+    def mix(self, h, t):
+        windows = h.unflatten(2, (-1, 4)).transpose(1, 2).flatten(0, 1)
+        out = self.picture(functional.scaled_dot_product_attention(*self.heads(windows)), windows)
+        return h + out.unflatten(0, (h.shape[0], -1)).transpose(1, 2).flatten(2, 3)
+
+
+class Axial(Net):
+    """Attention along each row, then along each column."""
+
+    def mix(self, h, t):
+        for across in (False, True):
+            x = h.transpose(-1, -2) if across else h
+            lines = x.transpose(1, 2).flatten(0, 1).unsqueeze(2)
+            out = self.picture(functional.scaled_dot_product_attention(*self.heads(lines)), lines)
+            out = out.squeeze(2).unflatten(0, (x.shape[0], -1)).transpose(1, 2)
+            h = h + (out.transpose(-1, -2) if across else out)
+        return h
+
+
+class Linear(Net):
+    """Linear attention: keys and values are summed up before the queries meet them."""
+
+    def mix(self, h, t):
+        q, k, v = self.heads(h)
+        return h + self.picture(q.softmax(-1) @ (k.softmax(-2).transpose(-1, -2) @ v), h)
+
+
+class OneHead(Net):
+    """Attention on (n, tokens, size), without a dimension of heads."""
+
+    def mix(self, h, t):
+        q, k, v = (x.flatten(0, 1) for x in self.heads(h))
+        out = functional.scaled_dot_product_attention(q, k, v)
+        return h + self.picture(out.unflatten(0, (h.shape[0], 2)), h)
+
+
+class MultiHead(Net):
+    """torch's own module, whose attention no function of Python's is called for."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(WIDTH, 2, batch_first=True)
+
+    def mix(self, h, t):
+        tokens = h.flatten(2).transpose(1, 2)
+        return h + self.attention(tokens, tokens, tokens, need_weights=False)[0].transpose(1, 2).unflatten(
+            -1, h.shape[-2:]
+        )
+
+
+class Positions(Net):
+    """A table of positions for each row and column is added."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(1, WIDTH, HEIGHT, 8))
+
+    def mix(self, h, t):
+        return h + self.table
+
+
+class RowNumbers(Net):
+    """Each row is scaled by its number, counted from what is at hand."""
+
+    def mix(self, h, t):
+        return h * torch.linspace(0.5, 1.5, h.shape[2])[:, None]
+
+
+class Steers(Net):
+    """A number read from the activations decides what is done with them."""
+
+    def mix(self, h, t):
+        return h * 2 if h.mean().item() > 0.02 else h * 0.5
+
+
+class SmallMean(Net):
+    """The mean of the picture matters little: less than half precision's rounding seems to."""
+
+    def mix(self, h, t):
+        return h + 0.05 * h.mean((2, 3), keepdim=True)
+
+
+NETS = {
+    cls.__name__: cls
+    for cls in (AcrossRows, InstanceNorm, LayerNormOverPicture, Causal, Bilinear, OwnSoftmax, Squeeze, Cumulative, Flip)
+    + (Shift, MaxPool, ReflectPad, Transposed, Fourier, Pointwise, Masked, Windowed, Axial, Linear, OneHead, MultiHead)
+    + (Positions, RowNumbers, Steers, SmallMean)
+}
+
+
+def build(name):
+    """The net with seeded weights."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return NETS[name]().eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def sample(net, seed=0, steps=4, height=HEIGHT):
+    """All predictions of one generation, (steps, 1, 4, height, 8)."""
+    dtype = next(net.parameters()).dtype
+    x = torch.randn(1, 4, height, 8, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    predictions = []
+    for t in range(steps, 0, -1):
+        predictions.append(net(x, float(t)))
+        x = x - 0.2 * predictions[-1]
+    return torch.stack(predictions).float()
