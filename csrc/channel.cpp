@@ -1,0 +1,429 @@
+#include "channel.hpp"
+
+#include <pthread.h>
+
+#include <algorithm>
+#include <cstdio>
+
+#include "edges.hpp"
+
+namespace adf {
+namespace {
+
+// More operations in one NCCL group can diverge between ranks.
+constexpr size_t kMostMessages = 256;
+// A rank that closes in good order says so through a store; its process may be seen to end a little earlier.
+constexpr auto kLeaveGrace = std::chrono::milliseconds(600);
+
+// Counts the forks above this process: threads and communicators do not come along.
+std::atomic<int> forks{0};
+const int watching_forks = pthread_atfork(nullptr, nullptr, [] { forks.fetch_add(1); });
+
+double microseconds_since(Clock::time_point began) {
+  return std::chrono::duration<double, std::micro>(Clock::now() - began).count();
+}
+
+std::string number(double value) {
+  char text[32];
+  snprintf(text, sizeof text, "%g", value);
+  return text;
+}
+
+std::string list(const std::vector<int>& ranks) {
+  std::string text;
+  for (int r : ranks) text += (text.empty() ? "" : ", ") + std::to_string(r);
+  return text;
+}
+
+}  // namespace
+
+Channel::Channel(std::shared_ptr<Transport> transport, double timeout_s, std::vector<int> pids, bool use_pidfd)
+    : transport_(std::move(transport)),
+      timeout_s_(timeout_s),
+      fork_count_(forks.load() + watching_forks),
+      left_(transport_->size(), false) {
+  if (!pids.empty() && static_cast<int>(pids.size()) != transport_->size()) {
+    throw std::invalid_argument("pids must have one entry for each rank, or none");
+  }
+  watchdog_ = std::make_unique<Watchdog>(std::vector<pid_t>(pids.begin(), pids.end()), use_pidfd,
+                                         [this](const std::vector<int>& ended) { look(ended); });
+}
+
+Channel::~Channel() {
+  if (forks.load() != fork_count_) {
+    // In a forked child there are no threads to join and nothing to tell the peers of.
+    watchdog_.release();
+    new std::shared_ptr<Transport>(std::move(transport_));
+    return;
+  }
+  if (!closed_) fail("rank " + std::to_string(transport_->rank()) + " dropped its exchange without closing it");
+  watchdog_.reset();
+}
+
+const Channel::Slot& Channel::at(int slot) const {
+  if (slot < 0 || slot >= static_cast<int>(slots_.size()) || slots_[slot] == nullptr) {
+    throw std::invalid_argument("no slot has the number " + std::to_string(slot) + ": it was released, or never made");
+  }
+  return *slots_[slot];
+}
+
+int Channel::add(const std::string& name, std::vector<Message> messages, int depth) {
+  enter();
+  if (depth < 1) throw std::invalid_argument("depth must be at least 1: got depth=" + std::to_string(depth));
+  if (messages.size() > kMostMessages) {
+    throw std::invalid_argument("slot '" + name + "' has " + std::to_string(messages.size()) +
+                                " sends and receives; 256 at most, divide it");
+  }
+  auto slot = std::make_shared<Slot>();
+  slot->name = name;
+  slot->depth = depth;
+  slot->sequence.assign(depth, 0);
+  for (const Message& x : messages) {
+    if (x.peer < 0 || x.peer >= transport_->size() || x.peer == transport_->rank()) {
+      throw std::invalid_argument("slot '" + name + "' names peer " + std::to_string(x.peer) + "; peers of rank " +
+                                  std::to_string(transport_->rank()) + " are the others below " +
+                                  std::to_string(transport_->size()));
+    }
+    if (static_cast<int>(x.buffers.size()) != depth) {
+      throw std::invalid_argument("slot '" + name + "' needs " + std::to_string(depth) +
+                                  " buffers for each send and receive");
+    }
+    (x.sends ? slot->sends : slot->receives) = true;
+    if (x.sends) slot->bytes += x.bytes;
+  }
+  slot->messages = std::move(messages);
+  transport_->attach(slot.get());
+  slots_.push_back(std::move(slot));
+  return static_cast<int>(slots_.size()) - 1;
+}
+
+void Channel::freeze(const std::string& phase, const std::vector<int>& slots) {
+  enter();
+  if (phases_.count(phase) != 0) throw std::invalid_argument("phase '" + phase + "' is frozen already");
+  for (size_t i = 0; i < slots.size(); ++i) {
+    Slot& slot = at(slots[i]);
+    if (slot.place >= 0) throw std::invalid_argument("slot '" + slot.name + "' belongs to phase '" + slot.phase + "'");
+    slot.phase = phase;
+    slot.place = static_cast<int>(i);
+  }
+  phases_[phase].slots = slots;
+}
+
+void Channel::release(const std::string& phase) {
+  enter();
+  const auto found = phases_.find(phase);
+  if (found == phases_.end()) throw std::invalid_argument("no phase '" + phase + "' is frozen");
+  drain(found->second.slots);
+  std::lock_guard<std::mutex> lock(mutex_);
+  for (int number : found->second.slots) {
+    transport_->detach(slots_[number].get());
+    slots_[number].reset();
+  }
+  phases_.erase(found);
+}
+
+void Channel::enter() {
+  if (forks.load(std::memory_order_relaxed) != fork_count_) {
+    throw ExchangeError("the exchange does not survive fork(): start processes with spawn, or patch in the child");
+  }
+  if (transport_->health().broken()) raise();
+  if (closed_) throw ExchangeError("the exchange is closed");
+}
+
+void Channel::raise() {
+  told_ = true;
+  throw ExchangeError(transport_->health().reason());
+}
+
+Clock::time_point Channel::deadline() const {
+  return Clock::now() + std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(timeout_s_));
+}
+
+void Channel::acquire(int slot, Stream stream) {
+  enter();
+  Slot& s = at(slot);
+  if (s.posted < static_cast<uint64_t>(s.depth)) return;
+  ADF_EDGE(Edge::WriteAfterSend, order_after(&s, s.posted - s.depth, stream));
+}
+
+void Channel::guard_order(const Slot& slot, Phase* phase) {
+  const Slot& next = *slots_[phase->slots[phase->cursor]];
+  if (&next != &slot) {
+    throw ExchangeError("slots are posted in their frozen order: '" + next.name + "' is next, not '" + slot.name + "'");
+  }
+  if (slot.depth == 1 && slot.receives && slot.posted > slot.waited) {
+    throw ExchangeError("slot '" + slot.name +
+                        "' has depth 1: wait for it and read it before it is posted again, or give it depth 2");
+  }
+  phase->cursor = (phase->cursor + 1) % phase->slots.size();
+}
+
+void Channel::post(int slot, Stream stream) {
+  enter();
+  Slot& s = at(slot);
+  const auto phase = phases_.find(s.phase);
+  if (s.place < 0 || phase == phases_.end()) {
+    throw std::invalid_argument("slot '" + s.name + "' is posted after freeze, not before");
+  }
+  guard_order(s, &phase->second);
+  post_now(slots_[slot], stream);
+}
+
+void Channel::post_range(const std::string& name, int first, int last, Stream stream) {
+  enter();
+  const auto phase = phases_.find(name);
+  if (phase == phases_.end() || first < 0 || last > static_cast<int>(phase->second.slots.size()) || first > last) {
+    throw std::invalid_argument("phase '" + name + "' has no places " + std::to_string(first) + " to " +
+                                std::to_string(last));
+  }
+  for (int i = first; i < last; ++i) {
+    const auto& slot = slots_[phase->second.slots[i]];
+    guard_order(*slot, &phase->second);
+    post_now(slot, stream);
+  }
+}
+
+void Channel::post_now(const std::shared_ptr<Slot>& slot, Stream stream) {
+  const auto began = Clock::now();
+  Slot& s = *slot;
+  // On the host the transport still holds the buffers of the epoch that is posted over.
+  if (transport_->on_host() && s.posted >= static_cast<uint64_t>(s.depth)) finish(&s, s.posted - s.depth, deadline());
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    history_[recorded_++ % kHistory] = {slot, s.posted, began};
+    ++s.posted;
+  }
+  try {
+    transport_->submit(s, s.posted - 1, stream);
+  } catch (const ExchangeError& error) {
+    fail(place(s, s.posted - 1) + ": " + error.what());
+    raise();
+  }
+  s.sequence[(s.posted - 1) % s.depth] = ++sequence_;
+  std::lock_guard<std::mutex> lock(mutex_);
+  ++s.submitted;
+  ++stats_.posts;
+  stats_.sent_bytes += s.bytes;
+  stats_.post_us += microseconds_since(began);
+}
+
+void Channel::order_after(Slot* slot, uint64_t epoch, Stream stream) {
+  uint64_t& ordered = ordered_[stream];
+  const uint64_t sequence = slot->sequence[epoch % slot->depth];
+  if (!transport_->on_host() && ordered >= sequence) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    ++stats_.waits_elided;
+    return;
+  }
+  bool there;
+  try {
+    there = transport_->order(*slot, epoch, stream, deadline());
+  } catch (const ExchangeError& error) {
+    fail(place(*slot, epoch) + ": " + error.what());
+    raise();
+  }
+  if (!there) fail(late(*slot, epoch, timeout_s_));
+  if (transport_->health().broken()) raise();
+  ordered = std::max(ordered, sequence);
+}
+
+void Channel::wait(int slot, Stream stream, int lag) {
+  enter();
+  Slot& s = at(slot);
+  if (lag < 0 || lag >= s.depth) {
+    throw std::invalid_argument("lag must be less than the depth: got lag=" + std::to_string(lag) +
+                                ", depth=" + std::to_string(s.depth) + " for slot '" + s.name + "'");
+  }
+  const int64_t epoch = static_cast<int64_t>(s.posted) - 1 - lag;
+  const auto began = Clock::now();
+  if (epoch >= 0) {
+    ADF_EDGE(Edge::ReadAfterRecv, order_after(&s, epoch, stream));
+    s.waited = std::max(s.waited, static_cast<uint64_t>(epoch) + 1);
+  }
+  const double took = microseconds_since(began);
+  std::lock_guard<std::mutex> lock(mutex_);
+  stats_.wait_us += took;
+  s.wait_us += took;
+}
+
+void Channel::finish(int slot, int64_t epoch) {
+  enter();
+  finish(&at(slot), epoch, deadline());
+}
+
+// An epoch older than the depth is over: a later one has taken its place.
+void Channel::finish(Slot* slot, int64_t epoch, Clock::time_point deadline) {
+  const int64_t posted = static_cast<int64_t>(slot->posted);
+  if (epoch < 0 || epoch >= posted || epoch < posted - slot->depth) return;
+  const auto began = Clock::now();
+  bool there = true;
+  try {
+    ADF_EDGE(Edge::HostAfterDone, there = transport_->finish(*slot, epoch, deadline));
+  } catch (const ExchangeError& error) {
+    fail(place(*slot, epoch) + ": " + error.what());
+    raise();
+  }
+  if (!there) fail(late(*slot, epoch, microseconds_since(began) / 1e6));
+  if (transport_->health().broken()) raise();
+}
+
+void Channel::drain(const std::vector<int>& slots) {
+  enter();
+  for (int number : slots) {
+    Slot& s = at(number);
+    for (int back = s.depth; back > 0; --back) finish(&s, static_cast<int64_t>(s.posted) - back, deadline());
+  }
+}
+
+bool Channel::done(int slot, int64_t epoch) {
+  enter();
+  const Slot& s = at(slot);
+  const int64_t posted = static_cast<int64_t>(s.posted);
+  if (epoch < 0 || epoch < posted - s.depth) return true;
+  return epoch < posted && transport_->state(s, epoch) == State::kDone;
+}
+
+void Channel::check() { enter(); }
+
+void Channel::abort(const std::string& reason) {
+  fail(reason);
+  told_ = true;
+}
+
+void Channel::mark_left(int rank) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  left_.at(rank) = true;
+}
+
+std::optional<std::string> Channel::broken() const {
+  if (!transport_->health().broken()) return std::nullopt;
+  return transport_->health().reason();
+}
+
+Statistics Channel::stats() const {
+  std::lock_guard<std::mutex> lock(mutex_);
+  Statistics found = stats_;
+  for (const auto& slot : slots_) {
+    if (slot != nullptr && slot->wait_us > 0) found.wait_us_by_slot[slot->name] += slot->wait_us;
+  }
+  return found;
+}
+
+void Channel::clear_stats() {
+  std::lock_guard<std::mutex> lock(mutex_);
+  stats_ = Statistics();
+  for (const auto& slot : slots_) {
+    if (slot != nullptr) slot->wait_us = 0;
+  }
+}
+
+// A later epoch may have taken over the marks of a recorded one; that one is over then, or the later one tells.
+State Channel::state(const Posted& posted) const {
+  if (posted.slot->marks.empty() || posted.slot->posted - posted.epoch > static_cast<uint64_t>(posted.slot->depth)) {
+    return State::kDone;
+  }
+  if (posted.epoch >= posted.slot->submitted) return State::kQueued;
+  return transport_->state(*posted.slot, posted.epoch);
+}
+
+std::vector<PostRecord> Channel::history() {
+  std::lock_guard<std::mutex> lock(mutex_);
+  static constexpr const char* kNames[] = {"queued", "running", "done"};
+  std::vector<PostRecord> records;
+  for (uint64_t i = recorded_ - std::min<uint64_t>(recorded_, kHistory); i < recorded_; ++i) {
+    const Posted& posted = history_[i % kHistory];
+    std::string name = "unknown";
+    try {
+      name = kNames[static_cast<int>(state(posted))];
+    } catch (const ExchangeError&) {
+      // A device that has failed answers no query; what was posted is still worth telling.
+    }
+    records.push_back(
+        {posted.slot->name, posted.slot->phase, posted.epoch, microseconds_since(posted.when) / 1e6, name});
+  }
+  return records;
+}
+
+void Channel::close(double patience_s) {
+  if (forks.load() != fork_count_ || closed_) return;
+  const auto patience =
+      Clock::now() + std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(patience_s));
+  try {
+    for (const auto& slot : slots_) {
+      if (slot == nullptr || transport_->health().broken()) continue;
+      for (int back = slot->depth; back > 0; --back) {
+        finish(slot.get(), static_cast<int64_t>(slot->posted) - back, patience);
+      }
+    }
+  } catch (const ExchangeError&) {
+    told_ = false;  // Raised below, once everything is put away.
+  }
+  closed_ = true;
+  watchdog_->stop();
+  transport_->close();
+  if (transport_->health().broken() && !told_) raise();
+}
+
+std::string Channel::place(const Slot& slot, uint64_t epoch) const {
+  return "rank " + std::to_string(transport_->rank()) + ", slot '" + slot.name + "' (exchange " +
+         std::to_string(epoch) + ")";
+}
+
+std::string Channel::late(const Slot& slot, uint64_t epoch, double waited_s) const {
+  return "rank " + std::to_string(transport_->rank()) + " waited " + number(waited_s) + " s for rank " +
+         list(transport_->missing(slot, epoch)) + " in slot '" + slot.name + "' (exchange " + std::to_string(epoch) +
+         "); that rank hangs or has gone another way: see its log, or raise timeout_s (now " + number(timeout_s_) + ")";
+}
+
+void Channel::fail(const std::string& reason) noexcept {
+  if (transport_->health().fail(reason)) transport_->abort(reason);
+}
+
+void Channel::look(const std::vector<int>& ended) noexcept {
+  if (transport_->health().broken()) return;
+  try {
+    transport_->inspect();
+    std::optional<std::string> reason = lost_peer(ended);
+    if (!reason) reason = standstill();
+    if (reason) fail(*reason);
+  } catch (const std::exception& error) {
+    fail("rank " + std::to_string(transport_->rank()) + ": " + error.what());
+  }
+}
+
+std::optional<std::string> Channel::lost_peer(const std::vector<int>& ended) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  for (int rank : ended) {
+    if (left_[rank] || transport_->left(rank)) continue;
+    if (!ended_since_) ended_since_ = Clock::now();
+    if (!transport_->on_host() && Clock::now() - *ended_since_ < kLeaveGrace) continue;
+    std::string last = "before any exchange";
+    if (recorded_ > 0) {
+      const Posted& posted = history_[(recorded_ - 1) % kHistory];
+      last = "last posted: slot '" + posted.slot->name + "' (exchange " + std::to_string(posted.epoch) + ")";
+    }
+    return "rank " + std::to_string(transport_->rank()) + " lost rank " + std::to_string(rank) + ": process " +
+           std::to_string(watchdog_->pid(rank)) + " died (" + last + "); see that rank's log and start all ranks again";
+  }
+  return std::nullopt;
+}
+
+// Streams wait for ever without a word, so the watchdog counts: how long the oldest exchange that has begun is not
+// over.
+std::optional<std::string> Channel::standstill() {
+  if (transport_->on_host()) return std::nullopt;
+  std::lock_guard<std::mutex> lock(mutex_);
+  stands_at_ = std::max(stands_at_, recorded_ - std::min<uint64_t>(recorded_, kHistory));
+  const uint64_t before = stands_at_;
+  while (stands_at_ < recorded_ && state(history_[stands_at_ % kHistory]) == State::kDone) ++stands_at_;
+  const bool running = stands_at_ < recorded_ && state(history_[stands_at_ % kHistory]) == State::kRunning;
+  if (!running || stands_at_ != before) stands_since_.reset();
+  if (!running) return std::nullopt;
+  if (!stands_since_) stands_since_ = Clock::now();
+  const double stood = microseconds_since(*stands_since_) / 1e6;
+  if (stood < timeout_s_) return std::nullopt;
+  const Posted& posted = history_[stands_at_ % kHistory];
+  return late(*posted.slot, posted.epoch, stood);
+}
+
+}  // namespace adf
