@@ -5,6 +5,7 @@
 #include "channel.hpp"
 #include "edges.hpp"
 #include "nccl_transport.hpp"
+#include "shm_transport.hpp"
 
 namespace py = pybind11;
 using namespace adf;
@@ -81,6 +82,17 @@ void bind_nccl(py::module_& m) {
       .def("info", &nccl_info);
 }
 
+void bind_shm(py::module_& m) {
+  py::class_<ShmTransport, Transport, std::shared_ptr<ShmTransport>>(m, "ShmTransport")
+      .def(py::init([](int rank, int size, uint64_t token, size_t ring_bytes, bool futex, bool direct) {
+             return std::make_shared<ShmTransport>(rank, size, token, ShmOptions{ring_bytes, futex, direct});
+           }),
+           py::arg("rank"), py::arg("size"), py::arg("token"), py::arg("ring_bytes") = ShmOptions().ring_bytes,
+           py::arg("futex") = true, py::arg("direct") = true)
+      .def("address", &ShmTransport::address)
+      .def("connect", &ShmTransport::connect, Unlocked(), py::arg("addresses"));
+}
+
 void bind_channel(py::module_& m) {
   py::class_<Channel>(m, "Channel")
       .def(py::init<std::shared_ptr<Transport>, double, std::vector<int>, bool>(), py::arg("transport"),
@@ -141,6 +153,7 @@ PYBIND11_MODULE(_C, m) {
       .def_property_readonly("rank", &Transport::rank)
       .def_property_readonly("size", &Transport::size);
   bind_nccl(m);
+  bind_shm(m);
   bind_channel(m);
   m.def("edges", &edges);
 #ifdef ADF_MUTANTS

@@ -58,6 +58,8 @@ Channel::~Channel() {
   }
   if (!closed_) fail("rank " + std::to_string(transport_->rank()) + " dropped its exchange without closing it");
   watchdog_.reset();
+  // Slots and buffers go next: nothing may still be copying.
+  transport_->close();
 }
 
 const Channel::Slot& Channel::at(int slot) const {

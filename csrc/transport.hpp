@@ -43,6 +43,7 @@ class Transport {
   int rank() const { return rank_; }
   int size() const { return size_; }
   Health& health() { return health_; }
+  const Health& health() const { return health_; }
 
   // True if waiting blocks the host: there are no streams.
   virtual bool on_host() const = 0;
