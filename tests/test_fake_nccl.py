@@ -155,8 +155,9 @@ def test_split(gpu):
             part = ctypes.c_void_p()
             colour, key = (-1, 0) if r == 3 else (r % 2, -r)
             answer = gpu._library.ncclCommSplit(ranks.comms[r], colour, key, ctypes.byref(part), ctypes.byref(config()))
-        assert answer == (0 if r == 3 else IN_PROGRESS)
         parts.append(part)
+        assert answer == (0 if r == 3 else IN_PROGRESS)
+        assert [ranks.error(0), parts[0].value is None] == ([0, False] if r == 3 else [IN_PROGRESS, True])
     assert parts[3].value is None
     found = []
     for r in (0, 1, 2):

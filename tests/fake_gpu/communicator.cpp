@@ -60,6 +60,7 @@ void divide(const std::map<int, std::shared_ptr<Communicator>>& answers) {
       comm->world = world;
       comm->rank = static_cast<int>(world->members.size());
       world->members[comm->rank] = comm;
+      *comm->handle = nccl().communicators.add(comm);
     }
   }
 }
@@ -131,11 +132,15 @@ FAKE_API int ncclCommSplit(void* handle, int colour, int key, void** part, const
     mine->context = comm->context;
     mine->blocking = blocks(config, comm->blocking);
   }
-  *part = mine ? nccl().communicators.add(mine) : nullptr;
+  *part = nullptr;
+  if (mine) mine->handle = part;
   splits[split][comm->rank] = mine;
-  if (splits[split].size() == static_cast<size_t>(comm->world->size)) divide(splits[split]);
-  machine().notify();
-  return mine ? await(lock, mine) : kNcclSuccess;
+  comm->splitting = true;
+  if (splits[split].size() == static_cast<size_t>(comm->world->size)) {
+    divide(splits[split]);
+    for (auto& [_, member] : comm->world->members) member->splitting = false;
+  }
+  return await(lock, comm);
 }
 
 FAKE_API int ncclCommCount(void* handle, int* count) {

@@ -76,6 +76,9 @@ struct Communicator {
   // Of a split, world and rank are unknown until every rank of the parent has answered.
   std::shared_ptr<World> world;
   int colour = 0, key = 0;
+  // Where a split's handle goes once it is made.
+  void** handle = nullptr;
+  bool splitting = false;
   int rank = -1;
   int context = -1;
   bool blocking = true, aborted = false;
@@ -89,8 +92,8 @@ struct Communicator {
   std::vector<Launch> deferred;
   int enquiries_left = 0;
 
-  // True when every rank has come.
-  bool ready() const { return world && world->complete(); }
+  // True when every rank has come, to the last split as well.
+  bool ready() const { return world && world->complete() && !splitting; }
   // Success, or the error, remembered as the last one.
   int fail(Result result, std::string why);
   std::string name() const { return "rank " + std::to_string(context); }
