@@ -9,13 +9,14 @@ from torch.utils._pytree import tree_leaves
 from . import fingerprint, schedule
 from .buffers import Placeholders
 from .clock import Clock, last_scheduler, unwatch_schedulers, watch_schedulers
-from .exchange import TorchExchange
+from .exchange import open_exchange
 from .modules import Attachment, on_pipeline_end, step_cache, structure
 from .passes import Pass
 from .planning import make_plan
 from .schedule import Mode
 from .signature import CallSignature
 from .timesteps import Timesteps
+from .world import device
 
 log = logging.getLogger(__name__)
 # Plans kept for inputs seen before, per denoiser.
@@ -34,7 +35,8 @@ class Runtime:
         self._scheduler = scheduler
         self._signature = CallSignature(denoiser)
         self._clock = Clock()
-        self._exchange = TorchExchange(world) if world.size > 1 else None
+        self._device_type = _device_type(denoiser)
+        self._exchange = open_exchange(world, self._device_type) if world.size > 1 else None
         self._passes, self._units, self._placeholders = {}, {}, {}
         self._structure = None
         self._active = self._forward_error = None
@@ -59,7 +61,8 @@ class Runtime:
             if tick.begins:
                 self._begin_generation(args, kwargs)
             current = self._pass_for(tick, signature, forward, args, kwargs)
-            return self._carry_out(current, tick, timestep, forward, args, kwargs)
+            with self._exchange.step():
+                return self._carry_out(current, tick, timestep, forward, args, kwargs)
         except BaseException:
             self._interrupted = True
             self._clock.end()
@@ -150,9 +153,20 @@ class Runtime:
         """After an exception inside a call, messages are left half-way: begin again with a new group."""
         self._exchange.abort("interrupted")
         self._exchange.close()
-        self._exchange = TorchExchange(self.world)
+        self._exchange = open_exchange(self.world, self._device_type)
         self._passes.clear()
         self._interrupted = False
+
+    def _follow_device(self, device_type):
+        """The tensors of a call may be elsewhere than the weights were at `patch`, or move later."""
+        if device_type == self._device_type:
+            return
+        for current in self._passes.values():
+            self._exchange.release(current.phase)
+        self._passes.clear()
+        self._exchange.close()
+        self._device_type = device_type
+        self._exchange = open_exchange(self.world, device_type)
 
     def _forget_plans(self, why):
         log.info("%s is traced again: %s", type(self.denoiser).__name__, why)
@@ -186,6 +200,7 @@ class Runtime:
             device = next(x.device for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor))
             placeholders = self._placeholders.setdefault(device, Placeholders(device))
             current = Pass(plan, self.config, self.world.rank, device, placeholders)
+            self._follow_device(device.type)
             current.bind(self._exchange, f"call {tick.call}, plan {self._phases}")
             self._phases += 1
             self._passes[key] = current
@@ -262,11 +277,19 @@ class Runtime:
             attachment.remove()
         self._units.clear()
         unwatch_schedulers()
+        self._passes.clear()
         if self._exchange is not None:
             if self._interrupted:
                 self._exchange.abort("interrupted")
             self._exchange.close()
-        self._passes.clear()
+
+
+def _device_type(denoiser):
+    """Where a denoiser will run, as far as its weights and hooks tell."""
+    target = getattr(getattr(denoiser, "_hf_hook", None), "execution_device", None)
+    if target is None:
+        target = next((x.device for x in denoiser.parameters() if x.device.type != "meta"), device())
+    return torch.device(target).type
 
 
 def _key(x):

@@ -57,7 +57,8 @@ py::dict nccl_info(const NcclTransport& t) {
 
 void bind_nccl(py::module_& m) {
   py::class_<Libraries, std::shared_ptr<Libraries>>(m, "Libraries")
-      .def(py::init<const std::string&, const std::string&>(), py::arg("driver") = "", py::arg("nccl") = "")
+      .def(py::init<const std::string&, const std::string&, const std::string&>(), py::arg("driver") = "",
+           py::arg("nccl") = "", py::arg("nccl_package") = "")
       .def_readonly("driver_path", &Libraries::driver_path)
       .def_readonly("nccl_path", &Libraries::nccl_path)
       .def_readonly("nccl_version", &Libraries::nccl_version)
@@ -119,6 +120,8 @@ void bind_channel(py::module_& m) {
       .def("done", &Channel::done, Unlocked(), py::arg("slot"), py::arg("epoch"))
       .def("check", &Channel::check, Unlocked())
       .def("abort", &Channel::abort, Unlocked(), py::arg("reason"))
+      .def("report", &Channel::report, Unlocked(), py::arg("reason"))
+      .def("leave", &Channel::leave, Unlocked(), py::arg("reason"))
       .def("mark_left", &Channel::mark_left, py::arg("rank"))
       .def("broken", &Channel::broken)
       .def("stats", [](const Channel& c) { return statistics(c.stats()); })

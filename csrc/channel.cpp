@@ -15,6 +15,9 @@ constexpr size_t kMostMessages = 256;
 // A rank that closes in good order says so through a store; its process may be seen to end a little earlier.
 constexpr auto kLeaveGrace = std::chrono::milliseconds(600);
 
+// What a rank posted before it left may still be on its way.
+constexpr double kLeftPatienceS = 1;
+
 // Counts the forks above this process: threads and communicators do not come along.
 std::atomic<int> forks{0};
 const int watching_forks = pthread_atfork(nullptr, nullptr, [] { forks.fetch_add(1); });
@@ -56,7 +59,7 @@ Channel::~Channel() {
     new std::shared_ptr<Transport>(std::move(transport_));
     return;
   }
-  if (!closed_) fail("rank " + std::to_string(transport_->rank()) + " dropped its exchange without closing it");
+  if (!closed_) leave("it was dropped without being closed");
   watchdog_.reset();
   // Slots and buffers go next: nothing may still be copying.
   transport_->close();
@@ -292,6 +295,14 @@ void Channel::abort(const std::string& reason) {
   told_ = true;
 }
 
+void Channel::leave(const std::string& reason) {
+  if (!transport_->health().fail("rank " + std::to_string(transport_->rank()) + " has left the exchange: " + reason)) {
+    return;
+  }
+  told_ = true;
+  transport_->leave(reason);
+}
+
 void Channel::mark_left(int rank) {
   std::lock_guard<std::mutex> lock(mutex_);
   left_.at(rank) = true;
@@ -372,9 +383,10 @@ std::string Channel::place(const Slot& slot, uint64_t epoch) const {
 }
 
 std::string Channel::late(const Slot& slot, uint64_t epoch, double waited_s) const {
-  return "rank " + std::to_string(transport_->rank()) + " waited " + number(waited_s) + " s for rank " +
-         list(transport_->missing(slot, epoch)) + " in slot '" + slot.name + "' (exchange " + std::to_string(epoch) +
-         "); that rank hangs or has gone another way: see its log, or raise timeout_s (now " + number(timeout_s_) + ")";
+  return "rank " + std::to_string(transport_->rank()) + " waited for rank " + list(transport_->missing(slot, epoch)) +
+         " in slot '" + slot.name + "' (exchange " + std::to_string(epoch) + ") and failed: nothing came for " +
+         number(waited_s) + " s; that rank hangs or has gone another way: see its log, or raise timeout_s (now " +
+         number(timeout_s_) + ")";
 }
 
 void Channel::fail(const std::string& reason) noexcept {
@@ -404,8 +416,9 @@ std::optional<std::string> Channel::lost_peer(const std::vector<int>& ended) {
       const Posted& posted = history_[(recorded_ - 1) % kHistory];
       last = "last posted: slot '" + posted.slot->name + "' (exchange " + std::to_string(posted.epoch) + ")";
     }
-    return "rank " + std::to_string(transport_->rank()) + " lost rank " + std::to_string(rank) + ": process " +
-           std::to_string(watchdog_->pid(rank)) + " died (" + last + "); see that rank's log and start all ranks again";
+    return "rank " + std::to_string(transport_->rank()) + " waited for rank " + std::to_string(rank) +
+           " and failed: its process " + std::to_string(watchdog_->pid(rank)) + " died (" + last +
+           "); see that rank's log and start all ranks again";
   }
   return std::nullopt;
 }
@@ -423,8 +436,14 @@ std::optional<std::string> Channel::standstill() {
   if (!running) return std::nullopt;
   if (!stands_since_) stands_since_ = Clock::now();
   const double stood = microseconds_since(*stands_since_) / 1e6;
-  if (stood < timeout_s_) return std::nullopt;
   const Posted& posted = history_[stands_at_ % kHistory];
+  for (int peer : transport_->missing(*posted.slot, posted.epoch)) {
+    if (left_[peer] && stood > kLeftPatienceS) {
+      return place(*posted.slot, posted.epoch) + " waits for rank " + std::to_string(peer) +
+             ", which has left the exchange";
+    }
+  }
+  if (stood < timeout_s_) return std::nullopt;
   return late(*posted.slot, posted.epoch, stood);
 }
 

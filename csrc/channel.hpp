@@ -51,7 +51,11 @@ class Channel {
   bool done(int slot, int64_t epoch);
   void check();
   void abort(const std::string& reason);
-  // A rank that closes tells the others where its transport cannot.
+  // As abort, when another has said so.
+  void report(const std::string& reason) { fail(reason); }
+  // This rank posts no more; others go on until they need it.
+  void leave(const std::string& reason);
+  // A rank that leaves tells the others where its transport cannot.
   void mark_left(int rank);
   std::optional<std::string> broken() const;
   Statistics stats() const;

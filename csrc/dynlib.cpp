@@ -9,10 +9,12 @@ namespace adf {
 namespace {
 
 // Opened libraries stay open: others in the process use them too, and CUDA cannot be unloaded safely.
-void* open_library(const char* soname, const std::string& path, std::string* where, std::string* error) {
+void* open_library(const char* soname, const std::string& path, const std::string& package, std::string* where,
+                   std::string* error) {
   void* handle = nullptr;
   if (path.empty()) {
     handle = dlopen(soname, RTLD_NOW | RTLD_NOLOAD);
+    if (handle == nullptr && !package.empty()) handle = dlopen(package.c_str(), RTLD_NOW | RTLD_LOCAL);
     if (handle == nullptr) handle = dlopen(soname, RTLD_NOW | RTLD_LOCAL);
   } else {
     handle = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
@@ -34,9 +36,9 @@ bool bind(void* handle, const char* name, Function* function) {
 
 }  // namespace
 
-Libraries::Libraries(const std::string& driver, const std::string& nccl) {
+Libraries::Libraries(const std::string& driver, const std::string& nccl, const std::string& nccl_package) {
   std::string error;
-  void* handle = open_library("libnccl.so.2", nccl, &nccl_path, &error);
+  void* handle = open_library("libnccl.so.2", nccl, nccl_package, &nccl_path, &error);
   if (handle == nullptr) throw ExchangeError("libnccl.so.2 cannot be opened: " + error);
 #define ADF_BIND(name, result, arguments) \
   if (!bind(handle, #name, &name)) throw ExchangeError(nccl_path + " has no " #name "; NCCL 2.19 or later is needed");
@@ -46,7 +48,7 @@ Libraries::Libraries(const std::string& driver, const std::string& nccl) {
     throw ExchangeError("NCCL 2.19 or later is needed: got version " + std::to_string(nccl_version) + " in " +
                         nccl_path);
   }
-  handle = open_library("libcuda.so.1", driver, &driver_path, &driver_error_);
+  handle = open_library("libcuda.so.1", driver, "", &driver_path, &driver_error_);
   if (handle == nullptr) return;
 #define ADF_BIND(name, result, arguments) \
   if (!bind(handle, #name, &name)) driver_error_ = driver_path + " has no " #name;

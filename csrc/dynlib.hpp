@@ -95,8 +95,9 @@ struct NcclConfig {
 // The two function tables. Shared by the transports that use them; nothing here is global.
 class Libraries {
  public:
-  // A path, or an empty string: the copy that the process has loaded already, else the system's.
-  Libraries(const std::string& driver, const std::string& nccl);
+  // A path, or an empty string: the copy that the process has loaded already, else the one in `nccl_package` (a path,
+  // if not empty), else the system's.
+  Libraries(const std::string& driver, const std::string& nccl, const std::string& nccl_package);
 
   // Raises ExchangeError with the loader's reasons where there is no driver; NCCL alone answers without one.
   void require_driver() const;

@@ -203,9 +203,18 @@ void ShmTransport::inspect() {
       continue;
     }
     const Pending& p = line.queue.empty() ? line.announced.front() : line.queue.front();
-    throw ExchangeError("rank " + std::to_string(line.peer) + " has closed its exchange, and slot '" + p.group->name +
-                        "' (exchange " + std::to_string(p.epoch) + ") still waits for it");
+    throw ExchangeError("slot '" + p.group->name + "' (exchange " + std::to_string(p.epoch) + ") waits for rank " +
+                        std::to_string(line.peer) +
+                        ", which has left the exchange: " + segments_[line.peer]->inbox().reason);
   }
+}
+
+void ShmTransport::leave(const std::string& reason) {
+  Inbox& mine = segments_[rank()]->inbox();
+  if (left(rank())) return;
+  strncpy(mine.reason, reason.c_str(), sizeof mine.reason - 1);
+  mine.left.store(1, std::memory_order_release);
+  for (size_t r = 0; r < pids_.size(); ++r) segments_[r]->inbox().caller.ring();
 }
 
 bool ShmTransport::left(int rank) { return segments_[rank]->inbox().left.load(std::memory_order_acquire) != 0; }
@@ -224,9 +233,7 @@ void ShmTransport::abort(const std::string& reason) noexcept {
 }
 
 void ShmTransport::close() {
-  Inbox& mine = segments_[rank()]->inbox();
-  if (!health().broken()) mine.left.store(1, std::memory_order_release);
-  for (size_t r = 0; r < pids_.size(); ++r) segments_[r]->inbox().caller.ring();
+  if (!health().broken()) leave("it was closed");
   join_worker();
 }
 

@@ -41,6 +41,7 @@ class ShmTransport final : public Transport {
   State state(const Group& group, uint64_t epoch) override;
   std::vector<int> missing(const Group& group, uint64_t epoch) override;
   void inspect() override;
+  void leave(const std::string& reason) override;
   bool left(int rank) override;
   void abort(const std::string& reason) noexcept override;
   void close() override;

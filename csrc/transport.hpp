@@ -69,7 +69,8 @@ class Transport {
   // Raises ExchangeError if the transport or another rank has failed meanwhile.
   virtual void inspect() = 0;
 
-  // True if a rank has closed its side in good order.
+  // This rank will post no more; what it has posted can still be received. True if a rank has left so.
+  virtual void leave(const std::string&) {}
   virtual bool left(int) { return false; }
 
   // Tell every rank that can be told, and release whoever waits. May be called from any thread, and twice.
