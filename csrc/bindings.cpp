@@ -56,7 +56,7 @@ py::dict nccl_info(const NcclTransport& t) {
 }
 
 void bind_nccl(py::module_& m) {
-  py::class_<Libraries, std::shared_ptr<Libraries>>(m, "Libraries")
+  py::class_<Libraries, std::shared_ptr<Libraries>>(m, "Libraries", py::module_local())
       .def(py::init<const std::string&, const std::string&, const std::string&>(), py::arg("driver") = "",
            py::arg("nccl") = "", py::arg("nccl_package") = "")
       .def_readonly("driver_path", &Libraries::driver_path)
@@ -64,7 +64,7 @@ void bind_nccl(py::module_& m) {
       .def_readonly("nccl_version", &Libraries::nccl_version)
       .def("require_driver", &Libraries::require_driver);
   m.def("unique_id", [](const Libraries& libraries) { return py::bytes(NcclTransport::unique_id(libraries)); });
-  py::class_<NcclTransport, Transport, std::shared_ptr<NcclTransport>>(m, "NcclTransport")
+  py::class_<NcclTransport, Transport, std::shared_ptr<NcclTransport>>(m, "NcclTransport", py::module_local())
       .def(py::init([](std::shared_ptr<Libraries> libraries, const std::string& unique_id, int rank, int size,
                        double timeout_s, int max_ctas, int cta_policy) {
              NcclOptions options;
@@ -84,7 +84,7 @@ void bind_nccl(py::module_& m) {
 }
 
 void bind_shm(py::module_& m) {
-  py::class_<ShmTransport, Transport, std::shared_ptr<ShmTransport>>(m, "ShmTransport")
+  py::class_<ShmTransport, Transport, std::shared_ptr<ShmTransport>>(m, "ShmTransport", py::module_local())
       .def(py::init([](int rank, int size, uint64_t token, size_t ring_bytes, bool futex, bool direct) {
              return std::make_shared<ShmTransport>(rank, size, token, ShmOptions{ring_bytes, futex, direct});
            }),
@@ -95,7 +95,7 @@ void bind_shm(py::module_& m) {
 }
 
 void bind_channel(py::module_& m) {
-  py::class_<Channel>(m, "Channel")
+  py::class_<Channel>(m, "Channel", py::module_local())
       .def(py::init<std::shared_ptr<Transport>, double, std::vector<int>, bool>(), py::arg("transport"),
            py::arg("timeout_s") = 30.0, py::arg("pids") = std::vector<int>(), py::arg("pidfd") = true)
       .def(
@@ -145,14 +145,14 @@ PYBIND11_MODULE(_C, m) {
   static PyObject* error = PyErr_NewException("_C.ExchangeError", PyExc_RuntimeError, nullptr);
   m.attr("ExchangeError") = py::handle(error);
   m.def("use_error", [](py::object cls) { error = cls.release().ptr(); });
-  py::register_exception_translator([](std::exception_ptr thrown) {
+  py::register_local_exception_translator([](std::exception_ptr thrown) {
     try {
       if (thrown) std::rethrow_exception(thrown);
     } catch (const ExchangeError& e) {
       PyErr_SetString(error, e.what());
     }
   });
-  py::class_<Transport, std::shared_ptr<Transport>>(m, "Transport")
+  py::class_<Transport, std::shared_ptr<Transport>>(m, "Transport", py::module_local())
       .def_property_readonly("rank", &Transport::rank)
       .def_property_readonly("size", &Transport::size);
   bind_nccl(m);
