@@ -12,6 +12,8 @@ import sysconfig
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+# Which sanitizers tests run with: set by test_sanitizers.py for the tests that it runs.
+SANITIZE_VARIABLE = "ADF_TEST_SANITIZE"
 SOURCES = ("CMakeLists.txt", "csrc/*", "tests/fake_gpu/*")
 
 
@@ -36,18 +38,19 @@ def _run(*command):
 
 
 @functools.cache
-def build(sanitize="", build_type="Debug"):
+def build(sanitize=None):
     """(double, extension): paths of libfake_gpu.so and of `_C` with droppable edges.
 
     Args:
-        sanitize: what -fsanitize takes, "thread" say.
+        sanitize: what -fsanitize takes, "thread" say; default: as SANITIZE_VARIABLE says.
     """
-    folder = ROOT / "build" / "-".join(["tests", *filter(None, [sanitize.replace(";", "-").replace(",", "-")])])
+    sanitize = os.environ.get(SANITIZE_VARIABLE, "") if sanitize is None else sanitize
+    folder = ROOT / "build" / "-".join(["tests", *filter(None, sanitize.split(","))])
     folder.mkdir(parents=True, exist_ok=True)
     import pybind11
 
     options = [
-        f"-DCMAKE_BUILD_TYPE={build_type}",
+        "-DCMAKE_BUILD_TYPE=Debug",
         f"-DPython_EXECUTABLE={sys.executable}",
         f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
         "-DADF_MUTANTS=ON",
@@ -69,8 +72,8 @@ def build(sanitize="", build_type="Debug"):
 
 
 @functools.cache
-def load(sanitize=""):
-    """(path of the double, the module `_C` with droppable edges)."""
+def load(sanitize=None):
+    """(path of the double, the module `_C` with droppable edges); see `build`."""
     double, extension = build(sanitize)
     spec = importlib.util.spec_from_file_location("_C", extension)
     module = importlib.util.module_from_spec(spec)
