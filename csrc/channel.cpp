@@ -62,7 +62,11 @@ Channel::~Channel() {
   if (!closed_) leave("it was dropped without being closed");
   watchdog_.reset();
   // Slots and buffers go next: nothing may still be copying.
-  transport_->close();
+  try {
+    transport_->close();
+  } catch (const ExchangeError&) {
+    // A destructor has nobody to tell.
+  }
 }
 
 const Channel::Slot& Channel::at(int slot) const {

@@ -248,6 +248,8 @@ void NcclTransport::abort(const std::string&) noexcept {
 }
 
 void NcclTransport::close() {
+  // To destroy a communicator waits for its operations, and nobody may be there to carry out the other half of them.
+  if (health().broken()) return abort("closed after a failure");
   std::lock_guard<std::mutex> lock(comm_mutex_);
   if (gone_.exchange(true) || comm_ == nullptr) return;
   // Not abort: a peer may still be reading what this rank has sent.
