@@ -23,20 +23,22 @@ class Rank:
     shows in the data as well.
     """
 
-    def __init__(self, gpu, rank, channel):
+    def __init__(self, gpu, rank, channel, device=None):
         self.gpu, self.rank, self.channel = gpu, rank, channel
-        self.compute = gpu.stream(rank)
+        # The context of a lane of some ranks is not numbered as its ranks are.
+        self.device = rank if device is None else device
+        self.compute = gpu.stream(self.device)
 
     def slot(self, name, sends=(), recvs=(), nbytes=64, depth=2):
         """Add a slot that sends the same to some peers and receives from others."""
 
         def buffers(what):
-            return tuple(self.gpu.memory(nbytes, f"rank {self.rank} {name} {what}[{p}]") for p in range(depth))
+            return tuple(self.gpu.memory(nbytes, f"device {self.device} {name} {what}[{p}]") for p in range(depth))
 
         send, recv = buffers("send") if sends else (), {peer: buffers(f"recv {peer}") for peer in recvs}
         listed = [(peer, [m.address for m in send], nbytes) for peer in sends]
         awaited = [(peer, [m.address for m in memories], nbytes) for peer, memories in recv.items()]
-        with self.gpu.rank(self.rank):
+        with self.gpu.rank(self.device):
             number = self.channel.add(name, listed, awaited, depth)
         return Slot(number, name, depth, send, recv)
 
@@ -77,7 +79,7 @@ class Rank:
 
     def join(self, waiting, awaited):
         """One stream of this rank waits for another."""
-        self.gpu.join(waiting, awaited, self.rank)
+        self.gpu.join(waiting, awaited, self.device)
 
 
 def value(rank, name, epoch):

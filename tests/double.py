@@ -69,24 +69,25 @@ class Double:
     """
 
     def __init__(self, path, delay_us=0, seed=0, enquiries=0):
-        self.path, self._library = str(path), ctypes.CDLL(str(path))
+        self.path, self.library = str(path), ctypes.CDLL(str(path))
         self._memory = []
-        self._library.fake_reset()
-        self._library.fake_delays(delay_us, seed)
-        self._library.fake_enquiries(enquiries)
+        self.library.fake_reset()
+        self.library.cuCtxSetCurrent(None)
+        self.library.fake_delays(delay_us, seed)
+        self.library.fake_enquiries(enquiries)
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
-        self._library.fake_reset()
+        self.library.fake_reset()
 
     def call(self, name, *args):
         """Call an entry point of the driver, of NCCL or of the double that answers with a code.
 
         Raises: DoubleError unless it answers 0.
         """
-        code = getattr(self._library, name)(*args)
+        code = getattr(self.library, name)(*args)
         if code:
             raise DoubleError(name, code)
 
@@ -99,11 +100,11 @@ class Double:
     @contextlib.contextmanager
     def rank(self, rank):
         """Calls inside are made by a rank: its context is the current one."""
-        self._library.cuCtxSetCurrent(ctypes.c_void_p(_FIRST_CONTEXT + rank))
+        self.library.cuCtxSetCurrent(ctypes.c_void_p(_FIRST_CONTEXT + rank))
         try:
             yield
         finally:
-            self._library.cuCtxSetCurrent(None)
+            self.library.cuCtxSetCurrent(None)
 
     def stream(self, rank):
         """A new stream of a rank: its handle, an int."""
@@ -119,7 +120,7 @@ class Double:
 
     def name(self, address, nbytes, label):
         """Reports call these bytes by `label`."""
-        self._library.fake_name(ctypes.c_void_p(address), ctypes.c_size_t(nbytes), label.encode())
+        self.library.fake_name(ctypes.c_void_p(address), ctypes.c_size_t(nbytes), label.encode())
 
     def kernel(self, stream, name, reads=(), writes=()):
         """Queue a kernel that reads, then writes `Range`s on a stream."""
@@ -128,7 +129,7 @@ class Double:
     def host(self, rank, name, reads=(), writes=()):
         """Touch memory at once, as this thread of a rank."""
         with self.rank(rank):
-            self._library.fake_host(name.encode(), *_ranges(reads), *_ranges(writes))
+            self.library.fake_host(name.encode(), *_ranges(reads), *_ranges(writes))
 
     def record(self, event, stream):
         """cuEventRecord, for handles."""
@@ -167,11 +168,11 @@ class Double:
 
     def fail(self, rank, result):
         """Give every communicator of a rank an asynchronous error."""
-        self._library.fake_fail(rank, result)
+        self.library.fake_fail(rank, result)
 
     def _lines(self, function, *args):
         buffer = ctypes.create_string_buffer(_REPORT_BYTES)
-        getattr(self._library, function)(*args, buffer, ctypes.c_size_t(_REPORT_BYTES))
+        getattr(self.library, function)(*args, buffer, ctypes.c_size_t(_REPORT_BYTES))
         return buffer.value.decode().splitlines()
 
 

@@ -46,7 +46,7 @@ class Ranks:
         for rank in range(size):
             with gpu.rank(rank):
                 comm = ctypes.c_void_p()
-                function = gpu._library.ncclCommInitRankConfig
+                function = gpu.library.ncclCommInitRankConfig
                 answer = function(ctypes.byref(comm), size, unique_id, rank, ctypes.byref(config()))
             assert answer == (0 if rank == size - 1 else IN_PROGRESS)
             self.comms.append(comm)
@@ -66,7 +66,7 @@ class Ranks:
         """The calls inside are one group. Answers 0 or "in progress"."""
         self.gpu.call("ncclGroupStart")
         yield
-        code = self.gpu._library.ncclGroupEnd()
+        code = self.gpu.library.ncclGroupEnd()
         assert code in (0, IN_PROGRESS)
 
     def send(self, rank, peer, memory, stream=None):

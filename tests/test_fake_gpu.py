@@ -51,7 +51,7 @@ def test_two_streams_race_unless_an_event_orders_them(gpu, first, second, kind):
             assert race.first == f"{first} by early on rank 0 stream 1, operation 1"
             assert race.second == f"{second} by late on rank 0 stream 2, operation 1"
             assert race.memory == "x+16"
-            gpu._library.fake_reset()
+            gpu.library.fake_reset()
             x = gpu.memory(64, "x")
 
 
@@ -153,7 +153,7 @@ def test_handles_and_contexts_are_checked():
 
 def test_null_mode_does_nothing():
     with Double(building.build()[0]) as gpu:
-        gpu._library.fake_null(1)
+        gpu.library.fake_null(1)
         stream, event, x = gpu.stream(0), gpu.event(0), gpu.memory(8, "x")
         gpu.kernel(stream, "write", writes=[x.filled(1)])
         gpu.record(event, stream)

@@ -154,7 +154,7 @@ def test_split(gpu):
         with gpu.rank(r):
             part = ctypes.c_void_p()
             colour, key = (-1, 0) if r == 3 else (r % 2, -r)
-            answer = gpu._library.ncclCommSplit(ranks.comms[r], colour, key, ctypes.byref(part), ctypes.byref(config()))
+            answer = gpu.library.ncclCommSplit(ranks.comms[r], colour, key, ctypes.byref(part), ctypes.byref(config()))
         parts.append(part)
         assert answer == (0 if r == 3 else IN_PROGRESS)
         assert [ranks.error(0), parts[0].value is None] == ([0, False] if r == 3 else [IN_PROGRESS, True])

@@ -15,6 +15,7 @@ TORCH_FREE = (
     "test_hazards.py",
     "test_mutants.py",
     "test_hazard_properties.py",
+    "test_lanes.py",
 )
 # What must be loaded before Python, and what a sanitizer is told. Python itself never frees all it allocates.
 SANITIZERS = {
