@@ -66,6 +66,16 @@ def test_a_group_runs_side_by_side_and_calls_one_after_the_other(gpu):
     assert gpu.drain() == []
 
 
+def test_what_was_aborted_never_arrives(gpu):
+    ranks, x, y = Ranks(gpu, 2), gpu.memory(8, "x"), gpu.memory(8, "y")
+    ranks.send(0, 1, x)
+    assert len(gpu.drain(grace_ms=10)) == 1
+    ranks.abort(0)
+    assert gpu.drain() == []
+    ranks.recv(1, 0, y)
+    assert ["rank 1" in line for line in gpu.drain(grace_ms=10)] == [True]
+
+
 def test_operations_of_one_group_are_not_ordered(gpu):
     ranks, x = Ranks(gpu, 3), gpu.memory(8, "x")
     with ranks.group():

@@ -138,7 +138,8 @@ FAKE_API int ncclCommSplit(void* handle, int colour, int key, void** part, const
   comm->splitting = true;
   if (splits[split].size() == static_cast<size_t>(comm->world->size)) {
     divide(splits[split]);
-    for (auto& [_, member] : comm->world->members) member->splitting = false;
+    for (auto& [_, member] : comm->world->members)
+      if (auto alive = member.lock()) alive->splitting = false;
   }
   return await(lock, comm);
 }

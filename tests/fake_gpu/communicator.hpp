@@ -41,7 +41,8 @@ struct Communicator;
 struct World {
   explicit World(int size) : size(size) {}
   const int size;
-  std::map<int, std::shared_ptr<Communicator>> members;
+  // They own their world.
+  std::map<int, std::weak_ptr<Communicator>> members;
   std::map<Route, std::deque<std::shared_ptr<Message>>> mail;
   std::map<std::pair<int, int>, std::deque<Signal>> signals;
   std::vector<std::shared_ptr<Window>> windows;

@@ -43,15 +43,30 @@ struct Run {
     stream.access(false, operation.source, operation.bytes, label(comm, operation), part);
     auto message = std::make_shared<Message>(
         Message{operation.source, operation.bytes, operation.collective, stream.clock, false, false});
-    comm.world->mail[{comm.rank, operation.peer, !operation.collective.empty()}].push_back(message);
+    box(operation).push_back(message);
     return message;
   }
 
+  // Where a send or receive leaves or finds its message.
+  std::deque<std::shared_ptr<Message>>& box(const Operation& operation) {
+    const bool sends = operation.kind == Operation::kSend;
+    const int from = sends ? comm.rank : operation.peer, to = sends ? operation.peer : comm.rank;
+    return comm.world->mail[{from, to, !operation.collective.empty()}];
+  }
+
+  // Until the receiver has everything. What was aborted before that never arrives: its memory may be gone.
+  void sent(const Operation& operation, const std::shared_ptr<Message>& message) {
+    stream.block(lock, "its message to be received",
+                 [&] { return message->done || (comm.aborted && !message->copying); });
+    auto& waiting = box(operation);
+    waiting.erase(std::remove(waiting.begin(), waiting.end(), message), waiting.end());
+  }
+
   bool receive(const Operation& operation, int part) {
-    auto& box = comm.world->mail[{operation.peer, comm.rank, !operation.collective.empty()}];
-    if (!block("a message: " + label(comm, operation), [&] { return !box.empty(); })) return false;
-    auto message = box.front();
-    box.pop_front();
+    auto& waiting = box(operation);
+    if (!block("a message: " + label(comm, operation), [&] { return !waiting.empty(); })) return false;
+    auto message = waiting.front();
+    waiting.pop_front();
     if (message->bytes != operation.bytes || message->kind != operation.collective) mismatch(*message, operation);
     Clock learnt = stream.clock;
     join(learnt, message->clock);
@@ -73,8 +88,7 @@ struct Run {
                             " of " + std::to_string(message.bytes) + " bytes";
     machine().misuse(comm.name() + ": " + why);
     for (int rank : {comm.rank, operation.peer}) {
-      auto& member = *comm.world->members[rank];
-      member.error = member.fail(kNcclInvalidUsage, why);
+      if (auto member = comm.world->members[rank].lock()) member->error = member->fail(kNcclInvalidUsage, why);
     }
   }
 
@@ -116,12 +130,12 @@ struct Run {
   }
 
   void all(const std::vector<Operation>& operations) {
-    std::vector<std::shared_ptr<Message>> sent;
+    std::vector<std::pair<const Operation*, std::shared_ptr<Message>>> messages;
     int part = 0;
     // Everything leaves before anything is awaited: the operations of a group run side by side.
     for (const auto& operation : operations) {
       part++;
-      if (operation.kind == Operation::kSend) sent.push_back(send(operation, part));
+      if (operation.kind == Operation::kSend) messages.emplace_back(&operation, send(operation, part));
       if (operation.kind == Operation::kCopy) keep(operation, part);
       if (operation.kind == Operation::kPut) put(operation, part);
     }
@@ -135,9 +149,7 @@ struct Run {
       if (operation.kind == Operation::kRecv) whole = whole && receive(operation, part);
       if (operation.kind == Operation::kWaitSignal) whole = whole && wait_signal(operation);
     }
-    for (const auto& message : sent)
-      stream.block(lock, "its message to be received",
-                   [&] { return message->done || (comm.aborted && !message->copying); });
+    for (const auto& [operation, message] : messages) sent(*operation, message);
     join(stream.clock, known);
   }
 };
