@@ -258,6 +258,11 @@ class Runtime:
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
         return any(x.requires_grad for x in (*tensors, *self.denoiser.parameters()))
 
+    @property
+    def exchange_kind(self):
+        """How slots travel: "nccl", "shm" or "torch.distributed"; None on one device."""
+        return None if self._exchange is None else self._exchange.kind
+
     def stats(self):
         """Dict: calls by mode, bytes sent and time waited by this rank, since `clear_stats`."""
         calls = {f"{mode.name.lower()}_calls": n for mode, n in self._calls.items()}

@@ -58,7 +58,8 @@ class Slot:
     def describe(self, rank, ranks):
         """[(peer, direction, name, bytes)] as the other side must list it too."""
         lines = [(s.peer, (rank, s.peer), self.name, s.buffers[0].nbytes) for s in self.sends]
-        return lines + [(r.peer, (r.peer, rank), self.name, r.buffers[0].nbytes) for r in self.recvs]
+        lines += [(r.peer, (r.peer, rank), self.name, r.buffers[0].nbytes) for r in self.recvs]
+        return sorted(lines, key=lambda line: line[1])
 
 
 def compare(world, slots, last, phase):

@@ -227,15 +227,15 @@ def _disagreements(world):
         found[case] = _raised(lambda: exchange.freeze("phase"))  # noqa: B023
         exchange.abort("over")
         exchange.close()
-    for case in ("order", "missing"):
+    for case in ("order", "missing", "both ways"):
         exchange = open_exchange(world, "cpu")
         pair = tuple(torch.zeros(2) for _ in range(2))
         if world.rank < 2:
             side = Send if world.rank == 0 else Recv
-            names = ["a", "b"] if not odd else (["b", "a"] if case == "order" else ["a"])
+            names = ["a", "b"] if not odd else {"order": ["b", "a"], "missing": ["a"], "both ways": ["a", "b"]}[case]
             for name in names:
-                move = side(1 - world.rank, pair)
-                exchange.slot(name, *([move], []) if side is Send else ([], [move]))
+                moves = [[cls(1 - world.rank, pair)] * (cls is side or case == "both ways") for cls in (Send, Recv)]
+                exchange.slot(name, *moves)
         found[case] = _raised(lambda: exchange.freeze("phase"))  # noqa: B023
         exchange.abort("over")
         exchange.close()
@@ -353,7 +353,7 @@ def test_freeze_compares_slots(kind):
         for found in ranks[:2]:
             kind, message = found[case]
             assert kind == "ExchangeError" and "list different slots for each other" in message, case
-    assert all(found["same"] is None for found in ranks)
+    assert all(found["same"] is None and found["both ways"] is None for found in ranks)
 
 
 @pytest.mark.parametrize("kind", KINDS)
