@@ -55,6 +55,23 @@ py::dict nccl_info(const NcclTransport& t) {
                   "cta_policy_known"_a = lib.nccl_version >= kNcclCtaPolicySince);
 }
 
+// What the declarations in dynlib.hpp assume, for tests to compare with the nccl.h of an installed NCCL.
+py::dict nccl_abi() {
+  using namespace py::literals;
+  py::list fields;
+#define ADF_FIELD(field) fields.append(py::make_tuple(#field, offsetof(NcclConfig, field), sizeof(NcclConfig::field)));
+  ADF_NCCL_CONFIG_FIELDS(ADF_FIELD)
+#undef ADF_FIELD
+  py::dict functions;
+#define ADF_FUNCTION(name, result, arguments) functions[#name] = #arguments;
+  ADF_NCCL_FUNCTIONS(ADF_FUNCTION)
+#undef ADF_FUNCTION
+  return py::dict("config"_a = fields, "config_bytes"_a = sizeof(NcclConfig),
+                  "unique_id_bytes"_a = sizeof(NcclUniqueId), "magic"_a = kNcclMagic, "undefined"_a = kNcclUndefined,
+                  "ncclSuccess"_a = kNcclSuccess, "ncclInProgress"_a = kNcclInProgress, "ncclInt8"_a = kNcclInt8,
+                  "NCCL_SPLIT_NOCOLOR"_a = kNcclSplitNoColor, "functions"_a = functions);
+}
+
 void bind_nccl(py::module_& m) {
   py::class_<Libraries, std::shared_ptr<Libraries>>(m, "Libraries", py::module_local())
       .def(py::init<const std::string&, const std::string&, const std::string&>(), py::arg("driver") = "",
@@ -63,6 +80,7 @@ void bind_nccl(py::module_& m) {
       .def_readonly("nccl_path", &Libraries::nccl_path)
       .def_readonly("nccl_version", &Libraries::nccl_version)
       .def("require_driver", &Libraries::require_driver);
+  m.def("nccl_abi", &nccl_abi);
   m.def("unique_id", [](const Libraries& libraries) { return py::bytes(NcclTransport::unique_id(libraries)); });
   py::class_<NcclTransport, Transport, std::shared_ptr<NcclTransport>>(m, "NcclTransport", py::module_local())
       .def(py::init([](std::shared_ptr<Libraries> libraries, const std::string& unique_id, int rank, int size,
