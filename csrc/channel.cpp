@@ -102,8 +102,21 @@ int Channel::add(const std::string& name, std::vector<Message> messages, int dep
   }
   slot->messages = std::move(messages);
   transport_->attach(slot.get());
+  grow_history(slot->marks.size());
   slots_.push_back(std::move(slot));
   return static_cast<int>(slots_.size()) - 1;
+}
+
+// Room for all posts that can be under way. The lane works in order, so what a full ring forgets is over.
+void Channel::grow_history(size_t marks) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  under_way_ += marks;
+  if (under_way_ <= history_.size()) return;
+  std::vector<Posted> larger(std::max(under_way_, 2 * history_.size()));
+  for (uint64_t i = recorded_ - std::min<uint64_t>(recorded_, history_.size()); i < recorded_; ++i) {
+    larger[i % larger.size()] = std::move(history_[i % history_.size()]);
+  }
+  history_ = std::move(larger);
 }
 
 void Channel::freeze(const std::string& phase, const std::vector<int>& slots) {
@@ -125,6 +138,7 @@ void Channel::release(const std::string& phase) {
   drain(found->second.slots);
   std::lock_guard<std::mutex> lock(mutex_);
   for (int number : found->second.slots) {
+    under_way_ -= slots_[number]->marks.size();
     transport_->detach(slots_[number].get());
     slots_[number].reset();
   }
@@ -195,11 +209,11 @@ void Channel::post_range(const std::string& name, int first, int last, Stream st
 void Channel::post_now(const std::shared_ptr<Slot>& slot, Stream stream) {
   const auto began = Clock::now();
   Slot& s = *slot;
-  // On the host the transport still holds the buffers of the epoch that is posted over.
-  if (transport_->on_host() && s.posted >= static_cast<uint64_t>(s.depth)) finish(&s, s.posted - s.depth, deadline());
+  // Its mark is taken over now; on the host the transport still holds its buffers, too.
+  if (s.posted >= s.marks.size()) finish(&s, s.posted - s.marks.size(), deadline());
   {
     std::lock_guard<std::mutex> lock(mutex_);
-    history_[recorded_++ % kHistory] = {slot, s.posted, began};
+    history_[recorded_++ % history_.size()] = {slot, s.posted, began};
     ++s.posted;
   }
   try {
@@ -260,10 +274,10 @@ void Channel::finish(int slot, int64_t epoch) {
   finish(&at(slot), epoch, deadline());
 }
 
-// An epoch older than the depth is over: a later one has taken its place.
+// An epoch whose mark was taken over is over.
 void Channel::finish(Slot* slot, int64_t epoch, Clock::time_point deadline) {
   const int64_t posted = static_cast<int64_t>(slot->posted);
-  if (epoch < 0 || epoch >= posted || epoch < posted - slot->depth) return;
+  if (epoch < 0 || epoch >= posted || epoch < posted - static_cast<int64_t>(slot->marks.size())) return;
   const auto began = Clock::now();
   bool there = true;
   try {
@@ -288,7 +302,7 @@ bool Channel::done(int slot, int64_t epoch) {
   enter();
   const Slot& s = at(slot);
   const int64_t posted = static_cast<int64_t>(s.posted);
-  if (epoch < 0 || epoch < posted - s.depth) return true;
+  if (epoch < 0 || epoch < posted - static_cast<int64_t>(s.marks.size())) return true;
   return epoch < posted && transport_->state(s, epoch) == State::kDone;
 }
 
@@ -334,11 +348,10 @@ void Channel::clear_stats() {
   }
 }
 
-// A later epoch may have taken over the marks of a recorded one; that one is over then, or the later one tells.
+// An epoch whose mark was taken over is over.
 State Channel::state(const Posted& posted) const {
-  if (posted.slot->marks.empty() || posted.slot->posted - posted.epoch > static_cast<uint64_t>(posted.slot->depth)) {
-    return State::kDone;
-  }
+  const auto& marks = posted.slot->marks;
+  if (marks.empty() || posted.slot->posted - posted.epoch > marks.size()) return State::kDone;
   if (posted.epoch >= posted.slot->submitted) return State::kQueued;
   return transport_->state(*posted.slot, posted.epoch);
 }
@@ -347,8 +360,8 @@ std::vector<PostRecord> Channel::history() {
   std::lock_guard<std::mutex> lock(mutex_);
   static constexpr const char* kNames[] = {"queued", "running", "done"};
   std::vector<PostRecord> records;
-  for (uint64_t i = recorded_ - std::min<uint64_t>(recorded_, kHistory); i < recorded_; ++i) {
-    const Posted& posted = history_[i % kHistory];
+  for (uint64_t i = recorded_ - std::min(recorded_, kHistory); i < recorded_; ++i) {
+    const Posted& posted = history_[i % history_.size()];
     std::string name = "unknown";
     try {
       name = kNames[static_cast<int>(state(posted))];
@@ -417,7 +430,7 @@ std::optional<std::string> Channel::lost_peer(const std::vector<int>& ended) {
     if (!transport_->on_host() && Clock::now() - *ended_since_ < kLeaveGrace) continue;
     std::string last = "before any exchange";
     if (recorded_ > 0) {
-      const Posted& posted = history_[(recorded_ - 1) % kHistory];
+      const Posted& posted = history_[(recorded_ - 1) % history_.size()];
       last = "last posted: slot '" + posted.slot->name + "' (exchange " + std::to_string(posted.epoch) + ")";
     }
     return "rank " + std::to_string(transport_->rank()) + " waited for rank " + std::to_string(rank) +
@@ -432,15 +445,15 @@ std::optional<std::string> Channel::lost_peer(const std::vector<int>& ended) {
 std::optional<std::string> Channel::standstill() {
   if (transport_->on_host()) return std::nullopt;
   std::lock_guard<std::mutex> lock(mutex_);
-  stands_at_ = std::max(stands_at_, recorded_ - std::min<uint64_t>(recorded_, kHistory));
+  stands_at_ = std::max(stands_at_, recorded_ - std::min<uint64_t>(recorded_, history_.size()));
   const uint64_t before = stands_at_;
-  while (stands_at_ < recorded_ && state(history_[stands_at_ % kHistory]) == State::kDone) ++stands_at_;
-  const bool running = stands_at_ < recorded_ && state(history_[stands_at_ % kHistory]) == State::kRunning;
+  while (stands_at_ < recorded_ && state(history_[stands_at_ % history_.size()]) == State::kDone) ++stands_at_;
+  const bool running = stands_at_ < recorded_ && state(history_[stands_at_ % history_.size()]) == State::kRunning;
   if (!running || stands_at_ != before) stands_since_.reset();
   if (!running) return std::nullopt;
   if (!stands_since_) stands_since_ = Clock::now();
   const double stood = microseconds_since(*stands_since_) / 1e6;
-  const Posted& posted = history_[stands_at_ % kHistory];
+  const Posted& posted = history_[stands_at_ % history_.size()];
   for (int peer : transport_->missing(*posted.slot, posted.epoch)) {
     if (left_[peer] && stood > kLeftPatienceS) {
       return place(*posted.slot, posted.epoch) + " waits for rank " + std::to_string(peer) +

@@ -1,6 +1,5 @@
 // Slots of one rank over a transport: who sends what to whom, in which order, and who has to wait for it.
 #pragma once
-#include <array>
 #include <map>
 #include <memory>
 #include <optional>
@@ -88,11 +87,12 @@ class Channel {
     uint64_t epoch = 0;
     Clock::time_point when;
   };
-  static constexpr size_t kHistory = 256;
+  static constexpr uint64_t kHistory = 256;
 
   const Slot& at(int slot) const;
   Slot& at(int slot) { return const_cast<Slot&>(static_cast<const Channel*>(this)->at(slot)); }
   void enter();
+  void grow_history(size_t marks);
   void guard_order(const Slot& slot, Phase* phase);
   void post_now(const std::shared_ptr<Slot>& slot, Stream stream);
   void order_after(Slot* slot, uint64_t epoch, Stream stream);
@@ -121,7 +121,9 @@ class Channel {
 
   // The watchdog reads these.
   mutable std::mutex mutex_;
-  std::array<Posted, kHistory> history_;
+  std::vector<Posted> history_ = std::vector<Posted>(kHistory);
+  // Marks of all slots: at most so many posts are under way.
+  size_t under_way_ = 0;
   uint64_t recorded_ = 0;
   Statistics stats_;
   std::vector<bool> left_;

@@ -1,5 +1,6 @@
 #include "nccl_transport.hpp"
 
+#include <algorithm>
 #include <cstring>
 #include <thread>
 
@@ -7,6 +8,9 @@
 
 namespace adf {
 namespace {
+// So many epochs of a slot may be under way: a host that runs ahead of its device waits then. With fewer the device
+// might run dry; without a limit nobody could tell which of them it stands at.
+constexpr int kMarks = 8;
 constexpr auto kPoll = std::chrono::microseconds(50);
 // An abort that cannot get the communicator to itself goes ahead all the same: whoever holds it is stuck inside NCCL.
 constexpr auto kAbortPatience = std::chrono::seconds(1);
@@ -143,7 +147,7 @@ void NcclTransport::settle(const char* what) {
 
 void NcclTransport::attach(Group* group) {
   std::lock_guard<std::mutex> lock(marks_mutex_);
-  for (int i = 0; i < group->depth; ++i) {
+  for (int i = 0; i < std::max(group->depth, kMarks); ++i) {
     if (!free_marks_.empty()) {
       group->marks.push_back(free_marks_.back());
       free_marks_.pop_back();
@@ -164,7 +168,7 @@ void NcclTransport::detach(Group* group) {
 }
 
 const NcclTransport::Mark& NcclTransport::mark(const Group& group, uint64_t epoch) const {
-  return marks_[group.marks[epoch % group.depth]];
+  return marks_[group.marks[epoch % group.marks.size()]];
 }
 
 void NcclTransport::submit(const Group& group, uint64_t epoch, Stream stream) {

@@ -20,7 +20,8 @@ struct Message {
   std::vector<char*> buffers;
 };
 
-// Everything that one post of a slot moves, as one group. Its transport keeps `marks`, one for each of the depth.
+// Everything that one post of a slot moves, as one group. Its transport keeps `marks`, at least one for each of the
+// depth: epoch e uses the mark e modulo their number, and is posted only once the epoch whose mark it takes is over.
 struct Group {
   std::string name;
   int depth = 0;

@@ -203,20 +203,57 @@ def _eventually(condition, seconds=20):
         time.sleep(0.01)
 
 
-def test_a_peer_that_never_posts_is_named():
+@pytest.mark.parametrize("epochs", [1, 2, 3, 8])
+def test_a_peer_that_never_posts_is_named(epochs):
+    """However far ahead of its device the host has posted."""
     path, extension = building.load()
     with Double(path) as gpu:
-        ranks = connect(gpu, extension, 2, timeout_s=1.0)
+        ranks = connect(gpu, extension, 2, timeout_s=0.7)
         slots = ring(ranks)
-        ranks[0].send_once(slots[0])
-        (stuck,) = gpu.drain(grace_ms=10)
-        assert "rank 0" in stuck and "message" in stuck
+        for _ in range(epochs):
+            ranks[0].send_once(slots[0])
+            ranks[0].wait(slots[0])
+        stuck = gpu.drain(grace_ms=10)
+        assert any("rank 0" in line and "message" in line for line in stuck)
+        states = [state for *_, state in ranks[0].channel.history()]
+        assert states == ["running", *["queued"] * (epochs - 1)]
         _eventually(ranks[0].channel.broken)
         assert gpu.drain() == [], "the abort has released the stream"
         with pytest.raises(extension.ExchangeError, match=r"waited .*for rank 1.* in slot 'ring' \(exchange 0\)"):
             ranks[0].wait(slots[0])
         for r in ranks:
             r.channel.close()
+
+
+def test_a_host_runs_only_so_far_ahead():
+    """The ninth epoch of a slot waits for its first: then nothing that is under way is forgotten."""
+    path, extension = building.load()
+    with Double(path) as gpu:
+        ranks = connect(gpu, extension, 2, timeout_s=0.3)
+        slots = ring(ranks)
+        for _ in range(8):
+            ranks[0].send_once(slots[0])
+        with pytest.raises(extension.ExchangeError, match=r"for rank 1.* in slot 'ring' \(exchange 0\)"):
+            ranks[0].send_once(slots[0])
+        for r in ranks:
+            r.channel.abort("over")
+            r.channel.close()
+
+
+def test_more_posts_under_way_than_the_history_tells(gpu, connected):
+    """64 slots, 6 epochs: the watchdog finds the one that stands, and what came before it was carried out."""
+    ranks = connected(2, timeout_s=0.7)
+    sides = [[r.slot(f"slot{i}", [1 - r.rank], [1 - r.rank], nbytes=1) for i in range(64)] for r in ranks]
+    for r, slots in zip(ranks, sides, strict=True):
+        r.freeze(*slots)
+    for r, steps in zip(ranks, (6, 1), strict=True):
+        for _ in range(steps):
+            for slot in sides[r.rank]:
+                r.send_once(slot)
+            r.wait(slot)
+    _eventually(ranks[0].channel.broken)
+    assert "in slot 'slot0' (exchange 1)" in ranks[0].channel.broken()
+    assert len(ranks[0].channel.history()) == 256
 
 
 def test_an_error_of_nccl_is_told(gpu, connected):
