@@ -13,12 +13,14 @@ PATH = os.pathsep.join([str(pathlib.Path(sys.executable).parent), os.environ.get
 
 
 class BuildEngine(build_ext):
-    """`_C` by CMake, which has the one list of C++ sources. Without the tools for it the package is complete but slower."""
+    """`_C` by CMake, which has the one list of C++ sources. Without the tools for it the package works, but slower."""
 
     def run(self):
         reason = missing_tool()
         if reason:
-            print(f"asyncdiff_fast: _C is not built: {reason}; exchanges will run on torch.distributed", file=sys.stderr)
+            print(
+                f"asyncdiff_fast: _C is not built: {reason}; exchanges will run on torch.distributed", file=sys.stderr
+            )
             self.extensions = []
         super().run()
 

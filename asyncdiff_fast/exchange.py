@@ -5,12 +5,12 @@
 
 import logging
 import os
-import pathlib
 
 import torch
 
 from . import engine
 from .config import ENGINE_CHOICES, EXCHANGE_VARIABLE
+from .connecting import Unavailable, host, open_engine
 from .slots import Recv, Send, Slot
 from .torch_exchange import TorchExchange
 from .world import ExchangeError
@@ -30,8 +30,8 @@ def open_exchange(world, device_type):
     kind, why = choose(everyone)
     if kind != "torch":
         try:
-            exchange = engine.open_engine(world, kind)
-        except engine.Unavailable as error:
+            exchange = open_engine(world, kind)
+        except Unavailable as error:
             if everyone[0]["wanted"] == "engine":
                 raise ExchangeError(f"{EXCHANGE_VARIABLE}=engine cannot be had: {error}") from error
             kind, why = "torch", str(error)
@@ -80,15 +80,6 @@ def _report(device_type):
         "host": host(),
         "missing": engine.missing(),
     }
-
-
-def host():
-    """The same for processes that see each other's memory and numbers, different for all others."""
-    try:
-        boot = pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return boot, os.readlink("/proc/self/ns/pid")
-    except OSError:
-        return "no /proc", os.getpid()
 
 
 def _log_once(world, kind, why):

@@ -74,7 +74,9 @@ def compare(world, slots, last, phase):
         theirs = [line[1:] for line in theirs if line[0] == world.rank]
         if mine != theirs:
             place = next((i for i, pair in enumerate(zip(mine, theirs, strict=False)) if pair[0] != pair[1]), -1)
-            first = f"first at place {place}: {mine[place]} here, {theirs[place]} there" if place >= 0 else "one has more"
+            first = (
+                f"first at place {place}: {mine[place]} here, {theirs[place]} there" if place >= 0 else "one has more"
+            )
             raise ExchangeError(
                 f"rank {world.rank} and rank {peer} list different slots for each other in {phase}: "
                 f"{len(mine)} here, {len(theirs)} there, {first}; ranks must patch the same model with the same options"

@@ -233,7 +233,9 @@ State NcclTransport::state(const Group& group, uint64_t epoch) {
 
 std::vector<int> NcclTransport::missing(const Group& group, uint64_t) {
   std::vector<int> peers;
-  for (const Message& x : group.messages) peers.push_back(x.peer);
+  for (const Message& x : group.messages) {
+    if (std::find(peers.begin(), peers.end(), x.peer) == peers.end()) peers.push_back(x.peer);
+  }
   return peers;
 }
 

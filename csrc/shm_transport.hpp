@@ -78,6 +78,9 @@ class ShmTransport final : public Transport {
   };
   class Driving;
 
+  // Up to here a message is cheaper to copy twice than to announce.
+  static constexpr size_t kSmall = size_t{64} << 10;
+
   bool advance(Line* line, Lock* lock, bool everything);
   bool advance_all(Lock* lock);
   bool send_some(Line* line, Lock* lock, bool everything);

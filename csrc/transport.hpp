@@ -12,6 +12,10 @@ namespace adf {
 using Clock = std::chrono::steady_clock;
 using Stream = uintptr_t;
 
+inline double microseconds_since(Clock::time_point began) {
+  return std::chrono::duration<double, std::micro>(Clock::now() - began).count();
+}
+
 // One direction of a slot to or from one peer; `buffers` has one address for each of the slot's depth.
 struct Message {
   int peer;

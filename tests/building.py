@@ -32,7 +32,9 @@ def _tool(name):
 
 
 def _run(*command):
-    done = subprocess.run(command, capture_output=True, text=True)
+    # A sanitizer that is loaded before this process is not meant for the compiler.
+    environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stdout[-4000:]}{done.stderr[-4000:]}")
 

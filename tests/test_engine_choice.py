@@ -12,9 +12,9 @@ import torch
 from sequences import Bare
 
 import asyncdiff_fast
-from asyncdiff_fast import engine
+from asyncdiff_fast import connecting, engine
 from asyncdiff_fast.config import EXCHANGE_VARIABLE
-from asyncdiff_fast.exchange import Recv, Send, choose, host, open_exchange
+from asyncdiff_fast.exchange import Recv, Send, choose, open_exchange
 from asyncdiff_fast.world import ExchangeError, World, start_process_group, stop_process_group
 
 CPU = {"wanted": "", "device": "cpu", "host": ("a", 1), "missing": ""}
@@ -44,7 +44,10 @@ def test_choice(reports, kind):
     [
         ([CPU, CPU | {"wanted": "torch"}], "must be the same on every rank"),
         ([CPU | {"wanted": "gloo"}] * 2, "engine or torch: got 'gloo', 'gloo'"),
-        ([CPU | {"wanted": "engine", "missing": "no compiler"}] * 2, "cannot be had: rank 0 has no engine: no compiler"),
+        (
+            [CPU | {"wanted": "engine", "missing": "no compiler"}] * 2,
+            "cannot be had: rank 0 has no engine: no compiler",
+        ),
         ([CPU | {"wanted": "engine"}, CPU | ELSEWHERE | {"wanted": "engine"}], "several hosts"),
     ],
 )
@@ -67,14 +70,14 @@ def _ways(rank):
         model = Bare()
         kinds.append(asyncdiff_fast.patch(model, num_stages=2, timeout_s=30).exchange_kind)
         asyncdiff_fast.unpatch(model)
-    connect, engine._transport = engine._transport, _no_memory if rank == 1 else engine._transport
+    connect, connecting._transport = connecting._transport, _no_memory if rank == 1 else connecting._transport
     start_process_group(30)
     world = World(range(2), 30)
     os.environ[EXCHANGE_VARIABLE] = ""
     exchange = open_exchange(world, "cpu")
     kinds.append(exchange.kind)
     exchange.close()
-    engine._transport = connect
+    connecting._transport = connect
     stop_process_group()
     return kinds, records
 
@@ -200,10 +203,10 @@ def test_a_process_that_never_unpatches_ends_quietly():
 
 def test_host_is_the_same_for_processes_of_one_machine():
     there = subprocess.run(
-        [sys.executable, "-c", "from asyncdiff_fast.exchange import host; print(repr(host()))"],
+        [sys.executable, "-c", "from asyncdiff_fast.connecting import host; print(repr(host()))"],
         capture_output=True,
         text=True,
         check=True,
         timeout=120,
     )
-    assert there.stdout.strip() == repr(host())
+    assert there.stdout.strip() == repr(connecting.host())

@@ -1,4 +1,4 @@
-"""Ranks that die, hang, disagree or give up: all others are told within a second or the timeout, and nothing is left."""
+"""Ranks that die, hang, disagree or give up: all others are told in a second or the timeout, and nothing is left."""
 
 import os
 import pathlib

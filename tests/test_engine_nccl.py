@@ -10,9 +10,11 @@ import textwrap
 import building
 import pytest
 
-from asyncdiff_fast import _C, engine
+from asyncdiff_fast import _C
+from asyncdiff_fast.connecting import nccl_package
+from asyncdiff_fast.world import ExchangeError
 
-LIBRARY = engine.nccl_package()
+LIBRARY = nccl_package()
 pytestmark = pytest.mark.skipif(not LIBRARY, reason="needs the nvidia-nccl-cu12 or -cu13 package")
 C_TYPES = {"int": ctypes.c_int, "unsigned int": ctypes.c_uint, "size_t": ctypes.c_size_t, "pointer": ctypes.c_void_p}
 
@@ -38,7 +40,7 @@ def test_the_loaded_copy_is_taken_before_the_package_and_the_system():
         assert _C.Libraries(nccl_package="/nowhere/libnccl.so.2").nccl_path == {LIBRARY!r}
     """
     subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=True, timeout=120)
-    with pytest.raises(engine.ExchangeError, match=r"libnccl\.so\.2 cannot be opened: /nowhere"):
+    with pytest.raises(ExchangeError, match=r"libnccl\.so\.2 cannot be opened: /nowhere"):
         _C.Libraries(nccl="/nowhere/libnccl.so.2")
 
 

@@ -1,4 +1,4 @@
-"""The shared memory between ranks: every size and way gives the right bytes, in order, without growth; bad use is refused."""
+"""Shared memory between ranks: every size and way gives the right bytes without growth; bad use is refused."""
 
 import os
 import pathlib

@@ -16,6 +16,8 @@ TORCH_FREE = (
     "test_mutants.py",
     "test_hazard_properties.py",
     "test_lanes.py",
+    "test_engine_shm.py",
+    "test_engine_failures.py",
 )
 # What must be loaded before Python, and what a sanitizer is told. Python itself never frees all it allocates.
 SANITIZERS = {
