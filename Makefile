@@ -10,16 +10,16 @@ BENCHES := $(wildcard benchmarks/bench_*.py benchmarks/end_to_end.py)
 
 .PHONY: install demo test test-slow lint bench clean
 
-# setuptools comes first because the package is built in the environment itself: an isolated build would fetch its own.
+# What builds the package comes first, since it is built in the environment itself: an isolated build would fetch its own.
 define pip_install
-$(PIP) install -c $(1) 'setuptools>=77'
+$(PIP) install -c $(1) 'setuptools>=77' 'pybind11>=2.13' 'cmake>=3.20' ninja
 $(PIP) install -c $(1) --no-build-isolation -e '.[test]'
 endef
 
 ifeq ($(VENV),.venv)
 install: .venv/.installed
 
-.venv/.installed: pyproject.toml setup.py constraints.txt | .venv
+.venv/.installed: pyproject.toml setup.py constraints.txt CMakeLists.txt $(CPP) | .venv
 	$(call pip_install,constraints.txt)
 	touch $@
 else

@@ -3,7 +3,7 @@
 import torch
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from .exchange import Recv, Send
+from .slots import Recv, Send
 from .patch_sites import make_state, messages
 from .schedule import PatchMode
 from .sites import CONV, JOINS, KINDS, NORM, seen

@@ -50,7 +50,11 @@ class Bands:
             if tick.call == 0 or self.plan is None:
                 self.plan = self._bands[place].plan
         mode = schedule.patch_mode(self.config, tick.step)
-        return self._on_patch(self._bands[place], mode, run, args, kwargs)
+        with self.exchange.step():
+            return self._on_patch(self._bands[place], mode, run, args, kwargs)
+
+    def begin_generation(self):
+        """Nothing to do: a generation's first steps are exact, and write whatever later ones read."""
 
     def counted(self, forward):
         """The denoiser's forward, such that the calls of its modules are counted from its beginning."""

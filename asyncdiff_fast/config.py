@@ -6,8 +6,12 @@ from dataclasses import dataclass
 
 from .layout import Mesh
 
+EXCHANGE_VARIABLE = "ASYNCDIFF_FAST_EXCHANGE"
+ENGINE_CHOICES = ("", "engine", "torch")
 ENVIRONMENT = {
-    "ASYNCDIFF_FAST": "options of patch() for `import asyncdiff_fast.auto`, such as num_stages=2,warmup_steps=3"
+    "ASYNCDIFF_FAST": "options of patch() for `import asyncdiff_fast.auto`, such as num_stages=2,warmup_steps=3",
+    EXCHANGE_VARIABLE: "torch: exchange by torch.distributed; engine: by the engine, or fail; default: by the engine "
+    "where it is built and fits",
 }
 
 _CHOICES = {

@@ -26,7 +26,7 @@ def facts():
             "engine": engine,
         },
         "pipeline": _pipeline(),
-        "use": _use(len(gpus)),
+        "use": _use(len(gpus), engine),
     }
 
 
@@ -70,8 +70,8 @@ def _pipeline():
         return None
 
 
-def _use(num_gpus):
+def _use(num_gpus, engine):
     """What two stages take: a GPU for each process, or CPU processes."""
     if num_gpus >= 2:
         return {"device": "cuda", "processes": 2, "transport": "nccl"}
-    return {"device": "cpu", "processes": 2, "transport": "gloo"}
+    return {"device": "cpu", "processes": 2, "transport": "shared memory" if engine else "gloo"}

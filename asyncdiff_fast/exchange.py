@@ -1,238 +1,91 @@
-"""Slots: long-lived buffers that travel between ranks, over torch.distributed.
+"""Which way slots travel between ranks: chosen once, by all ranks alike, and logged once.
 
-A slot is posted once per asynchronous call on every rank that takes part, in one frozen order; each post is an epoch
-and uses the next of `depth` buffers. `wait(slot, lag)` makes the current stream wait for the epoch `lag` posts ago.
-Modules know no more of communication than this; another transport takes this file's place without a change above it.
+`_C` carries CUDA tensors by NCCL and CPU tensors of one host through shared memory; torch.distributed does the rest.
 """
 
-import time
-from dataclasses import dataclass, field
-from datetime import timedelta
+import logging
+import os
 
 import torch
-import torch.distributed as dist
 
+from . import engine
+from .config import ENGINE_CHOICES, EXCHANGE_VARIABLE
+from .connecting import Unavailable, host, open_engine
+from .slots import Recv, Send, Slot
+from .torch_exchange import TorchExchange
 from .world import ExchangeError
 
+__all__ = ["Recv", "Send", "Slot", "TorchExchange", "choose", "open_exchange"]
 
-@dataclass(frozen=True)
-class Send:
-    """Send to `peer`; `buffers` are `depth` contiguous tensors, used in turn."""
-
-    peer: int
-    buffers: tuple[torch.Tensor, ...]
+log = logging.getLogger(__name__)
+_logged = set()
 
 
-@dataclass(frozen=True)
-class Recv:
-    """Receive from `peer` into the next of `buffers`."""
+def open_exchange(world, device_type):
+    """The exchange of these ranks for tensors of one type of device. Collective.
 
-    peer: int
-    buffers: tuple[torch.Tensor, ...]
-
-
-@dataclass
-class Slot:
-    """Tensors that are posted together. `epoch` counts the posts; `pending[e % depth]` are the (peer, work) of one."""
-
-    name: str
-    sends: tuple[Send, ...]
-    recvs: tuple[Recv, ...]
-    depth: int
-    tag: int
-    phase: str = ""
-    place: int = -1
-    epoch: int = 0
-    pending: list = field(default_factory=list)
-
-    @property
-    def nbytes(self):
-        """Bytes that this rank sends with one post."""
-        return sum(s.buffers[0].nbytes for s in self.sends)
-
-    def describe(self, rank, ranks):
-        """[(peer, direction, name, bytes)] as the other side must list it too."""
-        lines = [(s.peer, (rank, s.peer), self.name, s.buffers[0].nbytes) for s in self.sends]
-        lines += [(r.peer, (r.peer, rank), self.name, r.buffers[0].nbytes) for r in self.recvs]
-        # Both sides list each direction in the order of its messages.
-        return sorted(lines, key=lambda line: line[1])
-
-
-class TorchExchange:
-    """The slots of one rank over a process group (gloo for CPU tensors, NCCL for CUDA tensors)."""
-
-    def __init__(self, world):
-        self.world = world
-        self.group = world.new_group()
-        self._slots, self._unfrozen, self._phases, self._cursors = [], [], {}, {}
-        self._tags = 0
-        self._broken = None
-        self.clear_stats()
-
-    def slot(self, name, sends=(), recvs=(), depth=2):
-        """Register a slot; it can be posted after `freeze`. Returns `Slot`."""
-        if any(len(x.buffers) != depth or not b.is_contiguous() for x in (*sends, *recvs) for b in x.buffers):
-            raise ValueError(f"slot {name!r} needs {depth} contiguous buffers for each send and receive")
-        slot = Slot(name, tuple(sends), tuple(recvs), depth, -1, pending=[[] for _ in range(depth)])
-        self._unfrozen.append(slot)
-        return slot
-
-    def freeze(self, phase, order=None):
-        """Fix the order of the slots made since the last freeze and compare it with every peer. Collective.
-
-        Args:
-            phase: name of this set of slots; each phase has its own order.
-            order: number of each slot in an order that all ranks share (tags of the messages); default: its place.
-        Raises: ExchangeError if two ranks list different slots, orders or sizes for each other.
-        """
-        slots, self._unfrozen = self._unfrozen, []
-        order = range(len(slots)) if order is None else order
-        for place, (slot, number) in enumerate(zip(slots, order, strict=True)):
-            slot.phase, slot.place, slot.tag = phase, place, self._tags + number
-        listed = [line for slot in slots for line in slot.describe(self.world.rank, self.world.ranks)]
-        everyone = self.world.gather((len(slots), max(order, default=-1), listed), f"the slots of {phase}")
-        for peer, (_, _, theirs) in enumerate(everyone):
-            mine = [line[1:] for line in listed if line[0] == peer]
-            if mine != [line[1:] for line in theirs if line[0] == self.world.rank]:
-                raise ExchangeError(
-                    f"rank {self.world.rank} and rank {peer} list different slots for each other in {phase}: "
-                    f"{len(mine)} here; ranks must patch the same model with the same options"
-                )
-        self._tags += 1 + max(last for _, last, _ in everyone)
-        self._slots += slots
-        self._phases[phase], self._cursors[phase] = slots, 0
-
-    def acquire(self, slot):
-        """Before writing the next send buffer: its last use must be over."""
-        self._finish(slot, slot.epoch - slot.depth)
-
-    def post(self, slot):
-        """Begin the slot's sends and receives: what was written on the current stream until now is what travels."""
-        self.check()
-        slots, cursor = self._phases[slot.phase], self._cursors[slot.phase]
-        if slots[cursor] is not slot:
-            raise ExchangeError(
-                f"slots are posted in their frozen order: {slots[cursor].name!r} is next, not {slot.name!r}"
-            )
-        self._cursors[slot.phase] = (cursor + 1) % len(slots)
-        self._finish(slot, slot.epoch - slot.depth)
-        parity = slot.epoch % slot.depth
+    Raises: ExchangeError if ranks want different ways, or ASYNCDIFF_FAST_EXCHANGE=engine cannot be had.
+    """
+    everyone = world.gather(_report(torch.device(device_type).type), "the way to exchange")
+    kind, why = choose(everyone)
+    if kind != "torch":
         try:
-            slot.pending[parity] = self._start(slot, parity)
-        except RuntimeError as error:
-            self._fail(slot, [x.peer for x in (*slot.sends, *slot.recvs)], error)
-        slot.epoch += 1
-        self._sent_bytes += slot.nbytes
-        self._posts += 1
+            exchange = open_engine(world, kind)
+        except Unavailable as error:
+            if everyone[0]["wanted"] == "engine":
+                raise ExchangeError(f"{EXCHANGE_VARIABLE}=engine cannot be had: {error}") from error
+            kind, why = "torch", str(error)
+    _log_once(world, kind, why)
+    return exchange if kind != "torch" else TorchExchange(world)
 
-    def _start(self, slot, parity):
-        """[(peer, work)] of one epoch; grouped for NCCL, since its operations run in one stream."""
-        ranks = self.world.ranks
-        moves = [(dist.isend, x.peer, x.buffers[parity]) for x in slot.sends]
-        moves += [(dist.irecv, x.peer, x.buffers[parity]) for x in slot.recvs]
-        if moves and moves[0][2].is_cuda:
-            grouped = [dist.P2POp(op, buffer, ranks[peer], self.group) for op, peer, buffer in moves]
-            works = dist.batch_isend_irecv(grouped)
-            return [(moves[0][1], work) for work in works]
-        return [(peer, op(buffer, ranks[peer], group=self.group, tag=slot.tag)) for op, peer, buffer in moves]
 
-    def wait(self, slot, lag=0):
-        """Make the current stream (the host, for CPU tensors) wait for the epoch `lag` posts before the latest."""
-        self.check()
-        if not 0 <= lag < slot.depth:
-            raise ValueError(
-                f"lag must be less than the depth: got lag={lag}, depth={slot.depth} for slot {slot.name!r}"
-            )
-        began = time.perf_counter()
-        self._finish(slot, slot.epoch - 1 - lag, on_host=False)
-        waited = time.perf_counter() - began
-        self._wait_s += waited
-        self._waits[slot.name] = self._waits.get(slot.name, 0.0) + waited
+def choose(reports):
+    """("nccl", "shm" or "torch", why) from what every rank reports; the same on every rank.
 
-    def _finish(self, slot, epoch, on_host=True):
-        """Wait for the works of one epoch, unless it is too old to be remembered: then it is over.
-
-        CUDA works order the current stream; with `on_host` the host waits too, so that a peer that hangs is named.
-        """
-        if epoch < 0 or epoch < slot.epoch - slot.depth:
-            return
-        parity = epoch % slot.depth
-        for peer, work in slot.pending[parity]:
-            try:
-                if slot_device(slot).type == "cpu":
-                    work.wait(timedelta(seconds=self.world.timeout_s))
-                else:
-                    work.wait()
-                    if on_host:
-                        self._poll(work)
-            except RuntimeError as error:
-                self._fail(slot, [peer], error)
-        if on_host or slot_device(slot).type == "cpu":
-            slot.pending[parity] = []
-
-    def _poll(self, work):
-        """Let the host wait for a CUDA work, at most `timeout_s`."""
-        deadline = time.monotonic() + self.world.timeout_s
-        while not work.is_completed():
-            if time.monotonic() > deadline:
-                raise RuntimeError(f"not done after {self.world.timeout_s:g} s")
-            time.sleep(1e-4)
-
-    def _fail(self, slot, peers, error):
-        self.abort(
-            f"rank {self.world.rank} waited for rank {', '.join(map(str, peers))} in slot {slot.name!r} "
-            f"(exchange {slot.epoch}) and failed: {str(error).splitlines()[0]}; that rank died or hangs: see its "
-            f"log, or raise timeout_s (now {self.world.timeout_s:g})"
+    Raises: ExchangeError, see `open_exchange`.
+    """
+    wanted = [report["wanted"] for report in reports]
+    if len(set(wanted)) > 1 or wanted[0] not in ENGINE_CHOICES:
+        raise ExchangeError(
+            f"{EXCHANGE_VARIABLE} must be the same on every rank, {' or '.join(filter(None, ENGINE_CHOICES))}: "
+            f"got {', '.join(repr(w) for w in wanted)}"
         )
-        raise ExchangeError(self._broken) from error
-
-    def drain(self, phases=None):
-        """Wait for everything that is under way; both sides must have posted it."""
-        for slot in self._slots:
-            if phases is None or slot.phase in phases:
-                for epoch in range(slot.epoch - slot.depth, slot.epoch):
-                    self._finish(slot, epoch)
-
-    def release(self, phase):
-        """Forget the slots of a phase, after `drain`."""
-        self.drain({phase})
-        self._cursors.pop(phase)
-        gone = self._phases.pop(phase)
-        self._slots = [slot for slot in self._slots if all(slot is not other for other in gone)]
-
-    def check(self):
-        """Raises: ExchangeError if the exchange has failed before."""
-        if self._broken:
-            raise ExchangeError(self._broken)
-
-    def abort(self, reason):
-        """Make every later call raise; what is under way is left to the process group."""
-        self._broken = self._broken or reason
-
-    def stats(self):
-        """Dict: sent_bytes, posts, wait_s (host time in `wait`), wait_s_by_slot; since `clear_stats`."""
-        return {
-            "sent_bytes": self._sent_bytes,
-            "posts": self._posts,
-            "wait_s": self._wait_s,
-            "wait_s_by_slot": dict(self._waits),
-        }
-
-    def clear_stats(self):
-        """Begin to count anew."""
-        self._sent_bytes = self._posts = 0
-        self._wait_s, self._waits = 0.0, {}
-
-    def close(self):
-        """Wait for what is under way, if the exchange is whole, and drop group and buffers."""
-        if self._broken is None:
-            self.drain()
-        self._broken = self._broken or "the exchange is closed"
-        self._slots, self._unfrozen, self._phases = [], [], {}
-        if dist.is_initialized():
-            dist.destroy_process_group(self.group)
+    if wanted[0] == "torch":
+        return "torch", f"{EXCHANGE_VARIABLE}=torch"
+    kind, why = _best(reports)
+    if kind == "torch" and wanted[0] == "engine":
+        raise ExchangeError(f"{EXCHANGE_VARIABLE}=engine cannot be had: {why}; unset it, or set it to torch")
+    return kind, why
 
 
-def slot_device(slot):
-    """Device of a slot's buffers."""
-    return (slot.sends or slot.recvs)[0].buffers[0].device
+def _best(reports):
+    missing = [(rank, report["missing"]) for rank, report in enumerate(reports) if report["missing"]]
+    if missing:
+        return "torch", f"rank {missing[0][0]} has no engine: {missing[0][1]}"
+    devices = {report["device"] for report in reports}
+    if devices == {"cuda"}:
+        return "nccl", "CUDA tensors"
+    if devices != {"cpu"}:
+        return "torch", f"the tensors are on {' and '.join(sorted(devices))}"
+    if len({report["host"] for report in reports}) > 1:
+        return "torch", "CPU tensors on several hosts"
+    return "shm", "CPU tensors on one host"
+
+
+def _report(device_type):
+    """What this rank has to offer."""
+    return {
+        "wanted": os.environ.get(EXCHANGE_VARIABLE, ""),
+        "device": device_type,
+        "host": host(),
+        "missing": engine.missing(),
+    }
+
+
+def _log_once(world, kind, why):
+    if (kind, why) in _logged:
+        return
+    _logged.add((kind, why))
+    level = logging.WARNING if kind == "torch" and engine.missing() and world.rank == 0 else logging.INFO
+    name = {"torch": "torch.distributed", "shm": "shared memory", "nccl": "NCCL"}[kind]
+    log.log(level, "asyncdiff_fast exchanges by %s: %s", name, why)

@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_map_only, tree_unflatten
 
-from .exchange import Recv, Send
+from .slots import Recv, Send
 
 # How far half a batch may be from the same rows of the whole, of the largest element: other kernels for other sizes.
 CLOSE = 2e-2
@@ -51,13 +51,15 @@ class Halves:
         """
         batch = self._signature.latent(args, kwargs).shape[0]
         if batch % 2 == 0:
-            return self._on_batch(batch, key, forward, run, tick, args, kwargs)
+            with self.exchange.step():
+                return self._on_batch(batch, key, forward, run, tick, args, kwargs)
         if not guided or (tick.step > 0 and tick.call == 0 and 1 not in self._given):
             raise ValueError(
                 f"cfg_parallel needs classifier-free guidance, in one batch of even size or in two calls for each "
                 f"step: got a batch of {batch} and one call; pass cfg_parallel=False, or a guidance_scale above 1"
             )
-        return self._on_calls(tick, key, run, args, kwargs)
+        with self.exchange.step():
+            return self._on_calls(tick, key, run, args, kwargs)
 
     # One batch of two halves.
 

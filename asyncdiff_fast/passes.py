@@ -8,7 +8,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from .buffers import DEPTH, Buffer
 from .cutset import NEXT_PREDICTION, PREDICTION
-from .exchange import Recv, Send
+from .slots import Recv, Send
 from .schedule import Mode
 
 _TENSOR = object()

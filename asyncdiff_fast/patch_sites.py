@@ -9,7 +9,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from .exchange import Recv, Send
+from .slots import Recv, Send
 from .patch_plan import Halo, Norm, Resize, Ring
 from .schedule import PatchMode
 from .sites import conv_options

@@ -1,6 +1,10 @@
-"""The state of one patched denoiser: places each call in time, and has it carried out."""
+"""A patched denoiser: times and routes each of its calls, through CFG halves, patches and stages.
+
+Everything that ranks must agree on is agreed on here: at the first call of a generation, and at new plans.
+"""
 
 import contextlib
+import functools
 import logging
 
 import torch
@@ -8,22 +12,17 @@ from torch.utils._pytree import tree_leaves
 
 from . import fingerprint, schedule
 from .bands import Bands
-from .buffers import Placeholders
-from .clock import Clock, last_scheduler, unwatch_schedulers, watch_schedulers
-from .exchange import TorchExchange
+from .clock import Clock, unwatch_schedulers, watch_schedulers
+from .exchange import open_exchange
 from .halves import Halves
 from .modules import Attachment, on_pipeline_end, step_cache, structure
-from .passes import Pass
 from .patch_plan import MeshPlan
-from .planning import make_plan
 from .schedule import Mode
 from .signature import CallSignature
-from .timesteps import Timesteps
-from .world import World
+from .stage_calls import StageCalls
+from .world import ExchangeError, World, device
 
 log = logging.getLogger(__name__)
-# Plans kept for inputs seen before, per denoiser.
-KEPT_PASSES = 8
 
 
 class Runtime:
@@ -34,22 +33,17 @@ class Runtime:
 
     def __init__(self, denoiser, config, world, scheduler=None):
         self.denoiser, self.config, self.world = denoiser, config, world
-        self._plan = self.on_refused = None
+        self.on_refused = self._forward_error = self._structure = None
         # Whether the pipeline uses guidance, where it tells.
         self.guided = lambda: True
         self._scheduler = scheduler
         self._signature = CallSignature(denoiser)
         self._clock = Clock()
         self._worlds = {axis: World(self._along(axis), world.timeout_s) for axis in ("half", "patch", "stage")}
-        self._stage = self._worlds["stage"].rank
-        self._exchange = self._bands = self._halves = None
-        self._start_exchange()
-        self._passes, self._units, self._placeholders = {}, {}, {}
-        self._structure = None
-        self._active = self._forward_error = None
+        self._device_type = _device_type(denoiser)
+        self._open()
         # The denoiser may call itself.
-        self._inside = False
-        self._interrupted, self._phases = False, 0
+        self._inside = self._interrupted = False
         self._calls = dict.fromkeys(Mode, 0)
         watch_schedulers()
         self._undo_end = on_pipeline_end(denoiser, self._clock.end)
@@ -58,25 +52,33 @@ class Runtime:
     @property
     def plan(self):
         """The latest plan, None before the first call: a `Plan` of stages, a `PatchPlan`, or both in a `MeshPlan`."""
-        patches = self._bands and self._bands.plan
-        return MeshPlan(patches, self._plan) if patches and self._plan else patches or self._plan
+        patches, stages = self._bands and self._bands.plan, self._stages and self._stages.plan
+        return MeshPlan(patches, stages) if patches and stages else patches or stages
+
+    @property
+    def exchange_kind(self):
+        """How slots travel: "nccl", "shm" or "torch.distributed"; None on one device."""
+        return next((part.exchange.kind for part in self._parts), None)
 
     def _along(self, axis):
         """torch.distributed ranks that differ from this one in one axis of the mesh."""
         return [self.world.ranks[r] for r in self.config.mesh.along(axis, self.world.rank)]
 
-    def _start_exchange(self):
+    def _open(self):
+        """Open an exchange along each axis of the mesh that has several ranks, for what is shared along it."""
         halves, patches, stages = self._worlds.values()
+        self._halves = self._bands = self._stages = None
+        common = self.denoiser, self.config
         if halves.size > 1:
-            self._halves = Halves(self.denoiser, halves, TorchExchange(halves), self._signature)
-        if stages.size > 1:
-            self._exchange = TorchExchange(stages)
+            self._halves = Halves(self.denoiser, halves, self._exchange(halves), self._signature)
         if patches.size > 1:
-            self._bands = Bands(self.denoiser, self.config, patches, TorchExchange(patches), self._signature)
+            self._bands = Bands(*common, patches, self._exchange(patches), self._signature)
+        if stages.size > 1:
+            self._stages = StageCalls(*common, stages, self._exchange(stages), self._signature, self._scheduler)
+        self._parts = [part for part in (self._halves, self._bands, self._stages) if part is not None]
 
-    def _exchanges(self):
-        parts = [x.exchange for x in (self._halves, self._bands) if x is not None]
-        return parts + ([self._exchange] if self._exchange is not None else [])
+    def _exchange(self, world):
+        return open_exchange(world, self._device_type)
 
     # One call of the denoiser.
 
@@ -86,22 +88,14 @@ class Runtime:
         if self._needs_gradients(args, kwargs):
             self._clock.end()
             return forward(*args, **kwargs)
-        timestep = self._signature.timestep(args, kwargs)
-        signature = self._inputs_key(args, kwargs)
-        tick = self._clock.tick(timestep, signature)
+        tick = self._clock.tick(self._signature.timestep(args, kwargs), _inputs_key(args, kwargs))
         try:
             self._inside = True
             if tick.begins:
                 self._begin_generation(args, kwargs)
-            if self._halves is None:
-                return self._on_patches(tick, forward, args, kwargs)
-
-            def on_patches(tick, args, kwargs):
-                return self._on_patches(tick, forward, args, kwargs)
-
-            with self._refusing():
-                quiet = self._noting(forward)
-                return self._halves.call(tick, signature, quiet, on_patches, args, kwargs, self.guided())
+            if self._halves is not None:
+                return self._on_halves(tick, forward, args, kwargs)
+            return self._on_patches(tick, forward, args, kwargs)
         except BaseException:
             self._interrupted = True
             self._clock.end()
@@ -109,74 +103,57 @@ class Runtime:
         finally:
             self._inside = False
 
+    def _on_halves(self, tick, forward, args, kwargs):
+        def run(tick, args, kwargs):
+            return self._on_patches(tick, forward, args, kwargs)
+
+        key = _inputs_key(args, kwargs)
+        with self._planning(forward) as quiet:
+            return self._halves.call(tick, key, quiet, run, args, kwargs, self.guided())
+
     def _on_patches(self, tick, forward, args, kwargs):
         """This call, shared by the patches: of the whole batch, or of this rank's half of the guidance."""
         if self._bands is None:
             return self._on_stages(tick, forward, args, kwargs)
-        counted = self._bands.counted(self._noting(forward))
+        with self._planning(forward) as quiet:
+            counted = self._bands.counted(quiet)
 
-        def on_stages(args, kwargs):
-            return self._on_stages(tick, counted, args, kwargs)
+            def run(args, kwargs):
+                return self._on_stages(tick, counted, args, kwargs)
 
-        with self._refusing():
-            key = self._inputs_key(args, kwargs)
-            return self._bands.call(tick, key, self._noting(forward), on_stages, args, kwargs)
+            return self._bands.call(tick, _inputs_key(args, kwargs), quiet, run, args, kwargs)
 
     def _on_stages(self, tick, forward, args, kwargs):
         """This call, shared by the stages: of the whole picture, or of this rank's patch."""
-        if self._exchange is None:
-            self._calls[schedule.mode(self.config, tick.step)] += 1
-            return forward(*args, **kwargs)
-        signature = self._inputs_key(args, kwargs)
-        current = self._pass_for(tick, signature, forward, args, kwargs)
-        return self._carry_out(current, tick, self._signature.timestep(args, kwargs), forward, args, kwargs)
-
-    def _carry_out(self, current, tick, timestep, forward, args, kwargs):
-        mode = schedule.mode(self.config, tick.step, current.last_step == tick.step - 1)
-        offset = self._follow_timesteps(current, mode, tick, timestep)
-        current.last_step = tick.step
-        self._calls[mode] += 1
-        if mode is Mode.REPEAT:
-            result = current.repeat()
+        mode = schedule.mode(self.config, tick.step)
+        if self._stages is None:
+            result = forward(*args, **kwargs)
         else:
-            if mode is Mode.COMPUTE:
-                args, kwargs = self._retimed(current, offset, timestep, args, kwargs)
-            # After warm-up every exact call leaves behind what the next one may read.
-            current.begin(mode, keep=tick.step >= self.config.warmup_steps - 1)
-            self._active = current
-            try:
-                result = current.end(forward(*args, **kwargs))
-            finally:
-                self._active = None
-        current.previous_timestep = timestep
-        if not current.intact:
-            self._forget_plans("its modules or hooks have changed")
-            self._clock.end()
+            planning = functools.partial(self._planning, forward)
+            result, mode = self._stages.call(tick, _inputs_key(args, kwargs), planning, forward, args, kwargs)
+        self._calls[mode] += 1
         return result
 
-    def _follow_timesteps(self, current, mode, tick, timestep):
-        """Keep the place in the scheduler's list up to date; returns the offset this rank computes with."""
-        if self.config.stride == 1:
-            return schedule.timestep_offset(self.config, self._stage, False)
-        if mode is Mode.EXACT:
-            with self._refusing():
-                if tick.step == 0 or current.timesteps is None:
-                    current.timesteps = Timesteps(self._scheduler or last_scheduler())
-                current.timesteps.see(timestep)
-        else:
-            current.timesteps.skip()
-        return schedule.timestep_offset(self.config, self._stage, current.timesteps.is_last)
+    @contextlib.contextmanager
+    def _planning(self, forward):
+        """What this denoiser cannot be patched with shows at its first call at the latest: then leave it as it was.
 
-    def _retimed(self, current, offset, timestep, args, kwargs):
-        if offset == 0:
-            return args, kwargs
-        other = current.previous_timestep if offset < 0 else current.timesteps.following(timestep)
-        return self._signature.with_timestep(args, kwargs, other)
+        Yields the forward, such that an error of its own is told from one of ours.
+        """
 
-    def _run_unit(self, name, forward, args, kwargs):
-        if self._active is None:
-            return forward(*args, **kwargs)
-        return self._active.run_unit(name, forward, args, kwargs)
+        def quiet(*args, **kwargs):
+            try:
+                return forward(*args, **kwargs)
+            except Exception as error:
+                self._forward_error = error
+                raise
+
+        try:
+            yield quiet
+        except (ValueError, TypeError) as error:
+            if self.on_refused is not None and error is not self._forward_error:
+                self.on_refused()
+            raise
 
     # The beginning of a generation.
 
@@ -190,18 +167,23 @@ class Runtime:
             "interrupted": self._interrupted,
         }
         everyone = self.world.gather(mine, "the start of a generation")
+        where = _device(args, kwargs)
         if any(report["interrupted"] for report in everyone):
-            self._restart_exchange()
+            self._restart("interrupted")
+        elif where is not None and where.type != self._device_type:
+            # The weights were elsewhere at `patch`, or have moved.
+            self._device_type = where.type
+            self._restart()
         self._compare_inputs([report["inputs"] for report in everyone])
         now = structure(self.denoiser)
         if now != self._structure:
             if self._structure is not None:
-                self._forget_plans("modules were added or replaced")
+                log.info("%s is traced again: modules were added or replaced", type(self.denoiser).__name__)
+                for part in self._parts:
+                    part.forget()
             self._structure = now
-        for current in self._passes.values():
-            current.last_step = -1
-        if self._halves is not None:
-            self._halves.begin_generation()
+        for part in self._parts:
+            part.begin_generation()
 
     def _compare_inputs(self, inputs):
         first = inputs[0]
@@ -214,103 +196,25 @@ class Runtime:
                     "(generator=torch.Generator().manual_seed(0))"
                 )
 
-    def _restart_exchange(self):
-        """After an exception inside a call, messages are left half-way: begin again with a new group."""
-        for exchange in self._exchanges():
-            exchange.abort("interrupted")
-            exchange.close()
-        for part in (self._halves, self._bands):
-            if part is not None:
-                part.forget(released=True)
-        self._start_exchange()
-        self._passes.clear()
+    def _restart(self, why=None):
+        """Begin again with new exchanges; after an exception inside a call, messages are left half-way."""
+        self._shut(why)
+        self._open()
         self._interrupted = False
 
-    def _forget_plans(self, why):
-        log.info("%s is traced again: %s", type(self.denoiser).__name__, why)
-        for current in self._passes.values():
-            self._exchange.release(current.phase)
-        self._passes.clear()
-        for attachment in self._units.values():
-            attachment.remove()
-        self._units.clear()
-        for part in (self._halves, self._bands):
-            if part is not None:
-                part.forget()
-        self._plan = None
-
-    # Plans.
-
-    def _pass_for(self, tick, signature, forward, args, kwargs):
-        key = (tick.call, signature)
-        if key not in self._passes:
-            known = None
-            if self._plan is not None:
-                known = {u.key: s for u, s in zip(self._plan.graph.units, self._plan.division.owner, strict=True)}
-            with self._refusing():
-                plan = make_plan(
-                    self.denoiser,
-                    self._noting(forward),
-                    args,
-                    kwargs,
-                    self.config,
-                    self._worlds["stage"],
-                    known if tick.call else None,
-                )
-            self._attach(plan)
-            device = next(x.device for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor))
-            placeholders = self._placeholders.setdefault(device, Placeholders(device))
-            current = Pass(plan, self.config, self._stage, device, placeholders)
-            current.bind(self._exchange, f"call {tick.call}, plan {self._phases}")
-            self._phases += 1
-            self._passes[key] = current
-            if tick.call == 0 or self._plan is None:
-                self._plan = plan
-            self._evict(tick)
-        return self._passes[key]
-
-    @contextlib.contextmanager
-    def _refusing(self):
-        """What this denoiser cannot be patched with shows at its first call at the latest: then leave it as it was."""
-        try:
-            yield
-        except (ValueError, TypeError) as error:
-            if self.on_refused is not None and error is not self._forward_error:
-                self.on_refused()
-            raise
-
-    def _noting(self, forward):
-        """The forward; an error of its own is not one of ours."""
-
-        def run(*args, **kwargs):
+    def _shut(self, why):
+        for part in self._parts:
+            if why:
+                part.exchange.abort(why)
+            part.forget(released=True)
+        failures = []
+        for part in self._parts:
             try:
-                return forward(*args, **kwargs)
-            except Exception as error:
-                self._forward_error = error
-                raise
-
-        return run
-
-    def _evict(self, tick):
-        for key in list(self._passes)[:-KEPT_PASSES]:
-            if tick.step == 0 and self._passes[key].last_step < 0:
-                self._exchange.release(self._passes.pop(key).phase)
-
-    def _attach(self, plan):
-        modules = dict(self.denoiser.named_modules())
-        for name in dict.fromkeys(unit.name for unit in plan.graph.units):
-            if name not in self._units:
-
-                def handler(forward, args, kwargs, name=name):
-                    return self._run_unit(name, forward, args, kwargs)
-
-                self._units[name] = Attachment(modules[name], handler)
-
-    def _inputs_key(self, args, kwargs):
-        """Changes when cached values no longer fit: structure, shapes, dtypes and flags of the inputs, not numbers."""
-        kind = next((x.device.type for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)), "cpu")
-        autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        return autocast, _key((args, kwargs))
+                part.exchange.close()
+            except ExchangeError as error:
+                failures.append(error)
+        if failures:
+            raise failures[0]
 
     def _needs_gradients(self, args, kwargs):
         if not torch.is_grad_enabled():
@@ -321,33 +225,44 @@ class Runtime:
     def stats(self):
         """Dict: calls by mode, bytes sent and time waited by this rank, since `clear_stats`."""
         calls = {f"{mode.name.lower()}_calls": n for mode, n in self._calls.items()}
-        found = [x.stats() for x in self._exchanges()]
+        found = [part.exchange.stats() for part in self._parts]
         waits = {name: wait for s in found for name, wait in s["wait_s_by_slot"].items()}
-        sums = {name: sum(s[name] for s in found) for name in ("sent_bytes", "posts", "wait_s") if found}
-        return calls | sums | ({"wait_s_by_slot": waits} if found else {})
+        names = [name for name, number in found[0].items() if not isinstance(number, dict)] if found else []
+        return calls | {n: sum(s[n] for s in found) for n in names} | ({"wait_s_by_slot": waits} if found else {})
 
     def clear_stats(self):
         """Begin to count anew."""
         self._calls = dict.fromkeys(Mode, 0)
-        for exchange in self._exchanges():
-            exchange.clear_stats()
+        for part in self._parts:
+            part.exchange.clear_stats()
 
     def close(self):
         """Take every hook off and free every buffer; the denoiser is as it was."""
         self._root.remove()
         self._undo_end()
-        for attachment in self._units.values():
-            attachment.remove()
-        self._units.clear()
         unwatch_schedulers()
-        for exchange in self._exchanges():
-            if self._interrupted:
-                exchange.abort("interrupted")
-            exchange.close()
-        for part in (self._halves, self._bands):
-            if part is not None:
-                part.forget(released=True)
-        self._passes.clear()
+        self._shut("interrupted" if self._interrupted else None)
+        self._parts = []
+
+
+def _device_type(denoiser):
+    """Where a denoiser will run, as far as its weights and hooks tell."""
+    target = getattr(getattr(denoiser, "_hf_hook", None), "execution_device", None)
+    if target is None:
+        target = next((x.device for x in denoiser.parameters() if x.device.type != "meta"), device())
+    return torch.device(target).type
+
+
+def _device(args, kwargs):
+    return next((x.device for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)), None)
+
+
+def _inputs_key(args, kwargs):
+    """Changes when cached values no longer fit: structure, shapes, dtypes and flags of the inputs, not numbers."""
+    where = _device(args, kwargs)
+    kind = "cpu" if where is None else where.type
+    autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    return autocast, _key((args, kwargs))
 
 
 def _key(x):

@@ -168,6 +168,10 @@ class World:
         if len(self._old_keys) > 2:
             self._store.delete_key(self._old_keys.pop(0))
 
+    def new_store(self, name):
+        """A key-value store of these ranks for one purpose; the same on every rank. Collective in its order."""
+        return dist.PrefixStore(f"{name} {next(self._groups)}", self._store)
+
     def new_group(self):
         """A process group of these ranks for the exchange alone, apart from everybody else's traffic. Collective."""
         # The exchange waits `timeout_s` itself and names the peer; the group's own limit only comes after that.

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from diffusers import DDIMScheduler
 
 import asyncdiff_fast
+from asyncdiff_fast.config import EXCHANGE_VARIABLE
 from asyncdiff_fast.launch import launch
 
 
@@ -33,7 +34,8 @@ def parse(argv):
     parser.add_argument("--calls", type=int, default=8, help="steady calls in each round")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--steps", type=int, default=50, help="length of the whole generation that is reported")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--exchange", choices=("engine", "torch", "both"), help="default: what patch() chooses")
+    parser.add_argument("--json", action="store_true", help="print one JSON object for each exchange")
     parser.add_argument("--save", action="store_true", help="append the row to benchmarks/results/end_to_end.jsonl")
     parser.add_argument("--profile", metavar="FOLDER", help="write a trace of each rank's steady calls")
     return parser.parse_args(argv)
@@ -164,6 +166,7 @@ def report(options, config, runtime, alone, together, warm, waits, cpu):
         "threads": torch.get_num_threads(),
         "options": config,
         "transport": dist.get_backend(),
+        "exchange": runtime.exchange_kind,
         "speedup": statistics.median(a / b for a, b in zip(alone, together, strict=True)),
         "speedups": [a / b for a, b in zip(alone, together, strict=True)],
         "call_s": call,
@@ -187,7 +190,9 @@ def report(options, config, runtime, alone, together, warm, waits, cpu):
 def main(argv):
     options = parse(argv)
     if "RANK" not in os.environ:
-        return launch(options.nproc, ["--", __file__, *argv])
+        chosen = {None: [None], "both": ["torch", "engine"]}.get(options.exchange, [options.exchange])
+        variables = [{EXCHANGE_VARIABLE: exchange} if exchange else {} for exchange in chosen]
+        return max(launch(options.nproc, ["--", __file__, *argv], **variable) for variable in variables)
     dist.init_process_group("cpu:gloo,cuda:nccl" if options.device == "cuda" else "gloo")
     row = measure_rank(options)
     if row is not None:

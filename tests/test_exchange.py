@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import os
 import time
 import tracemalloc
 
@@ -14,10 +15,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import asyncdiff_fast
 from asyncdiff_fast import passes
-from asyncdiff_fast.exchange import Recv, Send, TorchExchange
+from asyncdiff_fast.config import EXCHANGE_VARIABLE
+from asyncdiff_fast.engine import Engine
+from asyncdiff_fast.exchange import Recv, Send, open_exchange
 from asyncdiff_fast.world import World, start_process_group, stop_process_group
 
 WORLD_SIZE = 3
+KINDS = ("engine", "torch")
 CASES = {"sdxl": {"num_stages": 3}, "sd15": {"num_stages": 2, "stride": 2}, "flux": {"num_stages": 3}}
 WARMUP_STEPS, STEPS = 2, 6
 _COLLECTIVES = ("all_gather", "all_gather_into_tensor", "all_gather_object", "all_reduce", "all_to_all", "barrier")
@@ -26,7 +30,7 @@ _COLLECTIVES += ("broadcast", "broadcast_object_list", "gather", "reduce", "redu
 
 @contextlib.contextmanager
 def watched_transport(log):
-    """Append (what, peer, bytes, address, tag) of every message handed to torch.distributed."""
+    """Append (what, peer, bytes, address, tag) of every message handed to torch.distributed or the engine."""
     originals = {name: getattr(dist, name) for name in ("isend", "irecv", *_COLLECTIVES)}
 
     def watched(name, original):
@@ -41,11 +45,20 @@ def watched_transport(log):
 
         return call
 
+    def post(engine, slot):
+        for what, moves in (("isend", slot.sends), ("irecv", slot.recvs)):
+            for x in moves:
+                buffer = x.buffers[slot.epoch % slot.depth]
+                log.append((what, x.peer, buffer.nbytes, buffer.data_ptr(), slot.tag))
+        original_post(engine, slot)
+
+    original_post, Engine.post = Engine.post, post
     for name, original in originals.items():
         setattr(dist, name, watched(name, original))
     try:
         yield
     finally:
+        Engine.post = original_post
         for name, original in originals.items():
             setattr(dist, name, original)
 
@@ -140,7 +153,7 @@ def _traffic(name, rank, options):
 def _ring(world, **changes):
     """(exchange, slot): each rank sends its number and the epoch to the next one."""
     options = {"name": "ring", "depth": 2, "numel": 2} | changes
-    exchange = TorchExchange(world)
+    exchange = open_exchange(world, "cpu")
     sends, recvs = ([torch.zeros(options["numel"]) for _ in range(options["depth"])] for _ in range(2))
     after, before = (world.rank + 1) % world.size, (world.rank - 1) % world.size
     slot = exchange.slot(options["name"], [Send(after, tuple(sends))], [Recv(before, tuple(recvs))], options["depth"])
@@ -175,7 +188,7 @@ def _epochs(world, depth):
 
 def _many(world, rounds=520):
     """Growth of Python memory over 20 posts a round, in bytes, and what is left of them."""
-    exchange = TorchExchange(world)
+    exchange = open_exchange(world, "cpu")
     after, before = (world.rank + 1) % world.size, (world.rank - 1) % world.size
     slots = []
     for i in range(20):
@@ -214,15 +227,15 @@ def _disagreements(world):
         found[case] = _raised(lambda: exchange.freeze("phase"))  # noqa: B023
         exchange.abort("over")
         exchange.close()
-    for case in ("order", "missing"):
-        exchange = TorchExchange(world)
+    for case in ("order", "missing", "both ways"):
+        exchange = open_exchange(world, "cpu")
         pair = tuple(torch.zeros(2) for _ in range(2))
         if world.rank < 2:
             side = Send if world.rank == 0 else Recv
-            names = ["a", "b"] if not odd else (["b", "a"] if case == "order" else ["a"])
+            names = ["a", "b"] if not odd else {"order": ["b", "a"], "missing": ["a"], "both ways": ["a", "b"]}[case]
             for name in names:
-                move = side(1 - world.rank, pair)
-                exchange.slot(name, *([move], []) if side is Send else ([], [move]))
+                moves = [[cls(1 - world.rank, pair)] * (cls is side or case == "both ways") for cls in (Send, Recv)]
+                exchange.slot(name, *moves)
         found[case] = _raised(lambda: exchange.freeze("phase"))  # noqa: B023
         exchange.abort("over")
         exchange.close()
@@ -262,21 +275,28 @@ def _silent_peer(world):
 
 
 def _everything(rank):
-    found = {name: _traffic(name, rank, options) for name, options in CASES.items()}
+    found = {}
     start_process_group(30)
-    world = World(range(WORLD_SIZE), 30)
-    found["disagreements"] = _disagreements(world)
-    found["rules"] = _rules(world)
-    found["epochs"] = {depth: _epochs(world, depth) for depth in (1, 2, 3)}
-    found["many"] = _many(world)
-    found["silent"] = _silent_peer(world)
+    for kind in KINDS:
+        os.environ[EXCHANGE_VARIABLE] = kind
+        world = World(range(WORLD_SIZE), 30)
+        found[kind] = {name: _traffic(name, rank, options) for name, options in CASES.items()}
+        found[kind]["disagreements"] = _disagreements(world)
+        found[kind]["rules"] = _rules(world)
+        found[kind]["epochs"] = {depth: _epochs(world, depth) for depth in (1, 2, 3)}
+        found[kind]["many"] = _many(world)
+        found[kind]["silent"] = _silent_peer(world)
     stop_process_group()
     return found
 
 
 @functools.cache
-def everything():
-    return workers.run(WORLD_SIZE, _everything, timeout=250)
+def _results():
+    return workers.run(WORLD_SIZE, _everything, timeout=280)
+
+
+def everything(kind):
+    return [found[kind] for found in _results()]
 
 
 def _async_calls(options):
@@ -286,10 +306,11 @@ def _async_calls(options):
     return [g * STEPS + k for g in (0, 1) for k in computing]
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", CASES)
-def test_exactly_the_plan_travels(name):
+def test_exactly_the_plan_travels(name, kind):
     computing = _async_calls(CASES[name])
-    for result in (rank[name] for rank in everything()):
+    for result in (rank[name] for rank in everything(kind)):
         assert len(result["calls"]) == 2 * STEPS
         for k, call in enumerate(result["calls"]):
             assert call == (result["expected"] if k in computing else {}), f"call {k}"
@@ -298,10 +319,11 @@ def test_exactly_the_plan_travels(name):
         assert result["stats"]["sent_bytes"] == sent * len(computing)
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", CASES)
-def test_a_rank_computes_its_stage_and_the_glue(name):
+def test_a_rank_computes_its_stage_and_the_glue(name, kind):
     computing = _async_calls(CASES[name])
-    for r, result in enumerate(rank[name] for rank in everything()):
+    for r, result in enumerate(rank[name] for rank in everything(kind)):
         costs, glue, flops = result["costs"], result["glue"], result["flops"]
         total = sum(costs) + glue
         assert flops[1] == pytest.approx(total, rel=0.01), "an exact call computes everything"
@@ -312,9 +334,10 @@ def test_a_rank_computes_its_stage_and_the_glue(name):
             assert flops[k] == 0, "a repeated step computes nothing"
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", CASES)
-def test_buffers_are_made_once(name):
-    for result in (rank[name] for rank in everything()):
+def test_buffers_are_made_once(name, kind):
+    for result in (rank[name] for rank in everything(kind)):
         assert result["buffers"][0] == result["buffers"][1]
         for key, addresses in result["addresses"].items():
             tensors = sum(1 for (what, peer, _), n in result["expected"].items() for _ in range(n) if what == key[0])
@@ -323,17 +346,19 @@ def test_buffers_are_made_once(name):
         assert len(distinct) <= 2 * result["buffers"][0]
 
 
-def test_freeze_compares_slots():
-    ranks = [rank["disagreements"] for rank in everything()]
+@pytest.mark.parametrize("kind", KINDS)
+def test_freeze_compares_slots(kind):
+    ranks = [rank["disagreements"] for rank in everything(kind)]
     for case in ("name", "size", "order", "missing"):
         for found in ranks[:2]:
             kind, message = found[case]
             assert kind == "ExchangeError" and "list different slots for each other" in message, case
-    assert all(found["same"] is None for found in ranks)
+    assert all(found["same"] is None and found["both ways"] is None for found in ranks)
 
 
-def test_refusals_and_abort():
-    for found in (rank["rules"] for rank in everything()):
+@pytest.mark.parametrize("kind", KINDS)
+def test_refusals_and_abort(kind):
+    for found in (rank["rules"] for rank in everything(kind)):
         assert found["order"] == (
             "ExchangeError",
             "slots are posted in their frozen order: 'first' is next, not 'second'",
@@ -343,9 +368,10 @@ def test_refusals_and_abort():
             assert found[action] == ("ExchangeError", "somebody died"), "the first reason stays"
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("depth", [1, 2, 3])
-def test_epochs(depth):
-    for rank, results in enumerate(everything()):
+def test_epochs(depth, kind):
+    for rank, results in enumerate(everything(kind)):
         found, refused, closed = results["epochs"][depth]
         before = (rank - 1) % WORLD_SIZE
         assert found == [
@@ -355,14 +381,16 @@ def test_epochs(depth):
         assert closed == ("ExchangeError", "the exchange is closed")
 
 
-def test_many_posts_do_not_grow():
-    for early, late, pending, posts in (rank["many"] for rank in everything()):
+@pytest.mark.parametrize("kind", KINDS)
+def test_many_posts_do_not_grow(kind):
+    for early, late, pending, posts in (rank["many"] for rank in everything(kind)):
         assert posts > 10_000
         assert pending == 0
         assert late <= early + 20_000
 
 
-def test_a_silent_peer_is_named():
-    (kind, message), seconds = everything()[0]["silent"]
-    assert kind == "ExchangeError" and "rank 2" in message and "slot 'ring'" in message
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_silent_peer_is_named(kind):
+    (raised, message), seconds = everything(kind)[0]["silent"]
+    assert raised == "ExchangeError" and "rank 2" in message and "slot 'ring'" in message
     assert seconds < 10

@@ -1,0 +1,132 @@
+"""How ranks come to share an engine: they meet through torch's store, and all have it or none."""
+
+import contextlib
+import importlib.util
+import logging
+import os
+import pathlib
+import secrets
+import threading
+import time
+
+import torch
+
+from . import engine
+from .world import ExchangeError
+
+log = logging.getLogger(__name__)
+STORE_PERIOD_S = 0.25
+
+
+class Unavailable(RuntimeError):
+    """The engine cannot be used by these ranks; the message names the first rank that failed, and why."""
+
+
+def open_engine(world, kind):
+    """The engine of these ranks by "nccl" or "shm". Collective. Raises: Unavailable, on all ranks alike."""
+    if kind == "nccl":
+        return engine.Engine(world, *_connect_nccl(world))
+    token = world.broadcast(secrets.randbits(63), "shared memory")
+    made = []
+    addresses = _together(world, "shared memory", lambda: made.append(_transport(world, token)) or made[0].address())
+    _together(world, "connected memory", lambda: made[0].connect(addresses))
+    pids = [0 if rank == world.rank else pid for rank, (pid, _) in enumerate(addresses)]
+    return engine.Engine(world, kind, engine._C.Channel(made[0], world.timeout_s, pids))
+
+
+def _transport(world, token):
+    return engine._C.ShmTransport(world.rank, world.size, token)
+
+
+def _connect_nccl(world):
+    libraries = []
+
+    def begin():
+        libraries.append(engine._C.Libraries(nccl_package=nccl_package()))
+        libraries[0].require_driver()
+        # Makes the device's context current in this thread.
+        torch.empty(1, device="cuda")
+        return engine._C.unique_id(libraries[0]) if world.rank == 0 else b""
+
+    def connect():
+        transport = engine._C.NcclTransport(libraries[0], unique_id, world.rank, world.size, world.timeout_s)
+        while not transport.ready():
+            time.sleep(1e-3)
+        return transport
+
+    unique_id = _together(world, "NCCL", begin)[0]
+    transport = []
+    _together(world, "connecting by NCCL", lambda: transport.append(connect()))
+    info = transport[0].info()
+    log.info("NCCL %s from %s", info["version"], info["path"])
+    everyone = world.gather((host(), os.getpid()), "processes")
+    pids = [pid if rank != world.rank and at == host() else 0 for rank, (at, pid) in enumerate(everyone)]
+    channel = engine._C.Channel(transport[0], world.timeout_s, pids)
+    return "nccl", channel, _StoreWatch(world, channel)
+
+
+def nccl_package():
+    """Path of libnccl in the installed NVIDIA package, or an empty string."""
+    try:
+        spec = importlib.util.find_spec("nvidia.nccl")
+    except ModuleNotFoundError:
+        return ""
+    for folder in (spec and spec.submodule_search_locations) or ():
+        path = os.path.join(folder, "lib", "libnccl.so.2")
+        if os.path.exists(path):
+            return path
+    return ""
+
+
+def _together(world, what, attempt):
+    """What `attempt()` returns on each rank; Unavailable on all ranks if it fails on one."""
+    try:
+        mine = attempt(), None
+    except ExchangeError as error:
+        mine = None, str(error)
+    everyone = world.gather(mine, what)
+    for rank, (_, error) in enumerate(everyone):
+        if error:
+            raise Unavailable(f"rank {rank}: {error}")
+    return [result for result, _ in everyone]
+
+
+class _StoreWatch:
+    """Tells ranks of failures that NCCL does not tell them of: each rank aborts its own communicator."""
+
+    def __init__(self, world, channel):
+        self._world, self._store, self._channel = world, world.new_store("stopped"), channel
+        self._ended = threading.Event()
+        self._peers = {rank for rank in range(world.size) if rank != world.rank}
+        threading.Thread(target=self._run, daemon=True, name="asyncdiff_fast store").start()
+
+    def leave(self):
+        """This rank posts no more."""
+        with contextlib.suppress(RuntimeError):
+            self._store.set(f"left/{self._world.rank}", b"")
+
+    def end(self):
+        self._ended.set()
+
+    def _run(self):
+        with contextlib.suppress(RuntimeError):
+            while not self._ended.wait(STORE_PERIOD_S):
+                reason = self._channel.broken()
+                if reason:
+                    self._store.set("why", f"rank {self._world.rank} stopped the exchange: {reason}")
+                    return
+                if self._store.check(["why"]):
+                    self._channel.report(self._store.get("why").decode())
+                    return
+                for peer in [peer for peer in self._peers if self._store.check([f"left/{peer}"])]:
+                    self._peers.discard(peer)
+                    self._channel.mark_left(peer)
+
+
+def host():
+    """The same for processes that see each other's memory and numbers, different for all others."""
+    try:
+        boot = pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return boot, os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return "no /proc", os.getpid()

@@ -1,0 +1,186 @@
+// The module `_C`. Nothing else in csrc/ knows of Python; whatever may block or calls a driver runs without the GIL.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "channel.hpp"
+#include "edges.hpp"
+#include "nccl_transport.hpp"
+#include "shm_transport.hpp"
+
+namespace py = pybind11;
+using namespace adf;
+using Unlocked = py::call_guard<py::gil_scoped_release>;
+
+namespace {
+
+// (peer, one address for each of the depth, bytes), as Python lists them.
+using Listed = std::tuple<int, std::vector<uintptr_t>, size_t>;
+
+std::vector<Message> messages(const std::vector<Listed>& sends, const std::vector<Listed>& recvs) {
+  std::vector<Message> all;
+  auto append = [&all](const std::vector<Listed>& listed, bool send) {
+    for (const auto& [peer, addresses, bytes] : listed) {
+      Message x{peer, send, bytes, {}};
+      for (uintptr_t address : addresses) x.buffers.push_back(reinterpret_cast<char*>(address));
+      all.push_back(std::move(x));
+    }
+  };
+  append(sends, true);
+  append(recvs, false);
+  return all;
+}
+
+py::dict statistics(const Statistics& s) {
+  py::dict by_slot;
+  for (const auto& [name, us] : s.wait_us_by_slot) by_slot[py::str(name)] = us;
+  using namespace py::literals;
+  return py::dict("posts"_a = s.posts, "sent_bytes"_a = s.sent_bytes, "post_us"_a = s.post_us, "wait_us"_a = s.wait_us,
+                  "waits_elided"_a = s.waits_elided, "wait_us_by_slot"_a = by_slot);
+}
+
+py::list edges() {
+  using namespace py::literals;
+  py::list rows;
+  for (const EdgeRow& row : kEdges) {
+    rows.append(py::dict("number"_a = static_cast<int>(row.edge), "name"_a = row.name, "hazard"_a = row.hazard,
+                         "transports"_a = row.transports));
+  }
+  return rows;
+}
+
+py::dict nccl_info(const NcclTransport& t) {
+  using namespace py::literals;
+  const Libraries& lib = t.libraries();
+  return py::dict("version"_a = lib.nccl_version, "path"_a = lib.nccl_path, "driver"_a = lib.driver_path,
+                  "cta_policy_known"_a = lib.nccl_version >= kNcclCtaPolicySince);
+}
+
+// What the declarations in dynlib.hpp assume, for tests to compare with the nccl.h of an installed NCCL.
+py::dict nccl_abi() {
+  using namespace py::literals;
+  py::list fields;
+#define ADF_FIELD(field) fields.append(py::make_tuple(#field, offsetof(NcclConfig, field), sizeof(NcclConfig::field)));
+  ADF_NCCL_CONFIG_FIELDS(ADF_FIELD)
+#undef ADF_FIELD
+  py::dict functions;
+#define ADF_FUNCTION(name, result, arguments) functions[#name] = #arguments;
+  ADF_NCCL_FUNCTIONS(ADF_FUNCTION)
+#undef ADF_FUNCTION
+  return py::dict("config"_a = fields, "config_bytes"_a = sizeof(NcclConfig),
+                  "unique_id_bytes"_a = sizeof(NcclUniqueId), "magic"_a = kNcclMagic, "undefined"_a = kNcclUndefined,
+                  "ncclSuccess"_a = kNcclSuccess, "ncclInProgress"_a = kNcclInProgress, "ncclInt8"_a = kNcclInt8,
+                  "NCCL_SPLIT_NOCOLOR"_a = kNcclSplitNoColor, "functions"_a = functions);
+}
+
+void bind_nccl(py::module_& m) {
+  py::class_<Libraries, std::shared_ptr<Libraries>>(m, "Libraries", py::module_local())
+      .def(py::init<const std::string&, const std::string&, const std::string&>(), py::arg("driver") = "",
+           py::arg("nccl") = "", py::arg("nccl_package") = "")
+      .def_readonly("driver_path", &Libraries::driver_path)
+      .def_readonly("nccl_path", &Libraries::nccl_path)
+      .def_readonly("nccl_version", &Libraries::nccl_version)
+      .def("require_driver", &Libraries::require_driver);
+  m.def("nccl_abi", &nccl_abi);
+  m.def("unique_id", [](const Libraries& libraries) { return py::bytes(NcclTransport::unique_id(libraries)); });
+  py::class_<NcclTransport, Transport, std::shared_ptr<NcclTransport>>(m, "NcclTransport", py::module_local())
+      .def(py::init([](std::shared_ptr<Libraries> libraries, const std::string& unique_id, int rank, int size,
+                       double timeout_s, int max_ctas, int cta_policy) {
+             NcclOptions options;
+             options.timeout_s = timeout_s;
+             if (max_ctas > 0) options.max_ctas = max_ctas;
+             if (cta_policy >= 0) options.cta_policy = cta_policy;
+             py::gil_scoped_release unlocked;
+             return std::make_shared<NcclTransport>(std::move(libraries), unique_id, rank, size, options);
+           }),
+           py::arg("libraries"), py::arg("unique_id"), py::arg("rank"), py::arg("size"), py::arg("timeout_s") = 30.0,
+           py::arg("max_ctas") = 0, py::arg("cta_policy") = -1)
+      .def("ready", &NcclTransport::ready, Unlocked())
+      .def("split", &NcclTransport::split, Unlocked(), py::arg("color"), py::arg("key"), py::arg("rank"),
+           py::arg("size"))
+      .def_property_readonly("stream", &NcclTransport::stream)
+      .def("info", &nccl_info);
+}
+
+void bind_shm(py::module_& m) {
+  py::class_<ShmTransport, Transport, std::shared_ptr<ShmTransport>>(m, "ShmTransport", py::module_local())
+      .def(py::init([](int rank, int size, uint64_t token, size_t ring_bytes, bool futex, bool direct) {
+             return std::make_shared<ShmTransport>(rank, size, token, ShmOptions{ring_bytes, futex, direct});
+           }),
+           py::arg("rank"), py::arg("size"), py::arg("token"), py::arg("ring_bytes") = ShmOptions().ring_bytes,
+           py::arg("futex") = true, py::arg("direct") = true)
+      .def("address", &ShmTransport::address)
+      .def("connect", &ShmTransport::connect, Unlocked(), py::arg("addresses"));
+}
+
+void bind_channel(py::module_& m) {
+  py::class_<Channel>(m, "Channel", py::module_local())
+      .def(py::init<std::shared_ptr<Transport>, double, std::vector<int>, bool>(), py::arg("transport"),
+           py::arg("timeout_s") = 30.0, py::arg("pids") = std::vector<int>(), py::arg("pidfd") = true)
+      .def(
+          "add",
+          [](Channel& c, const std::string& name, const std::vector<Listed>& sends, const std::vector<Listed>& recvs,
+             int depth) {
+            auto all = messages(sends, recvs);
+            py::gil_scoped_release unlocked;
+            return c.add(name, std::move(all), depth);
+          },
+          py::arg("name"), py::arg("sends"), py::arg("recvs"), py::arg("depth") = 2)
+      .def("freeze", &Channel::freeze, Unlocked(), py::arg("phase"), py::arg("slots"))
+      .def("release", &Channel::release, Unlocked(), py::arg("phase"))
+      .def("acquire", &Channel::acquire, Unlocked(), py::arg("slot"), py::arg("stream") = 0)
+      .def("post", &Channel::post, Unlocked(), py::arg("slot"), py::arg("stream") = 0)
+      .def("post_range", &Channel::post_range, Unlocked(), py::arg("phase"), py::arg("first"), py::arg("last"),
+           py::arg("stream") = 0)
+      .def("wait", &Channel::wait, Unlocked(), py::arg("slot"), py::arg("stream") = 0, py::arg("lag") = 0)
+      .def("finish", py::overload_cast<int, int64_t>(&Channel::finish), Unlocked(), py::arg("slot"), py::arg("epoch"))
+      .def("drain", &Channel::drain, Unlocked(), py::arg("slots"))
+      .def("epoch", &Channel::epoch, py::arg("slot"))
+      .def("done", &Channel::done, Unlocked(), py::arg("slot"), py::arg("epoch"))
+      .def("check", &Channel::check, Unlocked())
+      .def("abort", &Channel::abort, Unlocked(), py::arg("reason"))
+      .def("report", &Channel::report, Unlocked(), py::arg("reason"))
+      .def("leave", &Channel::leave, Unlocked(), py::arg("reason"))
+      .def("mark_left", &Channel::mark_left, py::arg("rank"))
+      .def("broken", &Channel::broken)
+      .def("stats", [](const Channel& c) { return statistics(c.stats()); })
+      .def("clear_stats", &Channel::clear_stats)
+      .def("history",
+           [](Channel& c) {
+             py::list rows;
+             for (const PostRecord& r : c.history()) {
+               rows.append(py::make_tuple(r.phase, r.slot, r.epoch, r.age_s, r.state));
+             }
+             return rows;
+           })
+      .def("close", &Channel::close, Unlocked(), py::arg("patience_s") = 0.0);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Slots that travel between ranks while their devices compute.";
+  // One class for all failures; `use_error` puts the package's own in its place.
+  static PyObject* error = PyErr_NewException("_C.ExchangeError", PyExc_RuntimeError, nullptr);
+  m.attr("ExchangeError") = py::handle(error);
+  m.def("use_error", [](py::object cls) { error = cls.release().ptr(); });
+  py::register_local_exception_translator([](std::exception_ptr thrown) {
+    try {
+      if (thrown) std::rethrow_exception(thrown);
+    } catch (const ExchangeError& e) {
+      PyErr_SetString(error, e.what());
+    }
+  });
+  py::class_<Transport, std::shared_ptr<Transport>>(m, "Transport", py::module_local())
+      .def_property_readonly("rank", &Transport::rank)
+      .def_property_readonly("size", &Transport::size);
+  bind_nccl(m);
+  bind_shm(m);
+  bind_channel(m);
+  m.def("edges", &edges);
+#ifdef ADF_MUTANTS
+  m.attr("mutants") = true;
+  m.def("drop_edge", &drop_edge, py::arg("number"));
+#else
+  m.attr("mutants") = false;
+#endif
+}

@@ -1,0 +1,265 @@
+#include "nccl_transport.hpp"
+
+#include <algorithm>
+#include <cstring>
+#include <thread>
+
+#include "edges.hpp"
+
+namespace adf {
+namespace {
+// So many epochs of a slot may be under way: a host that runs ahead of its device waits then. With fewer the device
+// might run dry; without a limit nobody could tell which of them it stands at.
+constexpr int kMarks = 8;
+constexpr auto kPoll = std::chrono::microseconds(50);
+// An abort that cannot get the communicator to itself goes ahead all the same: whoever holds it is stuck inside NCCL.
+constexpr auto kAbortPatience = std::chrono::seconds(1);
+
+CuStream handle(Stream stream) { return reinterpret_cast<CuStream>(stream); }
+
+std::string seconds(double s) {
+  char text[32];
+  snprintf(text, sizeof text, "%g s", s);
+  return text;
+}
+}  // namespace
+
+NcclTransport::NcclTransport(std::shared_ptr<const Libraries> libraries, const std::string& unique_id, int rank,
+                             int size, const NcclOptions& options)
+    : Transport(rank, size), libraries_(std::move(libraries)), options_(options) {
+  NcclUniqueId id;
+  if (unique_id.size() != sizeof id.internal) throw std::invalid_argument("a unique id of NCCL has 128 bytes");
+  memcpy(id.internal, unique_id.data(), sizeof id.internal);
+  start_stream();
+  NcclConfig settings = config();
+  try {
+    nccl(libraries_->ncclCommInitRankConfig(&comm_, size, id, rank, &settings), "ncclCommInitRankConfig");
+  } catch (...) {
+    free_driver_objects();
+    throw;
+  }
+}
+
+NcclTransport::NcclTransport(std::shared_ptr<NcclTransport> parent, int rank, int size)
+    : Transport(rank, size), libraries_(parent->libraries_), options_(parent->options_), parent_(std::move(parent)) {
+  start_stream();
+}
+
+void NcclTransport::start_stream() {
+  libraries_->require_driver();
+  cuda(libraries_->cuInit(0), "cuInit");
+  cuda(libraries_->cuCtxGetCurrent(&context_), "cuCtxGetCurrent");
+  if (context_ == nullptr) throw ExchangeError("no CUDA device is current; call torch.cuda.set_device first");
+  int least = 0, greatest = 0;
+  cuda(libraries_->cuCtxGetStreamPriorityRange(&least, &greatest), "cuCtxGetStreamPriorityRange");
+  cuda(libraries_->cuStreamCreateWithPriority(&stream_, kCuStreamNonBlocking, greatest), "cuStreamCreateWithPriority");
+}
+
+NcclConfig NcclTransport::config() const {
+  NcclConfig settings;
+  settings.blocking = 0;
+  settings.commName = "asyncdiff_fast";
+  settings.maxCTAs = options_.max_ctas;
+  settings.CTAPolicy = options_.cta_policy;
+  return settings;
+}
+
+NcclTransport::~NcclTransport() {
+  abort("dropped");
+  free_driver_objects();
+}
+
+void NcclTransport::free_driver_objects() {
+  libraries_->cuCtxSetCurrent(context_);
+  for (const Mark& m : marks_) {
+    if (m.ready != nullptr) libraries_->cuEventDestroy_v2(m.ready);
+    if (m.done != nullptr) libraries_->cuEventDestroy_v2(m.done);
+  }
+  libraries_->cuStreamDestroy_v2(stream_);
+}
+
+std::shared_ptr<NcclTransport> NcclTransport::split(int color, int key, int rank, int size) {
+  if (!ready()) throw ExchangeError("a transport can be split once it is ready");
+  std::shared_ptr<NcclTransport> child;
+  NcclComm unused = nullptr;
+  if (color != kNcclSplitNoColor) child.reset(new NcclTransport(shared_from_this(), rank, size));
+  NcclConfig settings = config();
+  std::lock_guard<std::mutex> lock(comm_mutex_);
+  nccl(libraries_->ncclCommSplit(comm_, color, key, child ? &child->comm_ : &unused, &settings), "ncclCommSplit");
+  return child;
+}
+
+bool NcclTransport::ready() {
+  if (gone_) throw ExchangeError("the NCCL communicator is closed");
+  if (parent_ && !parent_->ready()) return false;
+  parent_.reset();
+  const int result = async_error();
+  if (result == kNcclSuccess) return true;
+  if (result != kNcclInProgress) nccl(result, "connecting by NCCL");
+  if (Clock::now() - began_ > std::chrono::duration<double>(options_.timeout_s)) {
+    abort("not connected");
+    throw ExchangeError("rank " + std::to_string(rank()) + " waited " + seconds(options_.timeout_s) +
+                        " for all ranks to connect by NCCL; one died or hangs: see the logs, or raise timeout_s");
+  }
+  return false;
+}
+
+std::string NcclTransport::unique_id(const Libraries& libraries) {
+  NcclUniqueId id;
+  if (libraries.ncclGetUniqueId(&id) != kNcclSuccess) throw ExchangeError("ncclGetUniqueId failed");
+  return std::string(id.internal, sizeof id.internal);
+}
+
+void NcclTransport::cuda(int result, const char* what) const {
+  if (result == kCuSuccess) return;
+  const char* text = nullptr;
+  libraries_->cuGetErrorString(result, &text);
+  throw ExchangeError(std::string(what) + ": " + (text != nullptr ? text : std::to_string(result)));
+}
+
+void NcclTransport::nccl(int result, const char* what) {
+  if (result == kNcclSuccess || result == kNcclInProgress) return;
+  std::string message = std::string(what) + ": " + libraries_->ncclGetErrorString(result);
+  const char* last = libraries_->ncclGetLastError(nullptr);
+  if (last != nullptr && *last != '\0') message += std::string(" (") + last + ")";
+  throw ExchangeError(message);
+}
+
+int NcclTransport::async_error() {
+  std::lock_guard<std::mutex> lock(comm_mutex_);
+  if (gone_ || comm_ == nullptr) return kNcclSuccess;
+  int result = kNcclSuccess;
+  nccl(libraries_->ncclCommGetAsyncError(comm_, &result), "ncclCommGetAsyncError");
+  return result;
+}
+
+// The first group with a peer connects to it in the background; until then its operations are not on the stream.
+void NcclTransport::settle(const char* what) {
+  const auto deadline = Clock::now() + std::chrono::duration<double>(options_.timeout_s);
+  for (;;) {
+    const int result = async_error();
+    if (gone_) throw ExchangeError("the NCCL communicator is closed");
+    if (result != kNcclInProgress) return nccl(result, what);
+    if (Clock::now() > deadline) throw ExchangeError("NCCL found no connection in " + seconds(options_.timeout_s));
+    std::this_thread::sleep_for(kPoll);
+  }
+}
+
+void NcclTransport::attach(Group* group) {
+  std::lock_guard<std::mutex> lock(marks_mutex_);
+  for (int i = 0; i < std::max(group->depth, kMarks); ++i) {
+    if (!free_marks_.empty()) {
+      group->marks.push_back(free_marks_.back());
+      free_marks_.pop_back();
+      continue;
+    }
+    Mark fresh;
+    cuda(libraries_->cuEventCreate(&fresh.ready, kCuEventDisableTiming), "cuEventCreate");
+    cuda(libraries_->cuEventCreate(&fresh.done, kCuEventDisableTiming), "cuEventCreate");
+    group->marks.push_back(static_cast<int>(marks_.size()));
+    marks_.push_back(fresh);
+  }
+}
+
+void NcclTransport::detach(Group* group) {
+  std::lock_guard<std::mutex> lock(marks_mutex_);
+  free_marks_.insert(free_marks_.end(), group->marks.begin(), group->marks.end());
+  group->marks.clear();
+}
+
+const NcclTransport::Mark& NcclTransport::mark(const Group& group, uint64_t epoch) const {
+  return marks_[group.marks[epoch % group.marks.size()]];
+}
+
+void NcclTransport::submit(const Group& group, uint64_t epoch, Stream stream) {
+  const Libraries& lib = *libraries_;
+  const Mark& m = mark(group, epoch);
+  cuda(lib.cuEventRecord(m.ready, handle(stream)), "cuEventRecord");
+  // `ready` keeps this lane behind whoever wrote what is sent, and behind whoever read what is received over.
+  if (group.sends) {
+    ADF_EDGE(Edge::SendAfterProducer, cuda(lib.cuStreamWaitEvent(stream_, m.ready, 0), "cuStreamWaitEvent"));
+  } else {
+    ADF_EDGE(Edge::RecvAfterReaders, cuda(lib.cuStreamWaitEvent(stream_, m.ready, 0), "cuStreamWaitEvent"));
+  }
+  int result = kNcclSuccess;
+  {
+    std::lock_guard<std::mutex> lock(comm_mutex_);
+    if (gone_) throw ExchangeError("the NCCL communicator is closed");
+    nccl(lib.ncclGroupStart(), "ncclGroupStart");
+    for (const Message& x : group.messages) {
+      char* buffer = x.buffers[epoch % group.depth];
+      const int one = x.sends ? lib.ncclSend(buffer, x.bytes, kNcclInt8, x.peer, comm_, stream_)
+                              : lib.ncclRecv(buffer, x.bytes, kNcclInt8, x.peer, comm_, stream_);
+      if (one != kNcclSuccess && one != kNcclInProgress) result = one;
+    }
+    const int end = lib.ncclGroupEnd();
+    if (result == kNcclSuccess) result = end;
+  }
+  nccl(result, "ncclGroupEnd");
+  if (result == kNcclInProgress) settle("ncclGroupEnd");
+  ADF_EDGE(Edge::DoneRecorded, cuda(lib.cuEventRecord(m.done, stream_), "cuEventRecord"));
+}
+
+bool NcclTransport::order(const Group& group, uint64_t epoch, Stream stream, Clock::time_point) {
+  cuda(libraries_->cuStreamWaitEvent(handle(stream), mark(group, epoch).done, 0), "cuStreamWaitEvent");
+  return true;
+}
+
+bool NcclTransport::done(CuEvent event) const {
+  const int result = libraries_->cuEventQuery(event);
+  if (result == kCuNotReady) return false;
+  cuda(result, "cuEventQuery");
+  return true;
+}
+
+bool NcclTransport::finish(const Group& group, uint64_t epoch, Clock::time_point deadline) {
+  const Mark& m = mark(group, epoch);
+  while (!done(m.done)) {
+    if (health().broken()) return true;
+    if (Clock::now() > deadline) return false;
+    std::this_thread::sleep_for(kPoll);
+  }
+  return true;
+}
+
+State NcclTransport::state(const Group& group, uint64_t epoch) {
+  std::lock_guard<std::mutex> lock(marks_mutex_);
+  if (group.marks.empty()) return State::kDone;
+  libraries_->cuCtxSetCurrent(context_);
+  const Mark& m = mark(group, epoch);
+  if (done(m.done)) return State::kDone;
+  return done(m.ready) ? State::kRunning : State::kQueued;
+}
+
+std::vector<int> NcclTransport::missing(const Group& group, uint64_t) {
+  std::vector<int> peers;
+  for (const Message& x : group.messages) {
+    if (std::find(peers.begin(), peers.end(), x.peer) == peers.end()) peers.push_back(x.peer);
+  }
+  return peers;
+}
+
+void NcclTransport::inspect() { nccl(async_error(), "NCCL"); }
+
+void NcclTransport::abort(const std::string&) noexcept {
+  if (gone_.exchange(true) || comm_ == nullptr) return;
+  const auto patience = Clock::now() + kAbortPatience;
+  std::unique_lock<std::mutex> lock(comm_mutex_, std::try_to_lock);
+  while (!lock.owns_lock() && Clock::now() < patience) {
+    std::this_thread::sleep_for(kPoll);
+    lock.try_lock();
+  }
+  libraries_->cuCtxSetCurrent(context_);
+  libraries_->ncclCommAbort(comm_);
+}
+
+void NcclTransport::close() {
+  // To destroy a communicator waits for its operations, and nobody may be there to carry out the other half of them.
+  if (health().broken()) return abort("closed after a failure");
+  std::lock_guard<std::mutex> lock(comm_mutex_);
+  if (gone_.exchange(true) || comm_ == nullptr) return;
+  // Not abort: a peer may still be reading what this rank has sent.
+  nccl(libraries_->ncclCommDestroy(comm_), "ncclCommDestroy");
+}
+
+}  // namespace adf

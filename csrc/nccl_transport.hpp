@@ -1,0 +1,81 @@
+// CUDA tensors: one communicator and one stream of its own, high in priority, on which every group runs in turn.
+#pragma once
+#include <atomic>
+#include <memory>
+#include <mutex>
+
+#include "dynlib.hpp"
+#include "transport.hpp"
+
+namespace adf {
+
+struct NcclOptions {
+  double timeout_s = 30;
+  int max_ctas = kNcclUndefined;
+  int cta_policy = kNcclUndefined;
+};
+
+class NcclTransport final : public Transport, public std::enable_shared_from_this<NcclTransport> {
+ public:
+  // Begins to connect and returns at once; the rank's CUDA context must be current. Then call `ready` until it is true.
+  NcclTransport(std::shared_ptr<const Libraries> libraries, const std::string& unique_id, int rank, int size,
+                const NcclOptions& options);
+  ~NcclTransport() override;
+
+  // Begins a lane of its own for the ranks of one color, in which this rank is `rank` of `size`; nullptr for color -1.
+  // Collective over this transport. `ready` of the parent too must be called until it is true.
+  std::shared_ptr<NcclTransport> split(int color, int key, int rank, int size);
+
+  // Whether all ranks are connected. Raises ExchangeError if that failed or took longer than `timeout_s`.
+  bool ready();
+
+  static std::string unique_id(const Libraries& libraries);
+  Stream stream() const { return reinterpret_cast<Stream>(stream_); }
+  const Libraries& libraries() const { return *libraries_; }
+
+  bool on_host() const override { return false; }
+  void attach(Group* group) override;
+  void detach(Group* group) override;
+  void submit(const Group& group, uint64_t epoch, Stream stream) override;
+  bool order(const Group& group, uint64_t epoch, Stream stream, Clock::time_point deadline) override;
+  bool finish(const Group& group, uint64_t epoch, Clock::time_point deadline) override;
+  State state(const Group& group, uint64_t epoch) override;
+  std::vector<int> missing(const Group& group, uint64_t epoch) override;
+  void inspect() override;
+  void abort(const std::string& reason) noexcept override;
+  void close() override;
+
+ private:
+  struct Mark {
+    CuEvent ready = nullptr;  // recorded on the caller's stream by the post
+    CuEvent done = nullptr;   // recorded on this lane's stream behind the group
+  };
+
+  NcclTransport(std::shared_ptr<NcclTransport> parent, int rank, int size);
+  void start_stream();
+  void free_driver_objects();
+  NcclConfig config() const;
+  void cuda(int result, const char* what) const;
+  void nccl(int result, const char* what);
+  int async_error();
+  void settle(const char* what);
+  bool done(CuEvent event) const;
+  const Mark& mark(const Group& group, uint64_t epoch) const;
+
+  std::shared_ptr<const Libraries> libraries_;
+  NcclOptions options_;
+  Clock::time_point began_ = Clock::now();
+  // A split ends when the parent's communicator says so.
+  std::shared_ptr<NcclTransport> parent_;
+  NcclComm comm_ = nullptr;
+  // Guards comm_ against being aborted, and so freed, while another thread is inside a call with it.
+  std::mutex comm_mutex_;
+  std::atomic<bool> gone_{false};
+  CuContext context_ = nullptr;
+  CuStream stream_ = nullptr;
+  std::vector<Mark> marks_;
+  std::vector<int> free_marks_;
+  mutable std::mutex marks_mutex_;
+};
+
+}  // namespace adf

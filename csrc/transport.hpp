@@ -1,0 +1,92 @@
+// What carries messages between ranks. A channel decides when; a transport moves bytes and says when they are there.
+#pragma once
+#include <chrono>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "errors.hpp"
+
+namespace adf {
+
+using Clock = std::chrono::steady_clock;
+using Stream = uintptr_t;
+
+inline double microseconds_since(Clock::time_point began) {
+  return std::chrono::duration<double, std::micro>(Clock::now() - began).count();
+}
+
+// One direction of a slot to or from one peer; `buffers` has one address for each of the slot's depth.
+struct Message {
+  int peer;
+  bool sends;
+  size_t bytes;
+  std::vector<char*> buffers;
+};
+
+// Everything that one post of a slot moves, as one group. Its transport keeps `marks`, at least one for each of the
+// depth: epoch e uses the mark e modulo their number, and is posted only once the epoch whose mark it takes is over.
+struct Group {
+  std::string name;
+  int depth = 0;
+  bool sends = false;
+  std::vector<Message> messages;
+  std::vector<int> marks;
+};
+
+enum class State { kQueued, kRunning, kDone };
+
+// One ordered lane of exchanges between `size` ranks. Called by one thread at a time, except for inspect, state, left
+// and abort, which a watchdog calls as well.
+class Transport {
+ public:
+  Transport(int rank, int size) : rank_(rank), size_(size) {}
+  virtual ~Transport() = default;
+  Transport(const Transport&) = delete;
+  Transport& operator=(const Transport&) = delete;
+
+  int rank() const { return rank_; }
+  int size() const { return size_; }
+  Health& health() { return health_; }
+  const Health& health() const { return health_; }
+
+  // True if waiting blocks the host: there are no streams.
+  virtual bool on_host() const = 0;
+
+  // Make and free what marks the completion of each of a group's epochs.
+  virtual void attach(Group* group) = 0;
+  virtual void detach(Group* group) = 0;
+
+  // Begin the messages of an epoch, after everything that is on `stream` now.
+  virtual void submit(const Group& group, uint64_t epoch, Stream stream) = 0;
+
+  // Let `stream` go on only after an epoch; on the host, wait for it. False: it was not there at the deadline.
+  virtual bool order(const Group& group, uint64_t epoch, Stream stream, Clock::time_point deadline) = 0;
+
+  // Let the host wait for an epoch. False: it was not there at the deadline.
+  virtual bool finish(const Group& group, uint64_t epoch, Clock::time_point deadline) = 0;
+
+  virtual State state(const Group& group, uint64_t epoch) = 0;
+
+  // Peers that an unfinished epoch still waits for.
+  virtual std::vector<int> missing(const Group& group, uint64_t epoch) = 0;
+
+  // Raises ExchangeError if the transport or another rank has failed meanwhile.
+  virtual void inspect() = 0;
+
+  // This rank will post no more; what it has posted can still be received. True if a rank has left so.
+  virtual void leave(const std::string&) {}
+  virtual bool left(int) { return false; }
+
+  // Tell every rank that can be told, and release whoever waits. May be called from any thread, and twice.
+  virtual void abort(const std::string& reason) noexcept = 0;
+
+  // In good order, with nothing under way, or after abort.
+  virtual void close() = 0;
+
+ private:
+  int rank_, size_;
+  Health health_;
+};
+
+}  // namespace adf

@@ -1,0 +1,124 @@
+"""Channels of several ranks on the double, driven by one thread; without torch."""
+
+from dataclasses import dataclass
+
+from double import Memory
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One rank's side of a slot: its number in the channel, and `depth` buffers for each peer it hears or tells."""
+
+    number: int
+    name: str
+    depth: int
+    send: tuple[Memory, ...]
+    recv: dict[int, tuple[Memory, ...]]
+
+
+class Rank:
+    """One rank: `channel`, `compute` (a stream), and what a patched model does with them.
+
+    What travels is one number in every byte: see `value`. Reads expect the number of their epoch, so a wrong order
+    shows in the data as well.
+    """
+
+    def __init__(self, gpu, rank, channel, device=None):
+        self.gpu, self.rank, self.channel = gpu, rank, channel
+        # The context of a lane of some ranks is not numbered as its ranks are.
+        self.device = rank if device is None else device
+        self.compute = gpu.stream(self.device)
+
+    def slot(self, name, sends=(), recvs=(), nbytes=64, depth=2):
+        """Add a slot that sends the same to some peers and receives from others."""
+
+        def buffers(what):
+            return tuple(self.gpu.memory(nbytes, f"device {self.device} {name} {what}[{p}]") for p in range(depth))
+
+        send, recv = buffers("send") if sends else (), {peer: buffers(f"recv {peer}") for peer in recvs}
+        listed = [(peer, [m.address for m in send], nbytes) for peer in sends]
+        awaited = [(peer, [m.address for m in memories], nbytes) for peer, memories in recv.items()]
+        with self.gpu.rank(self.device):
+            number = self.channel.add(name, listed, awaited, depth)
+        return Slot(number, name, depth, send, recv)
+
+    def freeze(self, *slots, phase="phase"):
+        self.channel.freeze(phase, [slot.number for slot in slots])
+
+    def acquire(self, slot, stream=None):
+        self.channel.acquire(slot.number, stream or self.compute)
+
+    def produce(self, slot, stream=None):
+        """Write what the next post sends."""
+        epoch = self.channel.epoch(slot.number)
+        writes = [slot.send[epoch % slot.depth].filled(value(self.rank, slot.name, epoch))] if slot.send else []
+        self.gpu.kernel(stream or self.compute, f"produce {slot.name}", writes=writes)
+
+    def post(self, slot, stream=None):
+        self.channel.post(slot.number, stream or self.compute)
+
+    def wait(self, slot, lag=0, stream=None):
+        self.channel.wait(slot.number, stream or self.compute, lag)
+
+    def expected(self, slot, lag=0):
+        """Ranges of what the epoch `lag` posts ago received; none before the first."""
+        epoch = self.channel.epoch(slot.number) - 1 - lag
+        if epoch < 0:
+            return []
+        return [m[epoch % slot.depth].filled(value(peer, slot.name, epoch)) for peer, m in slot.recv.items()]
+
+    def consume(self, slot, lag=0, stream=None):
+        """Read what the epoch `lag` posts ago received."""
+        self.gpu.kernel(stream or self.compute, f"consume {slot.name}", reads=self.expected(slot, lag))
+
+    def send_once(self, slot):
+        """acquire, produce, post."""
+        self.acquire(slot)
+        self.produce(slot)
+        self.post(slot)
+
+    def join(self, waiting, awaited):
+        """One stream of this rank waits for another."""
+        self.gpu.join(waiting, awaited, self.device)
+
+
+def value(rank, name, epoch):
+    """The number that a rank sends in one epoch of a slot; neighbours in any of the three differ."""
+    return (1 + 7 * epoch + 61 * rank + 17 * sum(name.encode())) % 251
+
+
+def connect(gpu, extension, size, timeout_s=30.0):
+    """`size` ranks with a channel each, connected by the double of NCCL."""
+    libraries = extension.Libraries(gpu.path, gpu.path)
+    unique_id, transports = extension.unique_id(libraries), []
+    for rank in range(size):
+        with gpu.rank(rank):
+            transports.append(extension.NcclTransport(libraries, unique_id, rank, size, timeout_s=timeout_s))
+    assert all([transport.ready() for transport in transports])
+    ranks = []
+    for rank, transport in enumerate(transports):
+        with gpu.rank(rank):
+            ranks.append(Rank(gpu, rank, extension.Channel(transport, timeout_s=timeout_s)))
+    return ranks
+
+
+def ring(ranks, name="ring", depth=2, nbytes=64):
+    """A slot of every rank that sends to the next and receives from the one before; frozen as a phase of its own."""
+    slots = []
+    for r in ranks:
+        slot = r.slot(name, [(r.rank + 1) % len(ranks)], [(r.rank - 1) % len(ranks)], nbytes, depth)
+        r.freeze(slot, phase=name)
+        slots.append(slot)
+    return slots
+
+
+def verdict(gpu, ranks):
+    """Run dry and close. Returns (what is stuck, races, wrong reads); a stuck channel is aborted."""
+    stuck = gpu.drain()
+    for r in ranks:
+        if stuck or r.channel.broken():
+            r.channel.abort("over")
+    gpu.drain()
+    for r in ranks:
+        r.channel.close()
+    return stuck, gpu.races(), gpu.wrong_reads()

@@ -1,0 +1,108 @@
+"""NCCL calls on the double, without `_C`: for tests of the double itself."""
+
+import contextlib
+import ctypes
+
+INT8 = 0
+IN_PROGRESS = 7
+
+
+class UniqueId(ctypes.Structure):
+    """ncclUniqueId."""
+
+    _fields_ = (("text", ctypes.c_char * 128),)
+
+
+class Config(ctypes.Structure):
+    """ncclConfig_t, up to what the double reads."""
+
+    _fields_ = (
+        ("size", ctypes.c_size_t),
+        ("magic", ctypes.c_uint),
+        ("version", ctypes.c_uint),
+        ("blocking", ctypes.c_int),
+    )
+
+
+class SignalAwaited(ctypes.Structure):
+    """ncclWaitSignalDesc_t."""
+
+    _fields_ = tuple((name, ctypes.c_int) for name in ("count", "peer", "index", "context"))
+
+
+def config(blocking=0):
+    """A configuration of communicators that do not block."""
+    return Config(ctypes.sizeof(Config), 0xCAFEBEEF, 23203, blocking)
+
+
+class Ranks:
+    """One communicator and one stream for it, per rank; calls take the rank that makes them."""
+
+    def __init__(self, gpu, size):
+        self.gpu, self.size = gpu, size
+        unique_id = UniqueId()
+        gpu.call("ncclGetUniqueId", ctypes.byref(unique_id))
+        self.comms, self.streams = [], []
+        for rank in range(size):
+            with gpu.rank(rank):
+                comm = ctypes.c_void_p()
+                function = gpu.library.ncclCommInitRankConfig
+                answer = function(ctypes.byref(comm), size, unique_id, rank, ctypes.byref(config()))
+            assert answer == (0 if rank == size - 1 else IN_PROGRESS)
+            self.comms.append(comm)
+            self.streams.append(gpu.stream(rank))
+
+    def error(self, rank):
+        """The asynchronous error of a rank's communicator."""
+        error = ctypes.c_int()
+        self.gpu.call("ncclCommGetAsyncError", self.comms[rank], ctypes.byref(error))
+        return error.value
+
+    def _on(self, rank, stream):
+        return self.comms[rank], ctypes.c_void_p(self.streams[rank] if stream is None else stream)
+
+    @contextlib.contextmanager
+    def group(self):
+        """The calls inside are one group. Answers 0 or "in progress"."""
+        self.gpu.call("ncclGroupStart")
+        yield
+        code = self.gpu.library.ncclGroupEnd()
+        assert code in (0, IN_PROGRESS)
+
+    def send(self, rank, peer, memory, stream=None):
+        size = ctypes.c_size_t(memory.nbytes)
+        self.gpu.call("ncclSend", ctypes.c_void_p(memory.address), size, INT8, peer, *self._on(rank, stream))
+
+    def recv(self, rank, peer, memory, stream=None):
+        size = ctypes.c_size_t(memory.nbytes)
+        self.gpu.call("ncclRecv", ctypes.c_void_p(memory.address), size, INT8, peer, *self._on(rank, stream))
+
+    def all_gather(self, rank, source, target):
+        addresses = ctypes.c_void_p(source.address), ctypes.c_void_p(target.address)
+        self.gpu.call("ncclAllGather", *addresses, ctypes.c_size_t(source.nbytes), INT8, *self._on(rank, None))
+
+    def broadcast(self, rank, root, source, target):
+        addresses = ctypes.c_void_p(source.address), ctypes.c_void_p(target.address)
+        size = ctypes.c_size_t(target.nbytes)
+        self.gpu.call("ncclBroadcast", *addresses, size, INT8, root, *self._on(rank, None))
+
+    def window(self, rank, nbytes, label):
+        """(address, handle) of new registered memory of a rank."""
+        block = self.gpu.made("ncclMemAlloc", ctypes.c_size_t(nbytes))
+        self.gpu.name(block.value, nbytes, label)
+        window = ctypes.c_void_p()
+        function, size = "ncclCommWindowRegister", ctypes.c_size_t(nbytes)
+        self.gpu.call(function, self.comms[rank], block, size, ctypes.byref(window), 1)
+        return block.value, window
+
+    def put(self, rank, peer, memory, window, offset):
+        """ncclPutSignal of all of `memory` at an offset of the peer's part of a window."""
+        sizes = ctypes.c_size_t(memory.nbytes), INT8, peer, window, ctypes.c_size_t(offset), 0, 0, 0
+        self.gpu.call("ncclPutSignal", ctypes.c_void_p(memory.address), *sizes, *self._on(rank, None))
+
+    def wait_signal(self, rank, peer, count=1):
+        awaited = SignalAwaited(count, peer, 0, 0)
+        self.gpu.call("ncclWaitSignal", 1, ctypes.byref(awaited), *self._on(rank, None))
+
+    def abort(self, rank):
+        self.gpu.call("ncclCommAbort", self.comms[rank])

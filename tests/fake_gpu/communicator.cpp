@@ -1,0 +1,235 @@
+// Entry points of libnccl.so.2 that make, split, ask and end communicators.
+#include "communicator.hpp"
+
+#include <algorithm>
+#include <climits>
+#include <cstring>
+
+#include "exports.hpp"
+
+namespace fake {
+
+Nccl& nccl() {
+  static Nccl* const it = new Nccl;
+  return *it;
+}
+
+void Nccl::reset() {
+  communicators.clear();
+  windows.clear();
+  worlds.clear();
+  for (auto& [block, _] : memory) std::free(block);
+  memory.clear();
+  last_error.clear();
+  version = 23203;
+  enquiries = 0;
+}
+
+int Communicator::fail(Result result, std::string why) {
+  nccl().last_error = last_error = std::move(why);
+  return result;
+}
+
+namespace {
+
+// Up to `blocking`, the part of ncclConfig_t that the double reads.
+struct Config {
+  size_t size;
+  unsigned magic, version;
+  int blocking;
+};
+constexpr unsigned kMagic = 0xcafebeef;
+constexpr int kUndefined = INT_MIN, kNoColour = -1;
+
+bool blocks(const void* config, bool otherwise) {
+  const int value = config ? static_cast<const Config*>(config)->blocking : kUndefined;
+  return value == kUndefined ? otherwise : value != 0;
+}
+
+bool valid(const void* config) { return !config || static_cast<const Config*>(config)->magic == kMagic; }
+
+// Every rank has answered: those of one colour become a world, smaller keys first.
+void divide(const std::map<int, std::shared_ptr<Communicator>>& answers) {
+  std::map<int, std::vector<std::tuple<int, int, std::shared_ptr<Communicator>>>> parts;
+  for (const auto& [old_rank, comm] : answers)
+    if (comm) parts[comm->colour].emplace_back(comm->key, old_rank, comm);
+  for (auto& [_, members] : parts) {
+    std::sort(members.begin(), members.end());
+    auto world = std::make_shared<World>(static_cast<int>(members.size()));
+    for (auto& [key, old_rank, comm] : members) {
+      comm->world = world;
+      comm->rank = static_cast<int>(world->members.size());
+      world->members[comm->rank] = comm;
+      *comm->handle = nccl().communicators.add(comm);
+    }
+  }
+}
+
+// A blocking call returns when every rank has come, the others at once.
+int await(Lock& lock, const std::shared_ptr<Communicator>& comm) {
+  if (machine().null_mode) return kNcclSuccess;
+  machine().notify();
+  if (!comm->blocking) return comm->ready() ? kNcclSuccess : kNcclInProgress;
+  machine().changed.wait(lock, [&] { return machine().released || comm->aborted || comm->ready(); });
+  return comm->aborted ? kNcclInvalidUsage : kNcclSuccess;
+}
+
+}  // namespace
+}  // namespace fake
+
+using namespace fake;
+
+struct UniqueId {
+  char text[128];
+};
+
+FAKE_API int ncclGetVersion(int* version) {
+  *version = nccl().version;
+  return kNcclSuccess;
+}
+
+FAKE_API int ncclGetUniqueId(UniqueId* id) {
+  Lock lock(machine().mutex);
+  std::memset(id, 0, sizeof *id);
+  std::snprintf(id->text, sizeof id->text, "double %d", nccl().unique_ids++);
+  return kNcclSuccess;
+}
+
+FAKE_API int ncclCommInitRankConfig(void** handle, int size, UniqueId id, int rank, const void* config) {
+  Lock lock(machine().mutex);
+  if (!valid(config) || size < 1 || rank < 0 || rank >= size) return kNcclInvalidArgument;
+  if (current_context() < 0) return kNcclUnhandledCudaError;
+  auto& world = nccl().worlds[std::string(id.text, sizeof id.text)];
+  if (!world) world = std::make_shared<World>(size);
+  if (world->size != size || world->members.count(rank)) return kNcclInvalidArgument;
+  auto comm = std::make_shared<Communicator>();
+  comm->world = world;
+  comm->rank = rank;
+  comm->context = current_context();
+  comm->blocking = blocks(config, true);
+  world->members[rank] = comm;
+  *handle = nccl().communicators.add(comm);
+  return await(lock, comm);
+}
+
+FAKE_API int ncclCommInitRank(void** handle, int size, UniqueId id, int rank) {
+  return ncclCommInitRankConfig(handle, size, id, rank, nullptr);
+}
+
+FAKE_API int ncclCommSplit(void* handle, int colour, int key, void** part, const void* config) {
+  Lock lock(machine().mutex);
+  auto comm = nccl().communicators.find(handle);
+  if (!comm || !valid(config)) return kNcclInvalidArgument;
+  if (!comm->ready()) return comm->fail(kNcclInvalidUsage, "split of a communicator that is not ready");
+  const size_t split = comm->splits++;
+  auto& splits = comm->world->splits;
+  if (splits.size() <= split) splits.resize(split + 1);
+  std::shared_ptr<Communicator> mine;
+  if (colour != kNoColour) {
+    mine = std::make_shared<Communicator>();
+    mine->colour = colour;
+    mine->key = key;
+    mine->context = comm->context;
+    mine->blocking = blocks(config, comm->blocking);
+  }
+  *part = nullptr;
+  if (mine) mine->handle = part;
+  splits[split][comm->rank] = mine;
+  comm->splitting = true;
+  if (splits[split].size() == static_cast<size_t>(comm->world->size)) {
+    divide(splits[split]);
+    for (auto& [_, member] : comm->world->members)
+      if (auto alive = member.lock()) alive->splitting = false;
+  }
+  return await(lock, comm);
+}
+
+FAKE_API int ncclCommCount(void* handle, int* count) {
+  Lock lock(machine().mutex);
+  auto comm = nccl().communicators.find(handle);
+  if (!comm || !comm->ready()) return kNcclInvalidArgument;
+  *count = comm->world->size;
+  return kNcclSuccess;
+}
+
+FAKE_API int ncclCommUserRank(void* handle, int* rank) {
+  Lock lock(machine().mutex);
+  auto comm = nccl().communicators.find(handle);
+  if (!comm || !comm->ready()) return kNcclInvalidArgument;
+  *rank = comm->rank;
+  return kNcclSuccess;
+}
+
+FAKE_API int ncclCommGetAsyncError(void* handle, int* error) {
+  if (machine().null_mode) return *error = kNcclSuccess;
+  Lock lock(machine().mutex);
+  auto comm = nccl().communicators.find(handle);
+  if (!comm) return kNcclInvalidArgument;
+  *error = comm->error;
+  if (comm->error) return kNcclSuccess;
+  if (!comm->ready()) {
+    *error = kNcclInProgress;
+  } else if (comm->enquiries_left) {
+    *error = kNcclInProgress;
+    if (--comm->enquiries_left == 0) {
+      for (auto& waiting : comm->deferred) launch(std::move(waiting));
+      comm->deferred.clear();
+    }
+  }
+  return kNcclSuccess;
+}
+
+FAKE_API int ncclCommFinalize(void* handle) {
+  Lock lock(machine().mutex);
+  return nccl().communicators.find(handle) ? kNcclSuccess : kNcclInvalidArgument;
+}
+
+FAKE_API int ncclCommDestroy(void* handle) {
+  Lock lock(machine().mutex);
+  auto comm = nccl().communicators.find(handle);
+  if (!comm) return kNcclInvalidArgument;
+  if (comm->launched != comm->finished && !machine().null_mode)
+    machine().misuse(comm->name() + " destroyed a communicator with operations under way; the library would block");
+  nccl().communicators.remove(handle);
+  return kNcclSuccess;
+}
+
+// Ends this rank's operations; those of the other ranks wait on, as they do in the library.
+FAKE_API int ncclCommAbort(void* handle) {
+  Lock lock(machine().mutex);
+  auto comm = nccl().communicators.find(handle);
+  if (!comm) return kNcclInvalidArgument;
+  comm->aborted = true;
+  nccl().communicators.remove(handle);
+  machine().notify();
+  return kNcclSuccess;
+}
+
+FAKE_API const char* ncclGetErrorString(int result) {
+  switch (result) {
+    case kNcclSuccess:
+      return "no error";
+    case kNcclUnhandledCudaError:
+      return "unhandled cuda error (run with NCCL_DEBUG=INFO for details)";
+    case kNcclInternalError:
+      return "internal error";
+    case kNcclInvalidArgument:
+      return "invalid argument";
+    case kNcclInvalidUsage:
+      return "invalid usage";
+    case kNcclRemoteError:
+      return "remote process exited or there was a network error";
+    case kNcclInProgress:
+      return "NCCL operation in progress";
+    default:
+      return "unknown result code";
+  }
+}
+
+FAKE_API const char* ncclGetLastError(void* handle) {
+  Lock lock(machine().mutex);
+  thread_local std::string text;
+  auto comm = handle ? nccl().communicators.find(handle) : nullptr;
+  text = comm ? comm->last_error : nccl().last_error;
+  return text.c_str();
+}

@@ -1,0 +1,203 @@
+// The entry points of libcuda.so.1, as its header declares them but with plain types.
+//
+// Streams are non-blocking ones; a context's default stream is one more of that kind. Contexts are the numbers of
+// ranks.
+#include <chrono>
+
+#include "exports.hpp"
+#include "machine.hpp"
+
+using namespace fake;
+
+namespace {
+
+enum : int {
+  kSuccess = 0,
+  kInvalidValue = 1,
+  kInvalidContext = 201,
+  kInvalidHandle = 400,
+  kNotReady = 600,
+  kLaunchTimeout = 702,
+};
+constexpr unsigned kNonBlocking = 1;
+constexpr uintptr_t kFirstContext = 0x50000001;
+// Longer than any watchdog under test takes.
+constexpr auto kPatience = std::chrono::seconds(60);
+
+// Waits on the host; what the awaited task knew is then known here.
+template <class Ready>
+int synchronise(Lock& lock, int context, Ready ready, const Clock& known) {
+  machine().changed.wait_for(lock, kPatience, [&] { return machine().released || ready(); });
+  if (!ready()) return kLaunchTimeout;
+  join(machine().host(context).clock, known);
+  return kSuccess;
+}
+
+}  // namespace
+
+FAKE_API int cuInit(unsigned) { return kSuccess; }
+
+FAKE_API int cuDriverGetVersion(int* version) {
+  *version = 13000;
+  return kSuccess;
+}
+
+FAKE_API int cuDeviceGet(int* device, int ordinal) {
+  *device = ordinal;
+  return kSuccess;
+}
+
+FAKE_API int cuDevicePrimaryCtxRetain(void** context, int device) {
+  *context = reinterpret_cast<void*>(kFirstContext + device);
+  return kSuccess;
+}
+
+FAKE_API int cuDevicePrimaryCtxRelease_v2(int) { return kSuccess; }
+
+FAKE_API int cuCtxGetCurrent(void** context) {
+  const int current = current_context();
+  *context = current < 0 ? nullptr : reinterpret_cast<void*>(kFirstContext + current);
+  return kSuccess;
+}
+
+FAKE_API int cuCtxSetCurrent(void* context) {
+  current_context() = context ? static_cast<int>(reinterpret_cast<uintptr_t>(context) - kFirstContext) : -1;
+  return kSuccess;
+}
+
+FAKE_API int cuCtxGetDevice(int* device) {
+  *device = current_context();
+  return *device < 0 ? kInvalidContext : kSuccess;
+}
+
+FAKE_API int cuCtxGetStreamPriorityRange(int* least, int* greatest) {
+  *least = 0;
+  *greatest = -5;
+  return kSuccess;
+}
+
+FAKE_API int cuStreamCreateWithPriority(void** stream, unsigned flags, int) {
+  Lock lock(machine().mutex);
+  if (current_context() < 0) return kInvalidContext;
+  if (flags != kNonBlocking) machine().misuse("a stream that is not non-blocking waits for the default stream");
+  *stream = machine().add_stream(current_context());
+  return kSuccess;
+}
+
+FAKE_API int cuStreamDestroy_v2(void* stream) {
+  Lock lock(machine().mutex);
+  auto found = stream ? machine().stream(stream) : nullptr;
+  if (!found) return kInvalidHandle;
+  found->destroyed = true;
+  return kSuccess;
+}
+
+FAKE_API int cuStreamSynchronize(void* stream) {
+  if (machine().null_mode) return kSuccess;
+  Lock lock(machine().mutex);
+  auto found = machine().stream(stream);
+  if (!found) return kInvalidHandle;
+  return synchronise(lock, found->context, [&] { return found->idle(); }, found->clock);
+}
+
+FAKE_API int cuStreamQuery(void* stream) {
+  if (machine().null_mode) return kSuccess;
+  Lock lock(machine().mutex);
+  auto found = machine().stream(stream);
+  if (!found) return kInvalidHandle;
+  if (!found->idle()) return kNotReady;
+  join(machine().host(found->context).clock, found->clock);
+  return kSuccess;
+}
+
+FAKE_API int cuStreamWaitEvent(void* stream, void* event, unsigned) {
+  if (machine().null_mode) return kSuccess;
+  Lock lock(machine().mutex);
+  auto waiting = machine().stream(stream);
+  auto awaited = machine().events.find(event);
+  if (!waiting || !awaited) return kInvalidHandle;
+  // Bound to the latest record made before this call; an event that was never recorded is over.
+  auto recorded = awaited->latest;
+  if (!recorded) return kSuccess;
+  waiting->push("wait for an event", machine().host(waiting->context).clock, [recorded](Stream& stream, Lock& lock) {
+    if (stream.block(lock, "the event's record", [recorded] { return recorded->done; }))
+      join(stream.clock, recorded->clock);
+  });
+  return kSuccess;
+}
+
+FAKE_API int cuEventCreate(void** event, unsigned) {
+  Lock lock(machine().mutex);
+  if (current_context() < 0) return kInvalidContext;
+  *event = machine().events.add(std::make_shared<Event>(Event{current_context(), nullptr}));
+  return kSuccess;
+}
+
+FAKE_API int cuEventDestroy_v2(void* event) {
+  Lock lock(machine().mutex);
+  return machine().events.remove(event) ? kSuccess : kInvalidHandle;
+}
+
+FAKE_API int cuEventRecord(void* event, void* stream) {
+  if (machine().null_mode) return kSuccess;
+  Lock lock(machine().mutex);
+  auto found = machine().events.find(event);
+  auto recording = machine().stream(stream);
+  if (!found || !recording || found->context != recording->context) return kInvalidHandle;
+  auto recorded = found->latest = std::make_shared<Recorded>();
+  recording->push("record an event", machine().host(recording->context).clock, [recorded](Stream& stream, Lock&) {
+    recorded->clock = stream.clock;
+    recorded->done = true;
+  });
+  return kSuccess;
+}
+
+FAKE_API int cuEventQuery(void* event) {
+  if (machine().null_mode) return kSuccess;
+  Lock lock(machine().mutex);
+  auto found = machine().events.find(event);
+  if (!found) return kInvalidHandle;
+  if (!found->latest) return kSuccess;
+  if (!found->latest->done) return kNotReady;
+  join(machine().host(found->context).clock, found->latest->clock);
+  return kSuccess;
+}
+
+FAKE_API int cuEventSynchronize(void* event) {
+  if (machine().null_mode) return kSuccess;
+  Lock lock(machine().mutex);
+  auto found = machine().events.find(event);
+  if (!found) return kInvalidHandle;
+  auto recorded = found->latest;
+  if (!recorded) return kSuccess;
+  return synchronise(lock, found->context, [&] { return recorded->done; }, recorded->clock);
+}
+
+FAKE_API int cuGetErrorName(int code, const char** name) {
+  *name = code ? "CUDA_ERROR_OF_THE_DOUBLE" : "CUDA_SUCCESS";
+  return kSuccess;
+}
+
+FAKE_API int cuGetErrorString(int code, const char** text) {
+  switch (code) {
+    case kSuccess:
+      *text = "no error";
+      break;
+    case kInvalidContext:
+      *text = "invalid device context";
+      break;
+    case kInvalidHandle:
+      *text = "invalid resource handle";
+      break;
+    case kNotReady:
+      *text = "device not ready";
+      break;
+    case kLaunchTimeout:
+      *text = "the launch timed out and was terminated";
+      break;
+    default:
+      *text = "unknown error";
+      return kInvalidValue;
+  }
+  return kSuccess;
+}

@@ -1,0 +1,131 @@
+// Entry points of libnccl.so.2 that move data: operations gather in the calling thread's group until it ends.
+#include "communicator.hpp"
+#include "exports.hpp"
+
+namespace fake {
+namespace {
+
+thread_local int group_depth = 0;
+thread_local std::vector<Launch> grouped;
+
+int flush() {
+  std::vector<Launch> launches;
+  launches.swap(grouped);
+  int result = kNcclSuccess;
+  for (auto& one : launches) {
+    auto& comm = *one.communicator;
+    if (nccl().enquiries && !comm.blocking) {
+      comm.enquiries_left = nccl().enquiries;
+      comm.deferred.push_back(std::move(one));
+      result = kNcclInProgress;
+    } else {
+      launch(std::move(one));
+    }
+  }
+  return result;
+}
+
+int check(const std::shared_ptr<Communicator>& comm, const std::shared_ptr<Stream>& stream, int peer) {
+  if (!comm) return kNcclInvalidArgument;
+  if (!comm->ready()) return comm->fail(kNcclInvalidUsage, "the communicator is not ready");
+  if (comm->enquiries_left) return comm->fail(kNcclInvalidUsage, "the last group is still being launched");
+  if (!stream || stream->context != comm->context)
+    return comm->fail(kNcclInvalidArgument, "the stream is not of the communicator's device");
+  if (peer < 0 || peer >= comm->world->size)
+    return comm->fail(kNcclInvalidArgument, "peer " + std::to_string(peer) + " is out of range");
+  return kNcclSuccess;
+}
+
+}  // namespace
+
+int add(void* communicator, void* stream_handle, std::vector<Operation> operations) {
+  Lock lock(machine().mutex);
+  auto comm = nccl().communicators.find(communicator);
+  auto stream = machine().stream(stream_handle);
+  for (const auto& operation : operations)
+    if (int result = check(comm, stream, operation.peer)) return result;
+  Launch* open = nullptr;
+  for (auto& one : grouped)
+    if (one.communicator == comm) open = &one;
+  if (open && open->stream != stream)
+    return comm->fail(kNcclInvalidUsage, "the double knows one stream for a communicator's group");
+  if (!open) {
+    grouped.push_back({comm, stream, {}, {}});
+    open = &grouped.back();
+  }
+  for (auto& operation : operations) open->operations.push_back(std::move(operation));
+  open->host = machine().host(comm->context).clock;
+  return group_depth ? kNcclSuccess : flush();
+}
+
+// (size, rank) of a communicator; (0, 0) if it is not ready, which `add` refuses.
+std::pair<int, int> shape(void* handle) {
+  Lock lock(machine().mutex);
+  auto comm = nccl().communicators.find(handle);
+  if (!comm || !comm->ready()) return {0, 0};
+  return {comm->world->size, comm->rank};
+}
+
+size_t size_of(int type) {
+  constexpr size_t sizes[] = {1, 1, 4, 4, 8, 8, 2, 4, 8, 2, 1, 1};
+  return sizes[type];
+}
+
+}  // namespace fake
+
+using namespace fake;
+
+FAKE_API int ncclGroupStart() {
+  if (!machine().null_mode) group_depth++;
+  return kNcclSuccess;
+}
+
+FAKE_API int ncclGroupEnd() {
+  if (machine().null_mode) return kNcclSuccess;
+  if (group_depth == 0) return kNcclInvalidUsage;
+  if (--group_depth) return kNcclSuccess;
+  Lock lock(machine().mutex);
+  return flush();
+}
+
+FAKE_API int ncclSend(const void* data, size_t count, int type, int peer, void* comm, void* stream) {
+  if (machine().null_mode) return kNcclSuccess;
+  return add(comm, stream, {{Operation::kSend, data, nullptr, count * size_of(type), peer, "", nullptr, 0, 0}});
+}
+
+FAKE_API int ncclRecv(void* data, size_t count, int type, int peer, void* comm, void* stream) {
+  if (machine().null_mode) return kNcclSuccess;
+  return add(comm, stream, {{Operation::kRecv, nullptr, data, count * size_of(type), peer, "", nullptr, 0, 0}});
+}
+
+FAKE_API int ncclAllGather(const void* source, void* target, size_t count, int type, void* handle, void* stream) {
+  if (machine().null_mode) return kNcclSuccess;
+  const auto [size, rank] = shape(handle);
+  const size_t bytes = count * size_of(type);
+  auto* parts = static_cast<char*>(target);
+  std::vector<Operation> operations;
+  operations.push_back({Operation::kCopy, source, parts + rank * bytes, bytes, rank, "all_gather", nullptr, 0, 0});
+  for (int peer = 0; peer < size; peer++) {
+    if (peer == rank) continue;
+    operations.push_back({Operation::kSend, source, nullptr, bytes, peer, "all_gather", nullptr, 0, 0});
+    operations.push_back({Operation::kRecv, nullptr, parts + peer * bytes, bytes, peer, "all_gather", nullptr, 0, 0});
+  }
+  return add(handle, stream, std::move(operations));
+}
+
+FAKE_API int ncclBroadcast(const void* source, void* target, size_t count, int type, int root, void* handle,
+                           void* stream) {
+  if (machine().null_mode) return kNcclSuccess;
+  const auto [size, rank] = shape(handle);
+  const size_t bytes = count * size_of(type);
+  std::vector<Operation> operations;
+  if (rank == root) {
+    operations.push_back({Operation::kCopy, source, target, bytes, rank, "broadcast", nullptr, 0, 0});
+    for (int peer = 0; peer < size; peer++)
+      if (peer != root)
+        operations.push_back({Operation::kSend, source, nullptr, bytes, peer, "broadcast", nullptr, 0, 0});
+  } else {
+    operations.push_back({Operation::kRecv, nullptr, target, bytes, root, "broadcast", nullptr, 0, 0});
+  }
+  return add(handle, stream, std::move(operations));
+}

@@ -1,0 +1,176 @@
+// Groups of sends, receives and collectives: a rendezvous of the streams they were launched on.
+//
+// A send is over when its receiver has taken everything, which is stricter than the library's buffering; the only edge
+// is from sender to receiver, which is all that the library promises.
+#include <algorithm>
+
+#include "communicator.hpp"
+
+namespace fake {
+namespace {
+
+std::string label(const Communicator& comm, const Operation& operation) {
+  const bool sends = operation.kind == Operation::kSend;
+  const int from = sends ? comm.rank : operation.peer, to = sends ? operation.peer : comm.rank;
+  return (operation.collective.empty() ? sends ? "send" : "recv" : operation.collective) + " " + std::to_string(from) +
+         "->" + std::to_string(to) + " of " + std::to_string(operation.bytes) + " bytes";
+}
+
+// Half, then a while later the rest, so that a reader who does not wait may see both.
+#if defined(__SANITIZE_THREAD__)
+__attribute__((no_sanitize("thread")))
+#endif
+void copy(Stream& stream, void* target, const void* source, size_t bytes) {
+  auto* to = static_cast<volatile char*>(target);
+  auto* from = static_cast<const volatile char*>(source);
+  for (size_t i = 0; i < bytes; i++) {
+    if (i == bytes / 2) stream.dawdle();
+    to[i] = from[i];
+  }
+}
+
+struct Run {
+  Stream& stream;
+  Lock& lock;
+  Communicator& comm;
+  Clock known;  // joined with what the parts of the group learn
+
+  bool block(const std::string& reason, const std::function<bool()>& ready) {
+    return stream.block(lock, reason, [&] { return comm.aborted || ready(); }) && !comm.aborted;
+  }
+
+  std::shared_ptr<Message> send(const Operation& operation, int part) {
+    stream.access(false, operation.source, operation.bytes, label(comm, operation), part);
+    auto message = std::make_shared<Message>(
+        Message{operation.source, operation.bytes, operation.collective, stream.clock, false, false});
+    box(operation).push_back(message);
+    return message;
+  }
+
+  // Where a send or receive leaves or finds its message.
+  std::deque<std::shared_ptr<Message>>& box(const Operation& operation) {
+    const bool sends = operation.kind == Operation::kSend;
+    const int from = sends ? comm.rank : operation.peer, to = sends ? operation.peer : comm.rank;
+    return comm.world->mail[{from, to, !operation.collective.empty()}];
+  }
+
+  // Until the receiver has everything. What was aborted before that never arrives: its memory may be gone.
+  void sent(const Operation& operation, const std::shared_ptr<Message>& message) {
+    stream.block(lock, "its message to be received",
+                 [&] { return message->done || (comm.aborted && !message->copying); });
+    auto& waiting = box(operation);
+    waiting.erase(std::remove(waiting.begin(), waiting.end(), message), waiting.end());
+  }
+
+  bool receive(const Operation& operation, int part) {
+    auto& waiting = box(operation);
+    if (!block("a message: " + label(comm, operation), [&] { return !waiting.empty(); })) return false;
+    auto message = waiting.front();
+    waiting.pop_front();
+    if (message->bytes != operation.bytes || message->kind != operation.collective) mismatch(*message, operation);
+    Clock learnt = stream.clock;
+    join(learnt, message->clock);
+    const size_t bytes = std::min(message->bytes, operation.bytes);
+    stream.access(true, operation.target, bytes, label(comm, operation), part, &learnt);
+    join(known, learnt);
+    message->copying = true;
+    lock.unlock();
+    copy(stream, operation.target, message->data, bytes);
+    lock.lock();
+    message->copying = false;
+    message->done = true;
+    machine().notify();
+    return true;
+  }
+
+  void mismatch(const Message& message, const Operation& operation) {
+    const std::string why = label(comm, operation) + " met " + (message.kind.empty() ? "a send" : message.kind) +
+                            " of " + std::to_string(message.bytes) + " bytes";
+    machine().misuse(comm.name() + ": " + why);
+    for (int rank : {comm.rank, operation.peer}) {
+      if (auto member = comm.world->members[rank].lock()) member->error = member->fail(kNcclInvalidUsage, why);
+    }
+  }
+
+  // A local copy of one rank's own part of a collective.
+  void keep(const Operation& operation, int part) {
+    if (operation.source == operation.target) return;
+    stream.access(false, operation.source, operation.bytes, operation.collective, part);
+    stream.access(true, operation.target, operation.bytes, operation.collective, part);
+    lock.unlock();
+    copy(stream, operation.target, operation.source, operation.bytes);
+    lock.lock();
+  }
+
+  void put(const Operation& operation, int part) {
+    const std::string what = "put " + std::to_string(comm.rank) + "->" + std::to_string(operation.peer);
+    if (operation.window) {
+      char* target = operation.window->memory[operation.peer].first + operation.offset;
+      stream.access(false, operation.source, operation.bytes, what, part);
+      stream.access(true, target, operation.bytes, what, part);
+      lock.unlock();
+      copy(stream, target, operation.source, operation.bytes);
+      lock.lock();
+    }
+    comm.world->signals[{comm.rank, operation.peer}].push_back(stream.clock);
+    machine().notify();
+  }
+
+  bool wait_signal(const Operation& operation) {
+    auto& signals = comm.world->signals[{operation.peer, comm.rank}];
+    const auto count = static_cast<size_t>(operation.count);
+    if (!block(std::to_string(count) + " signals of rank " + std::to_string(operation.peer),
+               [&] { return signals.size() >= count; }))
+      return false;
+    for (size_t i = 0; i < count; i++) {
+      join(known, signals.front());
+      signals.pop_front();
+    }
+    return true;
+  }
+
+  void all(const std::vector<Operation>& operations) {
+    std::vector<std::pair<const Operation*, std::shared_ptr<Message>>> messages;
+    int part = 0;
+    // Everything leaves before anything is awaited: the operations of a group run side by side.
+    for (const auto& operation : operations) {
+      part++;
+      if (operation.kind == Operation::kSend) messages.emplace_back(&operation, send(operation, part));
+      if (operation.kind == Operation::kCopy) keep(operation, part);
+      if (operation.kind == Operation::kPut) put(operation, part);
+    }
+    machine().notify();
+    tick(stream.clock, stream.task);
+    known = stream.clock;
+    part = 0;
+    bool whole = true;
+    for (const auto& operation : operations) {
+      part++;
+      if (operation.kind == Operation::kRecv) whole = whole && receive(operation, part);
+      if (operation.kind == Operation::kWaitSignal) whole = whole && wait_signal(operation);
+    }
+    for (const auto& [operation, message] : messages) sent(*operation, message);
+    join(stream.clock, known);
+  }
+};
+
+}  // namespace
+
+void launch(Launch launch) {
+  auto comm = launch.communicator;
+  const uint64_t turn = comm->launched++;
+  auto operations = launch.operations;
+  const std::string what = "group of " + std::to_string(operations.size());
+  launch.stream->push(what, launch.host, [comm, turn, operations](Stream& stream, Lock& lock) {
+    const bool first = stream.block(lock, "earlier operations of its communicator",
+                                    [&] { return comm->aborted || comm->finished == turn; });
+    if (first && !comm->aborted) {
+      join(stream.clock, comm->clock);
+      Run{stream, lock, *comm, {}}.all(operations);
+      comm->clock = stream.clock;
+    }
+    comm->finished++;
+  });
+}
+
+}  // namespace fake

@@ -1,0 +1,219 @@
+"""The double of NCCL: rendezvous, errors, windows; and what a communicator's life looks like."""
+
+import ctypes
+
+import building
+import pytest
+from double import Double, DoubleError, Range
+from double_nccl import IN_PROGRESS, Ranks, config
+
+
+@pytest.fixture(params=[(0, 0), (300, 1)], ids=["at once", "late"])
+def gpu(request):
+    with Double(building.build()[0], *request.param) as double:
+        yield double
+
+
+def _clean(gpu):
+    assert gpu.drain() == [] and gpu.races() == [] and gpu.wrong_reads() == [] and gpu.misuses() == []
+
+
+def test_messages_carry_data_and_order(gpu):
+    ranks, compute = Ranks(gpu, 2), gpu.stream(0)
+    x, y = gpu.memory(64, "x"), gpu.memory(64, "y")
+    gpu.kernel(compute, "produce", writes=[x.filled(3)])
+    gpu.join(ranks.streams[0], compute, 0)
+    ranks.send(0, 1, x)
+    ranks.recv(1, 0, y)
+    gpu.kernel(ranks.streams[1], "consume", reads=[y.filled(3)])
+    _clean(gpu)
+    gpu.kernel(gpu.stream(1), "consume at once", reads=[y.part()])
+    assert gpu.drain() == []
+    (race,) = gpu.races()
+    assert race.kind == "RAW" and "recv 0->1 of 64 bytes" in race.first
+
+
+def test_the_receiver_gives_the_sender_no_edge(gpu):
+    """A send may be over when its bytes lie in the library's own buffers."""
+    ranks = Ranks(gpu, 2)
+    x, y, z = gpu.memory(8, "x"), gpu.memory(8, "y"), gpu.memory(8, "z")
+    gpu.kernel(ranks.streams[1], "read z", reads=[z.part()])
+    ranks.recv(1, 0, y)
+    ranks.send(0, 1, x)
+    gpu.kernel(ranks.streams[0], "write z", writes=[z.part()])
+    assert gpu.drain() == []
+    assert [race.kind for race in gpu.races()] == ["WAR"]
+
+
+def test_a_group_runs_side_by_side_and_calls_one_after_the_other(gpu):
+    ranks = Ranks(gpu, 2)
+    x = [gpu.memory(8, f"x{rank}") for rank in range(2)]
+    y = [gpu.memory(8, f"y{rank}") for rank in range(2)]
+    for rank in range(2):
+        with ranks.group():
+            ranks.send(rank, 1 - rank, x[rank])
+            ranks.recv(rank, 1 - rank, y[rank])
+    _clean(gpu)
+    for rank in range(2):
+        ranks.send(rank, 1 - rank, x[rank])
+        ranks.recv(rank, 1 - rank, y[rank])
+    stuck = gpu.drain()
+    assert len(stuck) == 2
+    assert all("waits for its message to be received" in line and f"rank {r}" in line for r, line in enumerate(stuck))
+    ranks.abort(0)
+    assert [line.split(" is ")[0] for line in gpu.drain()] == ["rank 1 stream 1"], "each rank aborts for itself"
+    ranks.abort(1)
+    assert gpu.drain() == []
+
+
+def test_what_was_aborted_never_arrives(gpu):
+    ranks, x, y = Ranks(gpu, 2), gpu.memory(8, "x"), gpu.memory(8, "y")
+    ranks.send(0, 1, x)
+    assert len(gpu.drain(grace_ms=10)) == 1
+    ranks.abort(0)
+    assert gpu.drain() == []
+    ranks.recv(1, 0, y)
+    assert ["rank 1" in line for line in gpu.drain(grace_ms=10)] == [True]
+
+
+def test_operations_of_one_group_are_not_ordered(gpu):
+    ranks, x = Ranks(gpu, 3), gpu.memory(8, "x")
+    with ranks.group():
+        ranks.recv(0, 1, x)
+        ranks.recv(0, 2, x)
+    for rank in (1, 2):
+        ranks.send(rank, 0, gpu.memory(8, f"from {rank}"))
+    assert gpu.drain() == []
+    assert [race.kind for race in gpu.races()] == ["WAW"]
+
+
+def test_one_communicator_runs_one_operation_at_a_time(gpu):
+    ranks, x = Ranks(gpu, 2), gpu.memory(8, "x")
+    other = gpu.stream(0)
+    ranks.recv(0, 1, x)
+    ranks.send(0, 1, x, stream=other)
+    ranks.send(1, 0, gpu.memory(8, "y"))
+    ranks.recv(1, 0, gpu.memory(8, "z"))
+    _clean(gpu)
+
+
+def test_a_wrong_size_is_an_asynchronous_error(gpu):
+    ranks = Ranks(gpu, 2)
+    assert ranks.error(0) == ranks.error(1) == 0
+    ranks.send(0, 1, gpu.memory(8, "x"))
+    ranks.recv(1, 0, gpu.memory(16, "y"))
+    assert gpu.drain() == []
+    assert ranks.error(0) == ranks.error(1) == 5
+    assert gpu.misuses() == ["rank 1: recv 0->1 of 16 bytes met a send of 8 bytes"]
+
+
+def test_collectives(gpu):
+    ranks = Ranks(gpu, 3)
+    parts = [gpu.memory(8, f"part {r}") for r in range(3)]
+    whole = [gpu.memory(24, f"whole {r}") for r in range(3)]
+    for r in range(3):
+        gpu.kernel(ranks.streams[r], "produce", writes=[parts[r].filled(r + 1)])
+        ranks.all_gather(r, parts[r], whole[r])
+    _clean(gpu)
+    assert {w.tobytes() for w in whole} == {bytes([1] * 8 + [2] * 8 + [3] * 8)}
+    for r in range(3):
+        ranks.broadcast(r, 1, parts[r], parts[r])
+    _clean(gpu)
+    assert {p.tobytes() for p in parts} == {bytes([2] * 8)}
+
+
+@pytest.mark.parametrize(
+    ("early", "depth", "safe"),
+    [(True, 1, False), (True, 2, False), (True, 3, True), (False, 1, False), (False, 2, True)],
+)
+def test_puts_need_more_buffers_than_receives(gpu, early, depth, safe):
+    """Nothing tells the sender that the peer has read: with an early post a third buffer keeps them apart."""
+    ranks, compute = Ranks(gpu, 2), [gpu.stream(r) for r in range(2)]
+    windows = [ranks.window(r, depth * 8, f"window {r}") for r in range(2)]
+    sources = [[gpu.memory(8, f"source {r}.{p}") for p in range(depth)] for r in range(2)]
+    done = [[], []]
+
+    def post(r, e):
+        gpu.kernel(compute[r], "produce", writes=[sources[r][e % depth].part()])
+        gpu.join(ranks.streams[r], compute[r], r)
+        ranks.put(r, 1 - r, sources[r][e % depth], windows[r][1], e % depth * 8)
+        ranks.wait_signal(r, 1 - r)
+        event = gpu.event(r)
+        gpu.record(event, ranks.streams[r])
+        done[r].append(event)
+
+    def read(r, e):
+        gpu.wait(compute[r], done[r][e])
+        gpu.kernel(compute[r], "consume", reads=[Range(windows[r][0] + e % depth * 8, 8, -1)])
+
+    for e in range(12):
+        for r in range(2):
+            post(r, e)
+            if not early:
+                read(r, e)
+            elif e:
+                read(r, e - 1)
+    assert gpu.drain() == [] and gpu.misuses() == []
+    assert bool(gpu.races()) != safe
+    assert {race.kind for race in gpu.races()} <= {"RAW", "WAR"}
+
+
+def test_split(gpu):
+    ranks, parts = Ranks(gpu, 4), []
+    for r in range(4):
+        with gpu.rank(r):
+            part = ctypes.c_void_p()
+            colour, key = (-1, 0) if r == 3 else (r % 2, -r)
+            answer = gpu.library.ncclCommSplit(ranks.comms[r], colour, key, ctypes.byref(part), ctypes.byref(config()))
+        parts.append(part)
+        assert answer == (0 if r == 3 else IN_PROGRESS)
+        assert [ranks.error(0), parts[0].value is None] == ([0, False] if r == 3 else [IN_PROGRESS, True])
+    assert parts[3].value is None
+    found = []
+    for r in (0, 1, 2):
+        ranks.comms[r] = parts[r]
+        assert ranks.error(r) == 0
+        values = [ctypes.c_int(), ctypes.c_int()]
+        gpu.call("ncclCommCount", parts[r], ctypes.byref(values[0]))
+        gpu.call("ncclCommUserRank", parts[r], ctypes.byref(values[1]))
+        found.append((values[0].value, values[1].value))
+    assert found == [(2, 1), (1, 0), (2, 0)], "smaller keys come first"
+    x, y = gpu.memory(8, "x"), gpu.memory(8, "y")
+    gpu.kernel(ranks.streams[0], "produce", writes=[x.filled(9)])
+    ranks.send(0, 0, x)
+    ranks.recv(2, 1, y)
+    _clean(gpu)
+    assert y.tobytes() == bytes([9]) * 8
+
+
+def test_a_group_in_progress_is_launched_later():
+    """A record made before the communicator has answered does not cover the group."""
+    with Double(building.build()[0], enquiries=2) as gpu:
+        ranks, x, y = Ranks(gpu, 2), gpu.memory(8, "x"), gpu.memory(8, "y")
+        with ranks.group():
+            ranks.send(0, 1, x)
+        with pytest.raises(DoubleError):
+            ranks.send(0, 1, x)
+        assert [ranks.error(0) for _ in range(3)] == [IN_PROGRESS, IN_PROGRESS, 0]
+        with ranks.group():
+            ranks.recv(1, 0, y)
+        compute = gpu.stream(1)
+        gpu.join(compute, ranks.streams[1], 1)
+        assert [ranks.error(1) for _ in range(3)] == [IN_PROGRESS, IN_PROGRESS, 0]
+        gpu.kernel(compute, "read", reads=[y.part()])
+        assert gpu.drain() == []
+        assert {race.kind for race in gpu.races()} == {"RAW"}
+
+
+def test_calls_that_the_library_would_punish():
+    with Double(building.build()[0]) as gpu:
+        ranks, x = Ranks(gpu, 2), gpu.memory(8, "x")
+        for peer, stream in ((2, None), (1, gpu.stream(1))):
+            with pytest.raises(DoubleError) as error:
+                ranks.send(0, peer, x, stream)
+            assert error.value.code == 4
+        gpu.fail(0, 6)
+        assert (ranks.error(0), ranks.error(1)) == (6, 0)
+        ranks.send(1, 0, x)
+        gpu.call("ncclCommDestroy", ranks.comms[1])
+        assert "with operations under way" in gpu.misuses()[0]
