@@ -5,7 +5,8 @@ import os
 from dataclasses import dataclass
 
 ENVIRONMENT = {
-    "ASYNCDIFF_FAST": "options of patch() for `import asyncdiff_fast.auto`, such as num_stages=2,warmup_steps=3"
+    "ASYNCDIFF_FAST": "options of patch() for `import asyncdiff_fast.auto`, such as num_stages=2,warmup_steps=3",
+    "ASYNCDIFF_FAST_CACHE": "folder where measured choices of kernels are kept; default ~/.cache/asyncdiff_fast",
 }
 
 
@@ -23,6 +24,8 @@ class Config:
             "odd" computes at odd steps, as the published implementation does.
         balance: "flops" divides by counted work, the same on every machine; "time" measures each unit once.
         timeout_s: seconds to wait for another rank before failing.
+        kernels: "auto" replaces layers by fused kernels where they were measured to be no slower, on a GPU with Triton;
+            "triton" wherever they can run; "torch" nowhere.
     Raises: ValueError that names the option, the value and the allowed values.
     Source: AsyncDiff (Chen et al., 2024), sections 3.2 to 3.4.
     """
@@ -35,6 +38,7 @@ class Config:
     stride_phase: str = "warmup"
     balance: str = "flops"
     timeout_s: float = 120.0
+    kernels: str = "auto"
 
     def __post_init__(self):
         if self.stages is not None:
@@ -46,6 +50,7 @@ class Config:
         self._check(type(self.stride) is int and self.stride in (1, 2), "stride", "1 or 2")
         self._check(self.stride_phase in ("warmup", "odd"), "stride_phase", '"warmup" or "odd"')
         self._check(self.balance in ("flops", "time"), "balance", '"flops" or "time"')
+        self._check(self.kernels in ("auto", "triton", "torch"), "kernels", '"auto", "triton" or "torch"')
         self._check(isinstance(self.time_shift, bool), "time_shift", "True or False")
         number = isinstance(self.timeout_s, int | float) and not isinstance(self.timeout_s, bool)
         self._check(number and 0 < self.timeout_s < 1e9, "timeout_s", "a positive number of seconds")

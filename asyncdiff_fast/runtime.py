@@ -10,7 +10,9 @@ from . import fingerprint, schedule
 from .buffers import Placeholders
 from .clock import Clock, last_scheduler, unwatch_schedulers, watch_schedulers
 from .exchange import TorchExchange
+from .fused import Fusion
 from .modules import Attachment, on_pipeline_end, step_cache, structure
+from .op_choice import KernelChoice
 from .passes import Pass
 from .planning import make_plan
 from .schedule import Mode
@@ -40,6 +42,8 @@ class Runtime:
         self._active = self._forward_error = None
         self._interrupted, self._phases = False, 0
         self._calls = dict.fromkeys(Mode, 0)
+        # Beneath every hook of ours.
+        self._fusion = Fusion(denoiser, KernelChoice(config.kernels, world))
         watch_schedulers()
         self._undo_end = on_pipeline_end(denoiser, self._clock.end)
         self._root = Attachment(denoiser, self._call)
@@ -172,7 +176,7 @@ class Runtime:
             known = None
             if self.plan is not None:
                 known = {u.key: s for u, s in zip(self.plan.graph.units, self.plan.division.owner, strict=True)}
-            with self._refusing():
+            with self._refusing(), self._fusion.choice.learning():
                 plan = make_plan(
                     self.denoiser,
                     self._noting(forward),
@@ -244,8 +248,9 @@ class Runtime:
         return any(x.requires_grad for x in (*tensors, *self.denoiser.parameters()))
 
     def stats(self):
-        """Dict: calls by mode, bytes sent and time waited by this rank, since `clear_stats`."""
+        """Dict: calls by mode, bytes sent and time waited by this rank, since `clear_stats`; kernels in use."""
         calls = {f"{mode.name.lower()}_calls": n for mode, n in self._calls.items()}
+        calls["kernels"] = self._fusion.summary()
         return calls | (self._exchange.stats() if self._exchange is not None else {})
 
     def clear_stats(self):
@@ -261,6 +266,7 @@ class Runtime:
         for attachment in self._units.values():
             attachment.remove()
         self._units.clear()
+        self._fusion.remove()
         unwatch_schedulers()
         if self._exchange is not None:
             if self._interrupted:
