@@ -2,6 +2,8 @@
 
 from typing import NamedTuple
 
+import torch
+
 
 class Tile(NamedTuple):
     """Pixels × channels of one program's tile, and its warps."""
@@ -27,3 +29,52 @@ GROUP_NORM_SMALL_TILE = 4096
 GROUP_NORM_SMALL_WARPS = 8
 
 HALO_ROW_TILE = 1024
+
+
+class AttentionSettings(NamedTuple):
+    """Queries and keys of a tile, warps of a program, stages of its pipeline, programs that share a multiprocessor."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+    per_sm: int
+
+
+# By the largest head size of a class, fp16 and bf16.
+ATTENTION = {
+    32: AttentionSettings(128, 64, 4, 3, 2),
+    64: AttentionSettings(128, 64, 8, 3, 2),
+    128: AttentionSettings(128, 64, 8, 2, 1),
+    160: AttentionSettings(128, 32, 8, 2, 1),
+}
+ATTENTION_FP32 = AttentionSettings(64, 32, 4, 2, 1)
+
+# The multiprocessors of an H100 or H200, whatever the device is: how keys are split must not depend on where it runs.
+ATTENTION_SMS = 132
+ATTENTION_SPLIT_KEYS = 256
+ATTENTION_SPLITS = 16
+
+
+def attention_settings(head_size, dtype):
+    """The `AttentionSettings` of a head size up to 160 and a dtype."""
+    if dtype == torch.float32:
+        return ATTENTION_FP32
+    return next(settings for largest, settings in ATTENTION.items() if head_size <= largest)
+
+
+def attention_splits(num_tiles, num_keys, settings):
+    """Programs among which the keys of one row are divided.
+
+    The fewest that keep nine tenths of the device busy, else the number that keeps most of it busy; at least 256 keys each.
+    """
+    slots = ATTENTION_SMS * settings.per_sm
+    best, best_share = 1, 0.0
+    for splits in range(1, max(1, min(ATTENTION_SPLITS, num_keys // ATTENTION_SPLIT_KEYS)) + 1):
+        programs = num_tiles * splits
+        share = programs / (-(-programs // slots) * slots)
+        if share > best_share:
+            best, best_share = splits, share
+        if share >= 0.9:
+            break
+    return best
