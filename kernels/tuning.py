@@ -1,4 +1,4 @@
-"""Launch settings of the kernels by shape class: data, no measuring. A class without a row takes the default beside it."""
+"""Launch settings of the kernels by shape class: data, no measuring."""
 
 from typing import NamedTuple
 
@@ -13,8 +13,8 @@ class Tile(NamedTuple):
     num_warps: int
 
 
-# By pass, and by whether channels (True) or pixels (False) are neighbours in memory. Tiles are wide along what is adjacent, so that
-# loads and stores are 16 bytes a lane, and small enough for 8 programs on an sm_90 multiprocessor.
+# By pass, and by whether channels (True) or pixels (False) are neighbours in memory. Tiles are wide along what is
+# adjacent, so that loads and stores are 16 bytes a lane, and small enough for 8 programs on an sm_90 multiprocessor.
 GROUP_NORM = {
     ("stats", True): Tile(32, 64, 4),
     ("stats", False): Tile(256, 16, 8),
@@ -28,7 +28,8 @@ GROUP_NORM_SMALL_BYTES = 64 * 1024
 GROUP_NORM_SMALL_TILE = 4096
 GROUP_NORM_SMALL_WARPS = 8
 
-HALO_ROW_TILE = 1024
+# Elements that one program of `pack_rows` copies.
+HALO_BLOCK = 1024
 
 
 class AttentionSettings(NamedTuple):
