@@ -15,9 +15,10 @@ from asyncdiff_fast.kernels import checks, pixels, tuning
 
 
 @triton.jit
-def _row_offsets(strides, n, offs_p, offs_c):
+def _row_offsets(strides, n, offs_p, offs_c, UNIT: tl.constexpr):
     """Offsets of a (pixels, channels) tile into border rows (n, c, rows, w)."""
-    return n * strides[0] + offs_p[:, None].to(tl.int64) * strides[3] + offs_c[None, :].to(tl.int64) * strides[1]
+    offs = offs_p[:, None].to(tl.int64) * strides[3] + offs_c[None, :].to(tl.int64) * strides[1] * UNIT
+    return n * strides[0] * UNIT + offs
 
 
 @triton.jit
@@ -46,8 +47,8 @@ def write_tile(
         once = once & (row % UPSAMPLE == 0) & (column % UPSAMPLE == 0)
     inside = written & (offs_p >= 0) & (offs_p < num_pixels)
 
-    offs_x = offs_p[:, None].to(tl.int64) * x_strides[3] + offs_c[None, :].to(tl.int64) * (x_strides[1] * X_UNIT)
-    base_x = n * (x_strides[0] * X_UNIT) + frame * (x_strides[2] * X_UNIT)
+    offs_x = offs_p[:, None].to(tl.int64) * x_strides[3] + offs_c[None, :].to(tl.int64) * x_strides[1] * X_UNIT
+    base_x = n * x_strides[0] * X_UNIT + frame * x_strides[2] * X_UNIT
     y = tl.load(x_ptr + base_x + offs_x, mask=inside[:, None] & mask_c[None, :], other=0.0).to(tl.float32)
     if a is not None:
         y = y * a[None, :] + b[None, :]
@@ -56,23 +57,23 @@ def write_tile(
     y = y.to(dtype)
     if top_ptr is not None:
         mask = (inside & once & (offs_p < top_rows * width))[:, None] & mask_c[None, :]
-        tl.store(top_ptr + _row_offsets(top_strides, n, offs_p, offs_c), y, mask=mask)
+        tl.store(top_ptr + _row_offsets(top_strides, n, offs_p, offs_c, X_UNIT), y, mask=mask)
     if bottom_ptr is not None:
         offs_b = offs_p - (height - bottom_rows) * width
         mask = (inside & once & (offs_b >= 0))[:, None] & mask_c[None, :]
-        tl.store(bottom_ptr + _row_offsets(bottom_strides, n, offs_b, offs_c), y, mask=mask)
+        tl.store(bottom_ptr + _row_offsets(bottom_strides, n, offs_b, offs_c, X_UNIT), y, mask=mask)
     if HALO:
         y = tl.where(inside[:, None], y, 0.0).to(dtype)
         if above_ptr is not None:
             mask = (offs_p < 0)[:, None] & mask_c[None, :]
-            offs = _row_offsets(above_strides, n, offs_p + rows_above * width, offs_c)
+            offs = _row_offsets(above_strides, n, offs_p + rows_above * width, offs_c, X_UNIT)
             y = tl.where(mask, tl.load(above_ptr + offs, mask=mask, other=0.0), y)
         if below_ptr is not None:
             mask = (written & (offs_p >= num_pixels))[:, None] & mask_c[None, :]
-            offs = _row_offsets(below_strides, n, offs_p - num_pixels, offs_c)
+            offs = _row_offsets(below_strides, n, offs_p - num_pixels, offs_c, X_UNIT)
             y = tl.where(mask, tl.load(below_ptr + offs, mask=mask, other=0.0), y)
-    offs_y = offs_o[:, None].to(tl.int64) * y_strides[3] + offs_c[None, :].to(tl.int64) * (y_strides[1] * Y_UNIT)
-    base_y = n * (y_strides[0] * Y_UNIT) + frame * (y_strides[2] * Y_UNIT)
+    offs_y = offs_o[:, None].to(tl.int64) * y_strides[3] + offs_c[None, :].to(tl.int64) * y_strides[1] * Y_UNIT
+    base_y = n * y_strides[0] * Y_UNIT + frame * y_strides[2] * Y_UNIT
     tl.store(y_ptr + base_y + offs_y, y, mask=written[:, None] & mask_c[None, :])
 
 
@@ -136,8 +137,9 @@ def group_norm_apply(
 
 def write_arguments(view, view_y, halo, above, below, top, bottom):
     """The strides and sizes that `write_tile` takes, and its constants but SILU and UPSAMPLE."""
-    x_unit, y_unit = pixels.common_unit(view), pixels.common_unit(view_y)
-    rows = [None if t is None else pixels.strides_in(pixels.pixel_view(t), 1) for t in (above, below, top, bottom)]
+    borders = [None if t is None else pixels.pixel_view(t) for t in (above, below, top, bottom)]
+    x_unit, y_unit = pixels.common_unit(view, *borders), pixels.common_unit(view_y)
+    rows = [None if border is None else pixels.strides_in(border, x_unit) for border in borders]
     border_rows = [0 if t is None else t.shape[2] for t in (top, bottom)]
     arguments = (
         pixels.strides_in(view, x_unit), *rows[:2], pixels.strides_in(view_y, y_unit), *rows[2:],

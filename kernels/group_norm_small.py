@@ -32,10 +32,10 @@ def _small_kernel(
     offs_c = g * GROUP_CHANNELS + channel
     num_pixels = height * (width * X_UNIT)
 
-    offs_p = tl.arange(0, SHIFT_PIXELS)
-    mask = (offs_p < num_pixels)[:, None] & mask_c[None, :]
-    x = load_tile(x_ptr, None, None, 1.0, x_strides, None, n, n * 0, offs_p, offs_c, mask, X_UNIT)
-    shift = tl.sum(tl.where(mask, x, 0.0), axis=0) / tl.minimum(num_pixels, SHIFT_PIXELS).to(tl.float32)
+    offs_s = tl.arange(0, SHIFT_PIXELS)
+    mask_s = (offs_s < num_pixels)[:, None] & mask_c[None, :]
+    sample = load_tile(x_ptr, None, None, 1.0, x_strides, None, n, n * 0, offs_s, offs_c, mask_s, X_UNIT)
+    shift = tl.sum(tl.where(mask_s, sample, 0.0), axis=0) / tl.minimum(num_pixels, SHIFT_PIXELS).to(tl.float32)
     first = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
     second = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
     for frame in range(0, num_frames):

@@ -27,12 +27,12 @@ def load_tile(
     x_ptr, shortcut_ptr, bias, scale, x_strides, s_strides, n, frame, offs_p, offs_c, mask, UNIT: tl.constexpr
 ):  # fmt: skip
     """One (pixels, channels) tile in float32; with a shortcut, what `residual_partials` stores, rounded alike."""
-    offs_x = offs_p[:, None].to(tl.int64) * x_strides[3] + offs_c[None, :].to(tl.int64) * (x_strides[1] * UNIT)
-    base_x = n * (x_strides[0] * UNIT) + frame * (x_strides[2] * UNIT)
+    offs_x = offs_p[:, None].to(tl.int64) * x_strides[3] + offs_c[None, :].to(tl.int64) * x_strides[1] * UNIT
+    base_x = n * x_strides[0] * UNIT + frame * x_strides[2] * UNIT
     x = tl.load(x_ptr + base_x + offs_x, mask=mask, other=0.0).to(tl.float32)
     if shortcut_ptr is not None:
-        offs_s = offs_p[:, None].to(tl.int64) * s_strides[3] + offs_c[None, :].to(tl.int64) * (s_strides[1] * UNIT)
-        base_s = n * (s_strides[0] * UNIT) + frame * (s_strides[2] * UNIT)
+        offs_s = offs_p[:, None].to(tl.int64) * s_strides[3] + offs_c[None, :].to(tl.int64) * s_strides[1] * UNIT
+        base_s = n * s_strides[0] * UNIT + frame * s_strides[2] * UNIT
         shortcut = tl.load(shortcut_ptr + base_s + offs_s, mask=mask, other=0.0).to(tl.float32)
         x = ((x + bias[None, :] + shortcut) * scale).to(x_ptr.dtype.element_ty).to(tl.float32)
     return x
@@ -56,11 +56,11 @@ def _partials_kernel(
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
 
-    offs_p = begin + tl.arange(0, SHIFT_PIXELS)
-    mask = (offs_p < end)[:, None] & mask_c[None, :]
-    x = load_tile(x_ptr, shortcut_ptr, bias, scale, x_strides, s_strides, n, frame, offs_p, offs_c, mask, UNIT)
+    offs_s = begin + tl.arange(0, SHIFT_PIXELS)
+    mask_s = (offs_s < end)[:, None] & mask_c[None, :]
+    sample = load_tile(x_ptr, shortcut_ptr, bias, scale, x_strides, s_strides, n, frame, offs_s, offs_c, mask_s, UNIT)
     sampled = tl.minimum(end - begin, SHIFT_PIXELS).to(tl.float32)
-    shift = tl.sum(tl.where(mask, x, 0.0), axis=0) / sampled
+    shift = tl.sum(tl.where(mask_s, sample, 0.0), axis=0) / sampled
 
     first = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
     second = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
@@ -69,8 +69,8 @@ def _partials_kernel(
         mask = (offs_p < end)[:, None] & mask_c[None, :]
         x = load_tile(x_ptr, shortcut_ptr, bias, scale, x_strides, s_strides, n, frame, offs_p, offs_c, mask, UNIT)
         if y_ptr is not None:
-            offs_y = offs_p[:, None].to(tl.int64) * y_strides[3] + offs_c[None, :].to(tl.int64) * (y_strides[1] * UNIT)
-            base_y = n * (y_strides[0] * UNIT) + frame * (y_strides[2] * UNIT)
+            offs_y = offs_p[:, None].to(tl.int64) * y_strides[3] + offs_c[None, :].to(tl.int64) * y_strides[1] * UNIT
+            base_y = n * y_strides[0] * UNIT + frame * y_strides[2] * UNIT
             tl.store(y_ptr + base_y + offs_y, x.to(y_ptr.dtype.element_ty), mask=mask)
         d = tl.where(mask, x - shift[None, :], 0.0)
         first += d
