@@ -11,16 +11,15 @@ import hashlib
 import json
 import logging
 import os
-import platform
 import tempfile
 from collections import Counter
-from importlib import metadata, util
+from importlib import util
 from pathlib import Path
 
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
-from .op_timing import times_us
+from . import op_timing
 from .ops import KERNELS
 
 log = logging.getLogger(__name__)
@@ -56,12 +55,13 @@ class KernelChoice:
     unknown shapes are measured only while `learning`, when all ranks are known to run the same forward.
     """
 
-    def __init__(self, mode, world):
-        self.mode, self._world = mode, world
+    def __init__(self, mode, world, gpu=op_timing):
+        self.mode, self._world, self._gpu = mode, world, gpu
         self.alone = world.size == 1
         self._learning = self.alone
-        wanted = mode == "triton" or (mode == "auto" and not why_not() and torch.cuda.is_available())
-        known = _read(_path()) if wanted and mode == "auto" and world.rank == 0 else {}
+        wanted = mode == "triton" or (mode == "auto" and gpu.available())
+        self._path = cache_path(gpu.environment()) if wanted and mode == "auto" and world.rank == 0 else None
+        known = _read(self._path) if self._path else {}
         # One rank without a GPU, and all do without: they must go the same way through their modules.
         everyone = world.gather((wanted, known), "the choice of kernels")
         self.active = all(able for able, _ in everyone)
@@ -105,7 +105,7 @@ class KernelChoice:
         op, shape, strides, dtype, _, facts = key
         text = f"{op} {tuple(shape)} {strides} {str(dtype).removeprefix('torch.')} {facts}"
         if text not in self._known:
-            if torch.cuda.is_current_stream_capturing() or not self._learning:
+            if self._gpu.capturing() or not self._learning:
                 return rule(op, shape, facts)
             self._known[text] = self._learn(text, op, run)
         self._picked[key] = self._known[text]["kernel"]
@@ -116,8 +116,8 @@ class KernelChoice:
         if self._world.rank == 0:
             # Whoever traces this forward must not see the trials.
             with torch.no_grad(), _disable_current_modes():
-                found = decide({name: times_us(lambda name=name: run(name)) for name in KERNELS[op]})
-            _write(_path(), text, found)
+                found = decide({name: self._gpu.times_us(lambda name=name: run(name)) for name in KERNELS[op]})
+            _write(self._path, text, found)
             log.info("%s: %s of %s us (launched, replayed)", text, found["kernel"], found["us"])
         return self._world.broadcast(found, f"the kernel of {text}")
 
@@ -152,27 +152,10 @@ def rule(op, shape, facts):
     return "cudnn" if len(facts[0]) == 1 and full >= 0.7 else "triton"
 
 
-def _environment():
-    versions = {}
-    for package in ("torch", "triton", "asyncdiff_fast"):
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = None
-    return {
-        "device": torch.cuda.get_device_name(),
-        "capability": torch.cuda.get_device_capability(),
-        "cuda": torch.version.cuda,
-        "cudnn": torch.backends.cudnn.version(),
-        "python": platform.python_version(),
-        **versions,
-    }
-
-
-def _path():
-    """The file of the choices on this kind of device with these versions."""
+def cache_path(environment):
+    """The file of the choices on one kind of device with certain versions."""
     folder = os.environ.get("ASYNCDIFF_FAST_CACHE") or Path.home() / ".cache" / "asyncdiff_fast"
-    digest = hashlib.sha256(json.dumps(_environment(), sort_keys=True).encode()).hexdigest()[:16]
+    digest = hashlib.sha256(json.dumps(environment, sort_keys=True).encode()).hexdigest()[:16]
     return Path(folder) / f"kernels-{digest}.json"
 
 

@@ -1,12 +1,41 @@
-"""How long an implementation of an op takes on this GPU, for choosing between implementations."""
+"""This GPU, for choosing between implementations of an op: whether there is one, which, and how long a call takes."""
 
 import logging
+import platform
 import statistics
+from importlib import metadata, util
 
 import torch
 
 log = logging.getLogger(__name__)
 WARMUP, ROUNDS, CALLS = 3, 5, 10
+
+
+def available():
+    """True if Triton kernels can be compiled and run here."""
+    return torch.cuda.is_available() and util.find_spec("triton") is not None
+
+
+def environment():
+    """Dict, fit for JSON: what times may depend on beside the op: device, libraries, the Python that launches."""
+    versions = {}
+    for package in ("torch", "triton", "asyncdiff_fast"):
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = None
+    return {
+        "device": torch.cuda.get_device_name(),
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+        "python": platform.python_version(),
+        **versions,
+    }
+
+
+def capturing():
+    """True while a CUDA graph is captured: nothing can be measured then."""
+    return torch.cuda.is_current_stream_capturing()
 
 
 def times_us(run):
