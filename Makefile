@@ -39,6 +39,7 @@ demo: install
 
 test: install
 	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest tests/interpreter
 
 test-slow: install
 	$(BIN)/pytest -m slow

@@ -1,4 +1,4 @@
-"""Kernels on the CPU, in Triton's interpreter: a run of its own, `pytest tests/interpreter`, as it is chosen at import."""
+"""Kernels on the CPU, in Triton's interpreter: a run of its own, `pytest tests/interpreter`, chosen before import."""
 
 import os
 import pathlib
