@@ -18,23 +18,24 @@ import itertools
 import torch
 import triton
 import triton.language as tl
-
 from asyncdiff_fast.kernels import tuning
+from asyncdiff_fast.kernels.attention_layout import check_attention, pieces, stride_unit, strides
 from asyncdiff_fast.kernels.attention_merge import launch_merge, tile_of_queries
 
-MAX_SEGMENTS = 8
 LOG2_E = 1.4426950408889634
 LN_2 = tl.constexpr(0.6931471805599453)
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-SHAPES = ("q_sizes", "sizes", "first_blocks", "num_blocks", "num_tails", "blocks_per_split")
+# A change of these must not compile anew.
+SHAPES = ("num_blocks", "num_tails", "blocks_per_split")
 
 
 @triton.jit
-def _dot(a, b, acc, UPCAST: tl.constexpr):
-    if UPCAST:
+def _dot(a, b, acc, PRECISION: tl.constexpr):
+    if PRECISION == "upcast":
         a = a.to(tl.float32)
         b = b.to(tl.float32)
-    return tl.dot(a, b, acc, input_precision="ieee")
+        return tl.dot(a, b, acc, input_precision="ieee")
+    else:
+        return tl.dot(a, b, acc, input_precision=PRECISION)
 
 
 @triton.jit
@@ -53,7 +54,7 @@ def _load(ptrs, mask_n, mask_d, MASK_N: tl.constexpr, MASK_D: tl.constexpr):
 def _fold_keys(
     q0, q1, acc0, acc1, row_max, row_sum, k_ptr, v_ptr, stride_ks, stride_vs, num_keys, scale_log2,
     D0: tl.constexpr, D1: tl.constexpr, HEAD_SIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    MASK_N: tl.constexpr, UPCAST: tl.constexpr,
+    MASK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One step of the online softmax: a block of keys and values joins the sums of a tile of queries."""
     MASK_D: tl.constexpr = D0 + D1 != HEAD_SIZE
@@ -61,12 +62,12 @@ def _fold_keys(
     offs_d = tl.arange(0, D0)
     mask_n = offs_n < num_keys
     k = _load(k_ptr + offs_n[None, :] * stride_ks + offs_d[:, None], mask_n[None, :], None, MASK_N, False)
-    scores = _dot(q0, k, tl.zeros((BLOCK_M, BLOCK_N), tl.float32), UPCAST)
+    scores = _dot(q0, k, tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION)
     if D1 > 0:
         offs_e = D0 + tl.arange(0, D1)
         mask_e = offs_e < HEAD_SIZE
         k_ptrs = k_ptr + offs_n[None, :] * stride_ks + offs_e[:, None]
-        scores = _dot(q1, _load(k_ptrs, mask_n[None, :], mask_e[:, None], MASK_N, MASK_D), scores, UPCAST)
+        scores = _dot(q1, _load(k_ptrs, mask_n[None, :], mask_e[:, None], MASK_N, MASK_D), scores, PRECISION)
     if MASK_N:
         scores = tl.where(mask_n[None, :], scores, float("-inf"))
     new_max = tl.maximum(row_max, tl.max(scores, 1) * scale_log2)
@@ -77,28 +78,22 @@ def _fold_keys(
     row_sum = row_sum * decay + tl.sum(probs, 1)
     v = _load(v_ptr + offs_n[:, None] * stride_vs + offs_d[None, :], mask_n[:, None], None, MASK_N, False)
     probs = probs.to(v.dtype)
-    acc0 = _dot(probs, v, acc0 * decay[:, None], UPCAST)
+    acc0 = _dot(probs, v, acc0 * decay[:, None], PRECISION)
     if D1 > 0:
         v_ptrs = v_ptr + offs_n[:, None] * stride_vs + offs_e[None, :]
         v = _load(v_ptrs, mask_n[:, None], mask_e[None, :], MASK_N, MASK_D)
-        acc1 = _dot(probs, v, acc1 * decay[:, None], UPCAST)
+        acc1 = _dot(probs, v, acc1 * decay[:, None], PRECISION)
     return acc0, acc1, new_max, row_sum
-
-
-@triton.jit
-def _aligned(offset, ALIGNED: tl.constexpr):
-    """An offset that the compiler may take for a multiple of 8 elements, so that loads are 16 bytes wide."""
-    return tl.multiple_of(offset, 8) if ALIGNED else offset
 
 
 @triton.jit
 def _block_of_keys(
     block, batch, head, k_ptrs, v_ptrs, k_strides, v_strides, sizes, first_blocks,
-    NUM_SEGMENTS: tl.constexpr, BLOCK_N: tl.constexpr, TAILS: tl.constexpr, ALIGNED: tl.constexpr,
+    NUM_SEGMENTS: tl.constexpr, BLOCK_N: tl.constexpr, TAILS: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """Where a block lies: whole block number `block` of all segments, or what is left over of segment `block`."""
-    k_ptr = k_ptrs[0] + _aligned(batch * k_strides[0] + head * k_strides[2], ALIGNED)
-    v_ptr = v_ptrs[0] + _aligned(batch * v_strides[0] + head * v_strides[2], ALIGNED)
+    k_ptr = k_ptrs[0] + (batch * k_strides[0] + head * k_strides[2]) * UNIT
+    v_ptr = v_ptrs[0] + (batch * v_strides[0] + head * v_strides[2]) * UNIT
     stride_ks = k_strides[1]
     stride_vs = v_strides[1]
     size = sizes[0]
@@ -107,17 +102,18 @@ def _block_of_keys(
         reached = block >= (idx if TAILS else first_blocks[idx])
         k_offset = batch * k_strides[3 * idx] + head * k_strides[3 * idx + 2]
         v_offset = batch * v_strides[3 * idx] + head * v_strides[3 * idx + 2]
-        k_ptr = tl.where(reached, k_ptrs[idx] + _aligned(k_offset, ALIGNED), k_ptr)
-        v_ptr = tl.where(reached, v_ptrs[idx] + _aligned(v_offset, ALIGNED), v_ptr)
+        k_ptr = tl.where(reached, k_ptrs[idx] + k_offset * UNIT, k_ptr)
+        v_ptr = tl.where(reached, v_ptrs[idx] + v_offset * UNIT, v_ptr)
         stride_ks = tl.where(reached, k_strides[3 * idx + 1], stride_ks)
         stride_vs = tl.where(reached, v_strides[3 * idx + 1], stride_vs)
         size = tl.where(reached, sizes[idx], size)
         first = tl.where(reached, first_blocks[idx], first)
-    begin = size // BLOCK_N * BLOCK_N if TAILS else (block - first) * BLOCK_N
-    stride_ks = _aligned(stride_ks + 0, ALIGNED)
-    stride_vs = _aligned(stride_vs + 0, ALIGNED)
-    k_ptr += begin.to(tl.int64) * stride_ks
-    v_ptr += begin.to(tl.int64) * stride_vs
+    size = tl.cast(size, tl.int64)
+    begin = size // BLOCK_N * BLOCK_N if TAILS else tl.cast(block - first, tl.int64) * BLOCK_N
+    stride_ks *= UNIT
+    stride_vs *= UNIT
+    k_ptr += begin * stride_ks
+    v_ptr += begin * stride_vs
     return k_ptr, v_ptr, stride_ks, stride_vs, size - begin
 
 
@@ -127,22 +123,22 @@ def _attention_kernel(
     q_sizes, sizes, first_blocks, num_heads, num_blocks, num_tails, blocks_per_split, scale_log2,
     NUM_QUERIES: tl.constexpr, NUM_SEGMENTS: tl.constexpr, HEAD_SIZE: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, SPLIT: tl.constexpr, WRITE_LSE: tl.constexpr,
-    ALIGNED: tl.constexpr, UPCAST: tl.constexpr,
+    UNIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     batch = (tl.program_id(1) // num_heads).to(tl.int64)
     head = (tl.program_id(1) % num_heads).to(tl.int64)
     second, offs_m, mask_m, before, total = tile_of_queries(tl.program_id(0), q_sizes, NUM_QUERIES, BLOCK_M)
-    q_ptr = q_ptrs[0] + _aligned(batch * q_strides[0] + head * q_strides[2], ALIGNED)
-    out_ptr = out_ptrs[0] + batch * out_strides[0] + head * out_strides[2]
+    q_ptr = q_ptrs[0] + (batch * q_strides[0] + head * q_strides[2]) * UNIT
+    out_ptr = out_ptrs[0] + (batch * out_strides[0] + head * out_strides[2]) * UNIT
     stride_qs = q_strides[1]
     stride_os = out_strides[1]
     if NUM_QUERIES == 2:
-        q_ptr = tl.where(second, q_ptrs[1] + _aligned(batch * q_strides[3] + head * q_strides[5], ALIGNED), q_ptr)
-        out_ptr = tl.where(second, out_ptrs[1] + batch * out_strides[3] + head * out_strides[5], out_ptr)
+        q_ptr = tl.where(second, q_ptrs[1] + (batch * q_strides[3] + head * q_strides[5]) * UNIT, q_ptr)
+        out_ptr = tl.where(second, out_ptrs[1] + (batch * out_strides[3] + head * out_strides[5]) * UNIT, out_ptr)
         stride_qs = tl.where(second, q_strides[4], stride_qs)
         stride_os = tl.where(second, out_strides[4], stride_os)
     offs_d = tl.arange(0, D0)
-    q_rows = q_ptr + offs_m[:, None] * _aligned(stride_qs + 0, ALIGNED)
+    q_rows = q_ptr + offs_m[:, None] * (stride_qs * UNIT)
     q0 = tl.load(q_rows + offs_d[None, :], mask=mask_m[:, None], other=0.0)
     acc0 = tl.zeros((BLOCK_M, D0), tl.float32)
     q1 = 0
@@ -160,20 +156,20 @@ def _attention_kernel(
     for block in tl.range(begin, tl.minimum(end, num_blocks), num_stages=STAGES):
         k_ptr, v_ptr, stride_ks, stride_vs, num_keys = _block_of_keys(
             block, batch, head, k_ptrs, v_ptrs, k_strides, v_strides, sizes, first_blocks,
-            NUM_SEGMENTS, BLOCK_N, False, ALIGNED,
+            NUM_SEGMENTS, BLOCK_N, False, UNIT,
         )  # fmt: skip
         acc0, acc1, row_max, row_sum = _fold_keys(
             q0, q1, acc0, acc1, row_max, row_sum, k_ptr, v_ptr, stride_ks, stride_vs, num_keys, scale_log2,
-            D0, D1, HEAD_SIZE, BLOCK_M, BLOCK_N, False, UPCAST,
+            D0, D1, HEAD_SIZE, BLOCK_M, BLOCK_N, False, PRECISION,
         )  # fmt: skip
     for block in tl.range(tl.maximum(begin, num_blocks), end, num_stages=1):
         k_ptr, v_ptr, stride_ks, stride_vs, num_keys = _block_of_keys(
             block - num_blocks, batch, head, k_ptrs, v_ptrs, k_strides, v_strides, sizes, first_blocks,
-            NUM_SEGMENTS, BLOCK_N, True, ALIGNED,
+            NUM_SEGMENTS, BLOCK_N, True, UNIT,
         )  # fmt: skip
         acc0, acc1, row_max, row_sum = _fold_keys(
             q0, q1, acc0, acc1, row_max, row_sum, k_ptr, v_ptr, stride_ks, stride_vs, num_keys, scale_log2,
-            D0, D1, HEAD_SIZE, BLOCK_M, BLOCK_N, True, UPCAST,
+            D0, D1, HEAD_SIZE, BLOCK_M, BLOCK_N, True, PRECISION,
         )  # fmt: skip
 
     # A split whose only blocks are left-overs of nothing has no key: out 0, lse −inf.
@@ -183,7 +179,7 @@ def _attention_kernel(
         rows += tl.program_id(2).to(tl.int64) * tl.num_programs(1) * total
         out_rows = partial_ptr + rows[:, None] * HEAD_SIZE
     else:
-        out_rows = out_ptr + offs_m[:, None] * stride_os
+        out_rows = out_ptr + offs_m[:, None] * (stride_os * UNIT)
     dtype = out_rows.dtype.element_ty
     tl.store(out_rows + offs_d[None, :], (acc0 / row_sum[:, None]).to(dtype), mask=mask_m[:, None])
     if D1 > 0:
@@ -192,63 +188,14 @@ def _attention_kernel(
         tl.store(lse_ptr + rows, (row_max + tl.log2(row_sum)) * LN_2, mask=mask_m)
 
 
-def _pieces(head_size):
-    """`head_size` as two powers of two, the second rounded up to what a tensor core takes, or 0."""
-    first = 1 << (head_size.bit_length() - 1)
-    rest = head_size - first
-    return {"D0": first, "D1": max(16, triton.next_power_of_2(rest)) if rest else 0}
-
-
-def _strides(tensors):
-    """Strides of batch, token and head of each tensor, one after another; 0 where a size of 1 makes them meaningless."""
-    return tuple(x.stride(dim) if x.shape[dim] > 1 else 0 for x in tensors for dim in (0, 1, 2))
-
-
-def _is_aligned(tensors):
-    return not any(x.data_ptr() % 16 for x in tensors) and not any(stride % 8 for stride in _strides(tensors))
-
-
-def _check(queries, segments, outs, scale, num_splits):
-    batch, _, num_heads, head_size = queries[0].shape
-    dtype = queries[0].dtype
-    if len(queries) > 2 or not 0 < len(segments) <= MAX_SEGMENTS:
-        raise ValueError(
-            f"attention takes one or two queries and 1 to {MAX_SEGMENTS} segments that are not empty: got {len(queries)} "
-            f"and {len(segments)}; use a KVRing for parts that lie together"
-        )
-    if head_size % 8 or not 16 <= head_size <= 160 or dtype not in DTYPES:
-        raise ValueError(
-            f"head size must be a multiple of 8 from 16 to 160, dtype fp32, fp16 or bf16: got {head_size}, {dtype}; "
-            "use torch's scaled_dot_product_attention"
-        )
-    for name, tensors in (("queries", queries), ("outs", outs), *((f"segment {i}", s) for i, s in enumerate(segments))):
-        for x in tensors:
-            if x.ndim != 4 or (x.shape[0], *x.shape[2:]) != (batch, num_heads, head_size) or x.dtype != dtype:
-                raise ValueError(
-                    f"{name} must be (b, s, h, d) = ({batch}, s, {num_heads}, {head_size}) of {dtype} as the first query "
-                    f"is: got {tuple(x.shape)} of {x.dtype}"
-                )
-            if x.stride(3) != 1 or x.stride(1) >= 2**24:
-                raise ValueError(
-                    f"{name} must have last stride 1 and less than 2**24 elements from token to token: got strides "
-                    f"{x.stride()}; pass a contiguous copy"
-                )
-    if any(key.shape != value.shape for key, value in segments) or [q.shape for q in queries] != [
-        o.shape for o in outs
-    ]:
-        raise ValueError("a segment's key and value must have one shape, and each out that of its query")
-    if (scale is not None and scale <= 0) or (num_splits is not None and num_splits < 1):
-        raise ValueError(f"scale and num_splits must be positive: got {scale} and {num_splits}")
-
-
 def attention(queries, segments, *, scale=None, outs=None, return_lse=False, num_splits=None, settings=None):
     """Attention of one or two query segments over the keys and values of all segments.
 
     Args:
-        queries: (b, s, h, d), or a tuple of two such with lengths of their own (text and image, say); fp32, fp16 or bf16;
-            `d` a multiple of 8 from 16 to 160. Last strides are 1, all others free, here and below.
-        segments: one to eight pairs (key, value), each (b, s_i, h, d), with lengths and strides of their own. Empty ones
-            count for nothing. Their order changes the result by rounding only.
+        queries: (b, s, h, d), or a tuple of two such with lengths of their own (text and image, say); fp32, fp16 or
+            bf16; `d` a multiple of 8 from 16 to 160. Last strides are 1, all others free, here and below.
+        segments: one to eight pairs (key, value), each (b, s_i, h, d), with lengths and strides of their own. Empty
+            ones count for nothing. Their order changes the result by rounding only.
         scale: factor of the scores, positive; `d ** -0.5` if None.
         outs: where to write, like `queries`; new tensors if None.
         return_lse: also give log Σ exp(scores) of each row.
@@ -264,40 +211,63 @@ def attention(queries, segments, *, scale=None, outs=None, return_lse=False, num
         outs = tuple(torch.empty(q.shape, dtype=q.dtype, device=q.device) for q in queries)
     elif single:
         outs = (outs,)
-    _check(queries, segments, outs, scale, num_splits)
-    keys, values = zip(*segments, strict=True)
+    check_attention(queries, segments, outs, scale, num_splits)
     batch, _, num_heads, head_size = queries[0].shape
     q_sizes = tuple(q.shape[1] for q in queries)
-    sizes = tuple(key.shape[1] for key in keys)
     if settings is None:
         settings = tuning.attention_settings(head_size, queries[0].dtype)
-    whole = [size // settings.block_n for size in sizes]
-    num_tails = len(sizes) if any(size % settings.block_n for size in sizes) else 0
     num_tiles = sum(triton.cdiv(size, settings.block_m) for size in q_sizes)
-    num_splits = num_splits or tuning.attention_splits(batch * num_heads * num_tiles, sum(sizes), settings)
-    blocks_per_split = triton.cdiv(sum(whole) + num_tails, num_splits)
-    num_splits = triton.cdiv(sum(whole) + num_tails, blocks_per_split)
-    rows = (num_splits, batch, num_heads, sum(q_sizes))
-    fp32 = {"dtype": torch.float32, "device": queries[0].device}
-    partial = torch.empty((*rows, head_size), **fp32) if num_splits > 1 else None
-    lse = torch.empty(rows, **fp32) if num_splits > 1 or return_lse else None
-    if num_tiles:
-        _attention_kernel[(num_tiles, batch * num_heads, num_splits)](
-            queries, outs, keys, values, partial, lse, *map(_strides, (queries, outs, keys, values)),
-            q_sizes, sizes, tuple(itertools.accumulate(whole[:-1], initial=0)), num_heads, sum(whole), num_tails,
-            blocks_per_split, (head_size**-0.5 if scale is None else scale) * LOG2_E,
-            NUM_QUERIES=len(queries), NUM_SEGMENTS=len(sizes), HEAD_SIZE=head_size, **_pieces(head_size),
-            BLOCK_M=settings.block_m, BLOCK_N=settings.block_n, STAGES=settings.num_stages,
-            SPLIT=num_splits > 1, WRITE_LSE=lse is not None, ALIGNED=_is_aligned((*queries, *keys, *values)),
-            UPCAST=not isinstance(_attention_kernel, triton.JITFunction) and queries[0].dtype == torch.bfloat16,
-            num_warps=settings.num_warps, num_stages=settings.num_stages,
-        )  # fmt: skip
-        if num_splits > 1:
-            lse = launch_merge(partial.transpose(2, 3), lse, outs, return_lse)
-        elif return_lse:
-            lse = lse[0]
-    result = outs[0] if single else outs
+    if num_splits is None:
+        num_keys = sum(key.shape[1] for key, _ in segments)
+        num_splits = tuning.attention_splits(batch * num_heads * num_tiles, num_keys, settings)
+    lse = _launch(
+        queries, segments, outs, head_size**-0.5 if scale is None else scale, num_splits, settings, return_lse
+    )
+    result = outs[0] if single else tuple(outs)
     if not return_lse:
         return result
     lses = lse.split(q_sizes, dim=2)
     return result, lses[0] if single else lses
+
+
+def _precision(dtype):
+    """How products are made: fp32 on tensor cores in three tf32 passes where there are such; halves as they are."""
+    if dtype == torch.bfloat16 and not isinstance(_attention_kernel, triton.JITFunction):
+        # Triton's interpreter multiplies bf16 wrongly.
+        return "upcast"
+    return "tf32x3" if dtype == torch.float32 and torch.version.hip is None else "ieee"
+
+
+def _launch(queries, segments, outs, scale, num_splits, settings, return_lse):
+    """Write `outs`; give lse (b, h, rows of all queries) or None."""
+    batch, _, num_heads, head_size = queries[0].shape
+    keys, values = zip(*segments, strict=True)
+    q_sizes = tuple(q.shape[1] for q in queries)
+    sizes = tuple(key.shape[1] for key in keys)
+    whole = [size // settings.block_n for size in sizes]
+    num_tails = len(sizes) if any(size % settings.block_n for size in sizes) else 0
+    num_blocks = sum(whole) + num_tails
+    blocks_per_split = triton.cdiv(num_blocks, num_splits)
+    num_splits = triton.cdiv(num_blocks, blocks_per_split)
+    rows = (num_splits, batch, num_heads, sum(q_sizes))
+    device = queries[0].device
+    partial = torch.empty((*rows, head_size), device=device) if num_splits > 1 else None
+    lse = torch.empty(rows, device=device) if num_splits > 1 or return_lse else None
+    unit = stride_unit((*queries, *keys, *values, *outs))
+    all_strides = (tuple(s // unit for s in strides(tensors)) for tensors in (queries, outs, keys, values))
+    d0, d1 = pieces(head_size)
+    num_tiles = sum(triton.cdiv(size, settings.block_m) for size in q_sizes)
+    if num_tiles:
+        _attention_kernel[(num_tiles, batch * num_heads, num_splits)](
+            queries, outs, keys, values, partial, lse, *all_strides,
+            q_sizes, sizes, tuple(itertools.accumulate(whole[:-1], initial=0)), num_heads, sum(whole), num_tails,
+            blocks_per_split, scale * LOG2_E,
+            NUM_QUERIES=len(queries), NUM_SEGMENTS=len(sizes), HEAD_SIZE=head_size, D0=d0, D1=d1,
+            BLOCK_M=settings.block_m, BLOCK_N=settings.block_n, STAGES=settings.num_stages,
+            SPLIT=num_splits > 1, WRITE_LSE=lse is not None, UNIT=unit,
+            PRECISION=_precision(queries[0].dtype),
+            num_warps=settings.num_warps, num_stages=settings.num_stages,
+        )  # fmt: skip
+    if num_splits > 1:
+        return launch_merge(partial.transpose(2, 3), lse, outs, return_lse)
+    return lse[0] if return_lse else None

@@ -17,7 +17,7 @@ BLOCK_M = 16
 def tile_of_queries(tile, q_sizes, NUM_QUERIES: tl.constexpr, BLOCK_M: tl.constexpr):
     """Where a tile of rows lies when the second query's tiles follow the first's.
 
-    Returns: whether it is the second's, its rows within that query, their mask, rows of the queries before, rows of all.
+    Returns: whether it is the second's, its rows within that query, their mask, rows before that query, rows of both.
     """
     if NUM_QUERIES == 1:
         second = False
@@ -37,7 +37,8 @@ def tile_of_queries(tile, q_sizes, NUM_QUERIES: tl.constexpr, BLOCK_M: tl.conste
 
 @triton.jit(do_not_specialize=["q_sizes", "num_parts", "num_heads"])
 def _attention_merge_kernel(
-    part_ptr, part_lse_ptr, out_ptrs, lse_ptr, part_strides, part_lse_strides, out_strides, q_sizes, num_parts, num_heads,
+    part_ptr, part_lse_ptr, out_ptrs, lse_ptr, part_strides, part_lse_strides, out_strides,
+    q_sizes, num_parts, num_heads,
     NUM_QUERIES: tl.constexpr, HEAD_SIZE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
     WRITE_LSE: tl.constexpr,
 ):  # fmt: skip
@@ -82,7 +83,7 @@ def _attention_merge_kernel(
 
 
 def launch_merge(parts, part_lses, outs, return_lse):
-    """Launch the merge of (p, b, s, h, d) and (p, b, h, s) into one or two outs (b, s_i, h, d); lse (b, h, s) or None."""
+    """Merge (p, b, s, h, d) with (p, b, h, s) into one or two outs (b, s_i, h, d); give lse (b, h, s) or None."""
     num_parts, batch, _, num_heads, head_size = parts.shape
     q_sizes = tuple(out.shape[1] for out in outs)
     lse = part_lses.new_empty(part_lses.shape[1:]) if return_lse else None
@@ -109,8 +110,8 @@ def attention_merge(outs, lses, *, out=None, return_lse=False):
     """
     if outs.ndim != 5 or lses.shape != (*outs.shape[:2], outs.shape[3], outs.shape[2]) or lses.dtype != torch.float32:
         raise ValueError(
-            f"outs must be (p, b, s, h, d) and lses (p, b, h, s) of fp32: got {tuple(outs.shape)} and {tuple(lses.shape)} "
-            f"of {lses.dtype}"
+            f"outs must be (p, b, s, h, d) and lses (p, b, h, s) of fp32: got {tuple(outs.shape)} and "
+            f"{tuple(lses.shape)} of {lses.dtype}"
         )
     if out is None:
         out = torch.empty(outs.shape[1:], dtype=outs.dtype, device=outs.device)

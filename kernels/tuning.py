@@ -45,11 +45,14 @@ class AttentionSettings(NamedTuple):
 # By the largest head size of a class, fp16 and bf16.
 ATTENTION = {
     32: AttentionSettings(128, 64, 4, 3, 2),
+    48: AttentionSettings(128, 64, 8, 2, 2),
     64: AttentionSettings(128, 64, 8, 3, 2),
+    80: AttentionSettings(128, 64, 8, 2, 2),
     128: AttentionSettings(128, 64, 8, 2, 1),
     160: AttentionSettings(128, 32, 8, 2, 1),
 }
-ATTENTION_FP32 = AttentionSettings(64, 32, 4, 2, 1)
+# Above a head size of 64 fp32 does not fit into registers: right, but slow.
+ATTENTION_FP32 = AttentionSettings(64, 16, 4, 2, 1)
 
 # The multiprocessors of an H100 or H200, whatever the device is: how keys are split must not depend on where it runs.
 ATTENTION_SMS = 132
@@ -67,7 +70,7 @@ def attention_settings(head_size, dtype):
 def attention_splits(num_tiles, num_keys, settings):
     """Programs among which the keys of one row are divided.
 
-    The fewest that keep nine tenths of the device busy, else the number that keeps most of it busy; at least 256 keys each.
+    The fewest that keep nine tenths of the device busy, else the number that keeps most of it busy; 256 keys at least.
     """
     slots = ATTENTION_SMS * settings.per_sm
     best, best_share = 1, 0.0
@@ -79,3 +82,28 @@ def attention_splits(num_tiles, num_keys, settings):
         if share >= 0.9:
             break
     return best
+
+
+# Elements of a tile of GELU and GEGLU, and its warps; 16 elements a lane are two loads of 16 bytes in half precision.
+GELU_TILE, GELU_WARPS = 2048, 4
+# Elements of a tile of tokens × heads × head size, and its warps.
+QK_NORM_ROPE_TILE, QK_NORM_ROPE_WARPS = 2048, 4
+
+
+def columns_block(columns):
+    """Columns of a GELU tile: the largest power of two from 128 to 2048 that divides them, else one that pads."""
+    for block in (2048, 1024, 512, 256, 128):
+        if columns % block == 0:
+            return block
+    return min(512, 1 << (columns - 1).bit_length())
+
+
+def row_warps(block):
+    """Warps for one row of `block` elements, a power of two: 16 elements a lane, at most 16 warps."""
+    return max(1, min(16, block // 512))
+
+
+def qk_norm_rope_block(num_heads, block_d):
+    """(tokens, heads) of a tile: heads by the power of two up to 8 that divides them best."""
+    heads = next(block for block in (8, 4, 2, 1) if num_heads % block == 0 or block == 4)
+    return max(1, QK_NORM_ROPE_TILE // (heads * block_d)), heads
