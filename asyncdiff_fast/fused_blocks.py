@@ -17,7 +17,7 @@ def _joint_block(self, choice, hidden_states, encoder_hidden_states, temb, joint
     if exact(choice, hidden_states) or self._chunk_size is not None:
         return type(self).forward(self, hidden_states, encoder_hidden_states, temb, joint_attention_kwargs)
     extra = joint_attention_kwargs or {}
-    x, text = hidden_states, encoder_hidden_states
+    x, text = _tokens_by_row(hidden_states), encoder_hidden_states
     normed, gate, shift, scale, gate_mlp, *second = self.norm1(x, emb=temb)
     if self.context_pre_only:
         normed_text = self.norm1_context(text, temb)
@@ -77,9 +77,14 @@ def _flux_single_block(
     def run(kernel):
         return ops.gelu_beside(y, mlp, self.act_mlp.approximate, kernel)
 
-    joined = run(choice.pick("gelu_beside", mlp, (y.shape[-1],), run))
+    joined = run(choice.pick("gelu_beside", mlp, (y.shape[-1],), run) if mlp.is_contiguous() else "torch")
     x = _in_range(torch.addcmul(residual, gate[:, None], self.proj_out(joined)))
     return x[:, :num_text], x[:, num_text:]
+
+
+def _tokens_by_row(x):
+    """Tokens (b, s, c), each in one row: a patch embedding leaves them by columns, and sums with them would stay so."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _in_range(x):
@@ -100,18 +105,17 @@ def _flux_attention(
         return type(self).forward(
             self, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb, **kwargs
         )
-    q, k, v, *text = (
-        x if x is None else x.unflatten(-1, (-1, self.head_dim))
-        for x in flux._get_qkv_projections(self, hidden_states, encoder_hidden_states)
-    )
-    parts = [[x] for x in (q, k, v)] if text[0] is None else [list(pair) for pair in zip(text, (q, k, v), strict=True)]
+    projected = flux._get_qkv_projections(self, hidden_states, encoder_hidden_states)
+    # Image first; here text comes first.
+    projected = [x.unflatten(-1, (-1, self.head_dim)) for x in projected[: 3 * len(weights[0])]]
+    parts = [projected[i::3][::-1] for i in range(3)]
     cos, sin = image_rotary_emb if image_rotary_emb is not None else (None, None)
 
     def run(kernel):
         return ops.joint_qk_norm_rope(*parts, *weights, self.norm_q.eps, cos, sin, kernel)
 
     facts = (tuple(x.shape[1] for x in parts[0]), cos is not None)
-    q, k, v = run(choice.pick("joint_qk_norm_rope", q, facts, run))
+    q, k, v = run(choice.pick("joint_qk_norm_rope", projected[0], facts, run))
     processor = self.processor
     y = flux.dispatch_attention_fn(
         q,
@@ -160,7 +164,7 @@ def _basic_block(
             self, hidden_states, attention_mask, encoder_hidden_states, encoder_attention_mask, timestep,
             cross_attention_kwargs, class_labels, added_cond_kwargs,
         )  # fmt: skip
-    x, extra = hidden_states, cross_attention_kwargs or {}
+    x, extra = _tokens_by_row(hidden_states), cross_attention_kwargs or {}
     rows = self.scale_shift_table[None] + timestep.reshape(x.shape[0], 6, -1)
     shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = rows.unbind(1)
     y = self.attn1(

@@ -107,7 +107,8 @@ def modulated(norm, choice, x, scale, shift):
 
 def gated_modulated(norm, choice, residual, x, gate, scale, shift):
     """residual + gate * x, and `modulated` of it; residual, x (b, s, c), gate, scale, shift (b, c)."""
-    if residual.dtype == x.dtype == gate.dtype and _modulates(norm, residual, scale, shift):
+    alike = residual.shape == x.shape and residual.dtype == x.dtype == gate.dtype and x.stride(-1) == 1
+    if alike and _modulates(norm, residual, scale, shift):
 
         def run(kernel):
             return ops.gate_residual_adaln(residual, x, gate, scale, shift, norm.eps, kernel)
@@ -122,7 +123,7 @@ def gated_modulated(norm, choice, residual, x, gate, scale, shift):
 def _modulates(norm, x, scale, shift):
     """True if a norm is a LayerNorm without weights, and what follows it has the shapes and dtype of the kernels."""
     weightless = plain(norm, nn.LayerNorm, normalization.FP32LayerNorm) and norm.weight is None and norm.bias is None
-    if not weightless or x.ndim != 3 or norm.normalized_shape != x.shape[-1:]:
+    if not weightless or x.ndim != 3 or x.stride(-1) != 1 or norm.normalized_shape != x.shape[-1:]:
         return False
     return x.dtype == scale.dtype == shift.dtype and scale.shape == shift.shape == (x.shape[0], x.shape[2])
 
@@ -162,11 +163,7 @@ def _geglu(self, choice, hidden_states, *args, **kwargs):
     def run(kernel):
         return ops.geglu(x, kernel)
 
-    kernel = choice.pick("geglu", x, (), run)
-    if kernel != "torch":
-        return run(kernel)
-    a, b = x.chunk(2, dim=-1)
-    return a * self.gelu(b)
+    return run(choice.pick("geglu", x, (), run) if x.is_contiguous() else "torch")
 
 
 def _ada_layer_norm_zero(self, choice, x, timestep=None, class_labels=None, hidden_dtype=None, emb=None):
