@@ -209,8 +209,8 @@ def attention(queries, segments, *, scale=None, outs=None, return_lse=False, num
     segments = tuple((key, value) for key, value in segments if key.shape[1] or value.shape[1])
     if outs is None:
         outs = tuple(torch.empty(q.shape, dtype=q.dtype, device=q.device) for q in queries)
-    elif single:
-        outs = (outs,)
+    else:
+        outs = (outs,) if single else tuple(outs)
     check_attention(queries, segments, outs, scale, num_splits)
     batch, _, num_heads, head_size = queries[0].shape
     q_sizes = tuple(q.shape[1] for q in queries)
@@ -223,7 +223,7 @@ def attention(queries, segments, *, scale=None, outs=None, return_lse=False, num
     lse = _launch(
         queries, segments, outs, head_size**-0.5 if scale is None else scale, num_splits, settings, return_lse
     )
-    result = outs[0] if single else tuple(outs)
+    result = outs[0] if single else outs
     if not return_lse:
         return result
     lses = lse.split(q_sizes, dim=2)

@@ -9,6 +9,7 @@ Source: the merge of FlashDecoding and of ring attention, written with the maxim
 import torch
 import triton
 import triton.language as tl
+from asyncdiff_fast.kernels.attention_layout import stride_unit, strides
 
 BLOCK_M = 16
 
@@ -40,22 +41,22 @@ def _attention_merge_kernel(
     part_ptr, part_lse_ptr, out_ptrs, lse_ptr, part_strides, part_lse_strides, out_strides,
     q_sizes, num_parts, num_heads,
     NUM_QUERIES: tl.constexpr, HEAD_SIZE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
-    WRITE_LSE: tl.constexpr,
+    UNIT: tl.constexpr, WRITE_LSE: tl.constexpr,
 ):  # fmt: skip
     batch = (tl.program_id(1) // num_heads).to(tl.int64)
     head = (tl.program_id(1) % num_heads).to(tl.int64)
     second, offs_m, mask_m, before, total = tile_of_queries(tl.program_id(0), q_sizes, NUM_QUERIES, BLOCK_M)
-    out_ptr = out_ptrs[0] + batch * out_strides[0] + head * out_strides[2]
+    out_ptr = out_ptrs[0] + (batch * out_strides[0] + head * out_strides[2]) * UNIT
     stride_os = out_strides[1]
     if NUM_QUERIES == 2:
-        out_ptr = tl.where(second, out_ptrs[1] + batch * out_strides[3] + head * out_strides[5], out_ptr)
+        out_ptr = tl.where(second, out_ptrs[1] + (batch * out_strides[3] + head * out_strides[5]) * UNIT, out_ptr)
         stride_os = tl.where(second, out_strides[4], stride_os)
     offs_d = tl.arange(0, BLOCK_D)
     mask = mask_m[:, None] & (offs_d < HEAD_SIZE)[None, :]
     rows = before + offs_m
     lse_base = part_lse_ptr + batch * part_lse_strides[1] + head * part_lse_strides[2] + rows * part_lse_strides[3]
-    part_ptrs = part_ptr + batch * part_strides[1] + head * part_strides[3]
-    part_ptrs += rows[:, None] * part_strides[2] + offs_d[None, :]
+    part_ptrs = part_ptr + (batch * part_strides[1] + head * part_strides[3]) * UNIT
+    part_ptrs += rows[:, None] * (part_strides[2] * UNIT) + offs_d[None, :]
 
     row_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     lse_ptrs = lse_base
@@ -72,10 +73,10 @@ def _attention_merge_kernel(
         acc += weight[:, None] * tl.load(part_ptrs, mask=mask, other=0.0).to(tl.float32)
         weights += weight
         lse_ptrs += part_lse_strides[0]
-        part_ptrs += part_strides[0]
+        part_ptrs += part_strides[0] * UNIT
     weights = tl.where(weights > 0, weights, 1.0)
     acc /= weights[:, None]
-    out_rows = out_ptr + offs_m[:, None] * stride_os + offs_d[None, :]
+    out_rows = out_ptr + offs_m[:, None] * (stride_os * UNIT) + offs_d[None, :]
     tl.store(out_rows, acc.to(out_rows.dtype.element_ty), mask=mask)
     if WRITE_LSE:
         lse = row_max + tl.log(weights)
@@ -88,12 +89,13 @@ def launch_merge(parts, part_lses, outs, return_lse):
     q_sizes = tuple(out.shape[1] for out in outs)
     lse = part_lses.new_empty(part_lses.shape[1:]) if return_lse else None
     num_tiles = sum(triton.cdiv(size, BLOCK_M) for size in q_sizes)
+    unit = stride_unit((parts[0], *outs)) if parts.stride(0) % 8 == 0 else 1
     if num_tiles:
         _attention_merge_kernel[(num_tiles, batch * num_heads)](
-            parts, part_lses, outs, lse, parts.stride()[:4], part_lses.stride(),
-            tuple(stride for out in outs for stride in out.stride()[:3]), q_sizes, num_parts, num_heads,
+            parts, part_lses, outs, lse, tuple(s // unit for s in parts.stride()[:4]), part_lses.stride(),
+            tuple(s // unit for s in strides(outs)), q_sizes, num_parts, num_heads,
             NUM_QUERIES=len(outs), HEAD_SIZE=head_size, BLOCK_D=triton.next_power_of_2(head_size), BLOCK_M=BLOCK_M,
-            WRITE_LSE=return_lse, num_warps=4,
+            UNIT=unit, WRITE_LSE=return_lse, num_warps=4,
         )  # fmt: skip
     return lse
 

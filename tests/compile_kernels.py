@@ -25,6 +25,8 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+# What each generation multiplies tiles with: warps, warp groups, and from tensor memory.
+TENSOR_CORE = {80: r"\bHMMA\b", 90: r"\bHGMMA\b", 100: r"\bUTC\w*MMA\b"}
 BINARIES = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -93,7 +95,7 @@ def inspected(kernel):
             "wide_stores": sum(op.startswith("ST") and op.endswith(".128") for op in _without_hints(access)),
             "narrow_loads": sum(op.startswith("LD") for op in narrow),
             "narrow_stores": sum(op.startswith("ST") for op in narrow),
-            "tensor_core": len(re.findall(r"\b(?:HGMMA|HMMA|UTC\w*MMA)\b", sass)),
+            "tensor_core": len(re.findall(TENSOR_CORE[kernel.metadata.target.arch], sass)),
         }
     text = kernel.asm["amdgcn"]
     return facts | {
