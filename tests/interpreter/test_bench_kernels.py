@@ -1,17 +1,15 @@
-"""What the GroupNorm benchmark runs on a GPU only, at a tiny size: its check of the kernels, and its Triton baseline."""
+"""What the GroupNorm benchmark runs on a GPU only, at a tiny size: its check of the kernels, its Triton baseline."""
 
 import importlib
 import pathlib
 
-import pytest
 import torch
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_group_norm_benchmark(layout, monkeypatch):
+def test_group_norm_benchmark(monkeypatch):
     monkeypatch.syspath_prepend(str(pathlib.Path(__file__).parents[2] / "benchmarks"))
     bench = importlib.import_module("bench_group_norm")
-    inputs = bench.Inputs((1, 64, 4, 8), layout, torch.float32, "cpu")
+    inputs = bench.Inputs((1, 64, 2, 8), "channels_last", torch.float32, "cpu")
     ops = bench.kernel_ops(inputs)
     bench.check(inputs, ops)
     for run, _ in ops.values():
