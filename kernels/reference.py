@@ -17,12 +17,17 @@ def group_norm_reference(
     halo=(0, 0), above=None, below=None, top=None, bottom=None, upsample=1, tokens=False, partials=None, out=None,
 ):  # fmt: skip
     """(y, stats): see `group_norm.group_norm`."""
+    merge = dict(conv_bias=conv_bias, temb=temb, scale=scale, shift=shift)
+    merge |= dict(mode=mode, parts=parts, own=own, shares=shares)
     if partials is None:
-        partials = group_norm_partials_reference(x)
-    affine, stats = group_norm_merge_reference(
-        partials, x.shape[2:], weight, bias, num_groups, eps, conv_bias=conv_bias, temb=temb, scale=scale, shift=shift,
-        mode=mode, parts=parts, own=own, shares=shares, bessel=bessel,
-    )  # fmt: skip
+        pixels.pixel_view(x)
+        checks.check_norm(*x.shape[:2], num_groups, weight=weight, bias=bias, **merge)
+        # Nobody else sees these moments: they need no chunks.
+        partials, counts = _moments(x.to(_accumulator(x)).flatten(2)).movedim(0, 1).unsqueeze(1), [x[0, 0].numel()]
+    else:
+        checks.check_merge(partials, x.shape[2:], num_groups, weight=weight, bias=bias, **merge)
+        counts = pixels.chunk_counts(x.shape[2:])
+    affine, stats = _merged(partials, counts, weight, bias, num_groups, eps, bessel=bessel, **merge)
     y = group_norm_apply_reference(
         x, affine, act=act, halo=halo, above=above, below=below, top=top, bottom=bottom, upsample=upsample,
         tokens=tokens, out=out,
@@ -37,12 +42,9 @@ def group_norm_partials_reference(x):
     frames, count = pixels.frames_and_pixels(x.shape[2:])
     chunk = pixels.chunk_pixels(frames, count)
     flat = x.to(_accumulator(x)).flatten(2).unflatten(2, (frames, count))
-    whole = count - count % chunk
-    moments = [_moments(flat[..., :whole].unflatten(3, (-1, chunk)))] if whole else []
-    if whole < count:
-        moments.append(_moments(flat[..., whole:].unsqueeze(3)))
-    # (2, n, c, frames, chunks) → (n, frames × chunks, 2, c)
-    return torch.cat(moments, dim=4).permute(1, 3, 4, 0, 2).flatten(1, 2).contiguous()
+    moments = torch.stack([_moments(piece) for piece in flat.split(chunk, dim=3)])
+    # (chunks, 2, n, c, frames) → (n, frames × chunks, 2, c)
+    return moments.permute(2, 4, 0, 1, 3).flatten(1, 2).contiguous()
 
 
 @torch.no_grad()
@@ -64,32 +66,10 @@ def group_norm_merge_reference(
     mode="local", parts=None, own=0, shares=None, bessel=False,
 ):  # fmt: skip
     """(affine (n, 2, c), stats (n, num_groups, 2)): see `group_norm_merge.group_norm_merge`."""
-    n, _, _, c = partials.shape
-    checks.check_merge(
-        partials, spatial, num_groups, mode, parts, own, shares,
-        weight=weight, bias=bias, conv_bias=conv_bias, temb=temb, scale=scale, shift=shift,
-    )  # fmt: skip
-    add = partials.new_zeros(n, c)
-    for term in (conv_bias, temb):
-        if term is not None:
-            add = add + term
-    mean, var = _group_moments(partials, spatial, add, num_groups)
-    stats = torch.stack((mean, var), dim=-1)
-    if mode != "local":
-        mean, var = _combined(mean, var, parts, own, shares, mode)
-    if bessel:
-        count = c // num_groups * torch.Size(spatial).numel()
-        var = var * (count / (count - 1))
-    per_channel = c // num_groups
-    a = torch.rsqrt(var + eps).repeat_interleave(per_channel, dim=1)
-    if weight is not None:
-        a = a * weight
-    b = a * (add - mean.repeat_interleave(per_channel, dim=1))
-    if bias is not None:
-        b = b + bias
-    if scale is not None:
-        a, b = a * (1 + scale), b * (1 + scale) + shift
-    return torch.stack((a, b), dim=1), stats
+    merge = dict(conv_bias=conv_bias, temb=temb, scale=scale, shift=shift)
+    merge |= dict(mode=mode, parts=parts, own=own, shares=shares)
+    checks.check_merge(partials, spatial, num_groups, weight=weight, bias=bias, **merge)
+    return _merged(partials, pixels.chunk_counts(spatial), weight, bias, num_groups, eps, bessel=bessel, **merge)
 
 
 @torch.no_grad()
@@ -155,14 +135,48 @@ def _moments(flat):
     return torch.stack((mean.squeeze(-1), (flat - mean).square_().sum(dim=-1)))
 
 
-def _group_moments(partials, spatial, add, num_groups):
+def _merged(
+    partials, counts, weight, bias, num_groups, eps, *, conv_bias, temb, scale, shift, mode, parts, own, shares, bessel
+):
+    """(affine, stats) out of partials whose chunks have `counts` pixels, a list."""
+    n, _, _, c = partials.shape
+    add = None
+    for term in (conv_bias, temb):
+        if term is not None:
+            add = term.to(partials.dtype) if add is None else add + term
+    mean, var = _group_moments(partials, counts, add, num_groups)
+    stats = torch.stack((mean, var), dim=-1)
+    if mode != "local":
+        mean, var = _combined(mean, var, parts, own, shares, mode)
+    if bessel:
+        count = c // num_groups * sum(counts)
+        var = var * (count / (count - 1))
+    grouped = (n, num_groups, c // num_groups)
+    a = torch.rsqrt(var + eps).unsqueeze(2).expand(grouped).reshape(n, c)
+    if weight is not None:
+        a = a * weight
+    offset = -mean.unsqueeze(2).expand(grouped).reshape(n, c)
+    b = a * (offset if add is None else add + offset)
+    if bias is not None:
+        b = b + bias
+    if scale is not None:
+        a, b = a * (1 + scale), b * (1 + scale) + shift
+    return torch.stack((a, b), dim=1), stats
+
+
+def _group_moments(partials, counts, add, num_groups):
     """Mean and biased variance (n, num_groups): chunks merged to channels, `add` put on, channels merged to groups."""
-    counts = partials.new_tensor(pixels.chunk_counts(spatial)).unsqueeze(1)
     mean, m2 = partials.unbind(2)  # (n, num_chunks, c)
-    total = counts.sum()
-    channel_mean = (mean * counts).sum(dim=1) / total
-    channel_m2 = (m2 + counts * (mean - channel_mean.unsqueeze(1)).square()).sum(dim=1)
-    channel_mean = (channel_mean + add).unflatten(1, (num_groups, -1))
+    total = sum(counts)
+    if len(counts) == 1:
+        channel_mean, channel_m2 = mean.squeeze(1), m2.squeeze(1)
+    else:
+        weights = partials.new_tensor(counts).unsqueeze(1)
+        channel_mean = (mean * weights).sum(dim=1) / total
+        channel_m2 = (m2 + weights * (mean - channel_mean.unsqueeze(1)).square()).sum(dim=1)
+    if add is not None:
+        channel_mean = channel_mean + add
+    channel_mean = channel_mean.unflatten(1, (num_groups, -1))
     group_mean = channel_mean.mean(dim=2)
     spread = (channel_mean - group_mean.unsqueeze(2)).square().mean(dim=2)
     return group_mean, channel_m2.unflatten(1, (num_groups, -1)).mean(dim=2) / total + spread
