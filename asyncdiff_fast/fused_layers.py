@@ -41,7 +41,7 @@ def exact(choice, x):
         return True
     if choice.mode == "auto" and torch.compiler.is_compiling():
         return True
-    return x.dtype not in _DTYPES or not (x.is_cuda or choice.mode == "triton")
+    return x.dtype not in _DTYPES or not (x.is_cuda or choice.on_cpu)
 
 
 def plain(module, *kinds):
@@ -72,13 +72,15 @@ def group_norm(norm, call, choice, x, act=None, conv_bias=None, temb=None, scale
     silu = isinstance(act, nn.Module) and plain(act, nn.SiLU)
     dense = x.ndim == 3 or (x.ndim in (4, 5) and x.stride(-2) == x.shape[-1] * x.stride(-1))
     if dense and (call is not norm or plain(norm, nn.GroupNorm)):
+        partials = choice.recall(x)
 
         def run(kernel):
             return ops.group_norm(
-                x, norm.weight, norm.bias, norm.num_groups, norm.eps, silu, conv_bias, temb, scale, shift, kernel
-            )
+                x, norm.weight, norm.bias, norm.num_groups, norm.eps, silu, conv_bias, temb, scale, shift, partials,
+                kernel,
+            )  # fmt: skip
 
-        facts = (norm.num_groups, silu, conv_bias is not None, temb is not None, scale is not None)
+        facts = (norm.num_groups, silu, *(given is not None for given in (conv_bias, temb, scale, partials)))
         kernel = choice.pick("group_norm", x, facts, run)
         if kernel != "torch":
             y = run(kernel)

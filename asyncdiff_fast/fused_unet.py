@@ -1,7 +1,8 @@
 """Forwards of diffusers' residual blocks: each norm with what comes before and after it in one go, so is the sum.
 
 What eager torch does in passes of their own, here rides along: a convolution's bias and the time embedding enter the
-statistics per channel, SiLU is applied as the norm writes, bias and division go into the residual sum.
+statistics per channel, SiLU is applied as the norm writes, bias and division go into the residual sum, which leaves the
+statistics for the next norm.
 """
 
 from diffusers.models import resnet
@@ -57,7 +58,11 @@ def _summed(choice, h, shortcut, bias, divisor):
         return ops.residual_add(h, shortcut, bias, divisor, kernel)
 
     alike = h.shape == shortcut.shape and h.stride() == shortcut.stride() and h.dtype == shortcut.dtype
-    return run(choice.pick("residual_add", h, (bias is not None, divisor), run) if alike else "torch")
+    kernel = choice.pick("residual_add", h, (bias is not None, divisor), run) if alike else "torch"
+    y, partials = run(kernel)
+    if kernel != "torch":
+        choice.remember(y, partials)
+    return y
 
 
 def _norms(block):

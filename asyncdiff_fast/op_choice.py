@@ -7,11 +7,13 @@ Where nothing can be measured, while a CUDA graph is captured, a rule of thumb s
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import logging
 import os
 import tempfile
+import weakref
 from collections import Counter
 from importlib import util
 from pathlib import Path
@@ -51,13 +53,14 @@ def check(mode):
 class KernelChoice:
     """The choices of one patched denoiser, alike on all its ranks. Collective to make.
 
-    `active` says whether anything but torch may be chosen, `alone` whether there is one rank only. With several ranks,
-    unknown shapes are measured only while `learning`, when all ranks are known to run the same forward.
+    `active` says whether anything but torch may be chosen, `alone` whether there is one rank only, `on_cpu` whether
+    kernels take CPU tensors too. With several ranks, unknown shapes are measured only while `learning`, when all ranks
+    are known to run the same forward.
     """
 
     def __init__(self, mode, world, gpu=op_timing):
         self.mode, self._world, self._gpu = mode, world, gpu
-        self.alone = world.size == 1
+        self.alone, self.on_cpu = world.size == 1, mode == "triton" and interpreting()
         self._learning = self.alone
         wanted = mode == "triton" or (mode == "auto" and gpu.available())
         self._path = cache_path(gpu.environment()) if wanted and mode == "auto" and world.rank == 0 else None
@@ -67,6 +70,7 @@ class KernelChoice:
         self.active = all(able for able, _ in everyone)
         self._known = everyone[0][1]
         self._picked = {}
+        self._sum = None
 
     def __deepcopy__(self, memo):
         return self
@@ -85,6 +89,20 @@ class KernelChoice:
         key = (op, x.shape, x.stride(), x.dtype, x.device.index, facts)
         return self._picked.get(key) or self._settle(key, op, run)
 
+    def remember(self, y, partials):
+        """Keep the statistics that came with a residual sum, for a norm that reads it next.
+
+        Only with one rank: to those who follow tensors between modules this would be a way past them.
+        """
+        if self.alone and not torch.compiler.is_compiling() and not y.is_inference():
+            self._sum = weakref.ref(y), y._version, partials
+
+    def recall(self, x):
+        """The statistics of `x`, if it is the latest residual sum, unchanged; else None."""
+        if self._sum is None or torch.compiler.is_compiling() or self._sum[0]() is not x:
+            return None
+        return self._sum[2] if self._sum[1] == x._version else None
+
     @contextlib.contextmanager
     def learning(self):
         """While it is open, all ranks run the same forward, so that what one of them meets all meet."""
@@ -102,21 +120,22 @@ class KernelChoice:
         return {"mode": self.mode, "active": True, "shapes": {f"{op}: {k}": n for (op, k), n in counts.items()}}
 
     def _settle(self, key, op, run):
-        op, shape, strides, dtype, _, facts = key
+        op, shape, strides, dtype, device_idx, facts = key
         text = f"{op} {tuple(shape)} {strides} {str(dtype).removeprefix('torch.')} {facts}"
         if text not in self._known:
             if self._gpu.capturing() or not self._learning:
                 return rule(op, shape, facts)
-            self._known[text] = self._learn(text, op, run)
+            self._known[text] = self._learn(text, op, run, device_idx)
         self._picked[key] = self._known[text]["kernel"]
         return self._picked[key]
 
-    def _learn(self, text, op, run):
+    def _learn(self, text, op, run, device_idx):
         found = None
         if self._world.rank == 0:
             # Whoever traces this forward must not see the trials.
             with torch.no_grad(), _disable_current_modes():
-                found = decide({name: self._gpu.times_us(lambda name=name: run(name)) for name in KERNELS[op]})
+                trials = {name: functools.partial(run, name) for name in KERNELS[op]}
+                found = decide({name: self._gpu.times_us(trial, device_idx) for name, trial in trials.items()})
             _write(self._path, text, found)
             log.info("%s: %s of %s us (launched, replayed)", text, found["kernel"], found["us"])
         return self._world.broadcast(found, f"the kernel of {text}")

@@ -29,14 +29,21 @@ KERNELS = {
 def _op(fake):
     """Register a function as an op whose results are like those of `fake`, a function of the same arguments."""
 
-    def register(run):
-        registered = torch.library.custom_op(f"asyncdiff_fast::{run.__name__}", run, mutates_args=())
+    def register(function):
+        @functools.wraps(function)
+        def run(*args):
+            first = args[0] if isinstance(args[0], torch.Tensor) else args[0][0]
+            # Triton launches on the current device, wherever its arguments are.
+            with torch.cuda.device_of(first):
+                return function(*args)
+
+        registered = torch.library.custom_op(f"asyncdiff_fast::{function.__name__}", run, mutates_args=())
         registered.register_fake(fake)
 
-        @functools.wraps(run)
+        @functools.wraps(function)
         def call(*args):
             if args[-1] == "torch":
-                return run(*args)
+                return function(*args)
             traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
             return registered(*args) if traced else run(*args)
 
@@ -61,6 +68,7 @@ def group_norm(
     temb: torch.Tensor | None,
     scale: torch.Tensor | None,
     shift: torch.Tensor | None,
+    partials: torch.Tensor | None,
     kernel: str,
 ) -> torch.Tensor:
     """SiLU (or not) of GroupNorm(x + conv_bias + temb) * (1 + scale) + shift.
@@ -68,6 +76,7 @@ def group_norm(
     Args:
         x: (n, c, *spatial), fp32, fp16 or bf16.
         conv_bias: (c,); temb, scale, shift: (n, c); each may be None, scale and shift both or none.
+        partials: what `residual_add` gave with `x`, or None.
     Returns: like `x`, in its memory format.
     """
     if kernel == "triton":
@@ -75,8 +84,9 @@ def group_norm(
 
         act = "silu" if silu else "none"
         return triton_op.group_norm(
-            x, weight, bias, num_groups, eps, act=act, conv_bias=conv_bias, temb=temb, scale=scale, shift=shift
-        )[0]
+            x, weight, bias, num_groups, eps, act=act, conv_bias=conv_bias, temb=temb, scale=scale, shift=shift,
+            partials=partials,
+        )[0]  # fmt: skip
     spread = (..., *[None] * (x.ndim - 2))
     for added in (conv_bias, temb):
         x = x if added is None else x + added[spread]
@@ -86,23 +96,31 @@ def group_norm(
     return F.silu(y) if silu else y
 
 
-def _fake_residual_add(h, shortcut, *_):
-    return torch.empty_like(h)
+def _fake_residual_add(h, *_):
+    from .kernels.pixels import num_chunks
+
+    n, c, *spatial = h.shape
+    return torch.empty_like(h), h.new_empty((n, num_chunks(spatial), 2, c), dtype=torch.float32)
 
 
 @_op(_fake_residual_add)
 def residual_add(
     h: torch.Tensor, shortcut: torch.Tensor, bias: torch.Tensor | None, divisor: float, kernel: str
-) -> torch.Tensor:
-    """(h + bias + shortcut) / divisor; h and shortcut (n, c, *spatial), bias (c,) or None."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(h + bias + shortcut) / divisor, and its statistics for the norm that reads it.
+
+    Args:
+        h, shortcut: (n, c, *spatial), alike; bias: (c,) or None.
+    Returns: the sum, like `h`; partials (n, chunks, 2, c) fp32, empty from torch.
+    """
     if kernel == "triton":
         from .kernels import group_norm as triton_op
 
-        return triton_op.residual_partials(h, shortcut, bias=bias, scale=1 / divisor)[0]
+        return triton_op.residual_partials(h, shortcut, bias=bias, scale=1 / divisor)
     if bias is not None:
         h = h + bias[(..., *[None] * (h.ndim - 2))]
     y = shortcut + h
-    return y if divisor == 1 else y / divisor
+    return y if divisor == 1 else y / divisor, y.new_empty(0)
 
 
 def _fake_geglu(x, kernel):

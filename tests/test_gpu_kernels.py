@@ -228,7 +228,7 @@ def test_measured_choice():
     weight = torch.ones(320, device=DEVICE).half()
 
     def run(kernel):
-        return ops.group_norm(x, weight, weight, 32, 1e-5, True, None, None, None, None, kernel)
+        return ops.group_norm(x, weight, weight, 32, 1e-5, True, None, None, None, None, None, kernel)
 
     kernel = choice.pick("group_norm", x, (), run)
     [file] = Path(os.environ["ASYNCDIFF_FAST_CACHE"]).iterdir()

@@ -56,7 +56,7 @@ class _Gpu:
     def capturing(self):
         return False
 
-    def times_us(self, run):
+    def times_us(self, run, device_idx):
         self.measured += 1
         return self.times.pop(0)
 

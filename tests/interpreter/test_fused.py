@@ -159,6 +159,24 @@ def test_kinds_of_residual_block(options, layout):
     assert layers == {"ResnetBlock2D": 1}
 
 
+@torch.no_grad()
+def test_a_sum_hands_its_statistics_to_the_next_norm():
+    first, second = (tiny_parts.fill(ResnetBlock2D(in_channels=16, temb_channels=8, groups=4)) for _ in range(2))
+    both = nn.ModuleList([first, second])
+    x, temb = torch.randn(2, 16, 5, 7) * 3 + 5, torch.randn(2, 8)
+    want = second(first(x, temb), temb)
+    choice = asyncdiff_fast.patch(both, kernels="triton")._fusion.choice
+    y = first(x, temb)
+    assert choice.recall(y) is not None
+    assert relative(second(y, temb), want) < TOLERANCE
+    assert choice.recall(y) is None and choice.recall(x) is None, "a later sum has come"
+    y = first(x, temb)
+    y.mul_(2)
+    assert choice.recall(y) is None, "it has been changed"
+    assert relative(second(y, temb), second(y.clone(), temb)) < TOLERANCE
+    asyncdiff_fast.unpatch(both)
+
+
 @pytest.mark.parametrize("up_or_down", ["up", "down"])
 def test_resampling_block_keeps_its_forward(up_or_down):
     block = tiny_parts.fill(ResnetBlock2D(in_channels=16, temb_channels=8, groups=4, **{up_or_down: True}))

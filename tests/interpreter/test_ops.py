@@ -11,6 +11,7 @@ def _inputs(layout=torch.contiguous_format):
     """{op: its arguments, all but the kernel}; float32, odd sizes."""
     torch.manual_seed(0)
     image = torch.randn(2, 12, 5, 7).to(memory_format=layout)
+    partials = ops.residual_add(image / 2, image / 2, None, 1.0, "triton")[1]
     frames = torch.randn(1, 3, 12, 4, 5).transpose(1, 2)
     vector, rows = torch.randn(12), torch.randn(2, 2 * 12).chunk(2, dim=1)
     x, y, gate, scale, shift = torch.randn(2, 5, 24), torch.randn(2, 5, 24), *torch.randn(2, 3 * 24).chunk(3, dim=1)
@@ -19,9 +20,10 @@ def _inputs(layout=torch.contiguous_format):
     cos, sin = torch.randn(8, 16), torch.randn(8, 16)
     return {
         "group_norm": [
-            (image, vector, vector + 1, 3, 1e-5, True, vector, rows[0], *rows),
-            (image, None, None, 4, 1e-5, False, None, None, None, None),
-            (frames, vector, vector, 2, 1e-6, True, None, None, None, None),
+            (image, vector, vector + 1, 3, 1e-5, True, vector, rows[0], *rows, None),
+            (image, None, None, 4, 1e-5, False, None, None, None, None, None),
+            (frames, vector, vector, 2, 1e-6, True, None, None, None, None, None),
+            (image, vector, vector, 3, 1e-5, True, None, None, None, None, partials),
         ],
         "residual_add": [(image, image.flip(2).to(memory_format=layout), vector, 2.0), (image, image, None, 1.0)],
         "geglu": [(x,)],
@@ -53,7 +55,8 @@ def _leaves(result):
 def test_kernel_is_as_torch(op, layout, i):
     args = _inputs(layout)[op][i]
     got, want = (_leaves(getattr(ops, op)(*args, kernel)) for kernel in ("triton", "torch"))
-    for a, b in zip(got, want, strict=True):
+    # Torch leaves no statistics of a sum; that ours are right shows in the norm that reads them.
+    for a, b in zip(got[:1] if op == "residual_add" else got, want, strict=op != "residual_add"):
         assert a.shape == b.shape and a.dtype == b.dtype
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
