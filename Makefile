@@ -39,9 +39,11 @@ demo: install
 
 test: install
 	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest -m "not slow" tests/interpreter
 
 test-slow: install
 	$(BIN)/pytest -m slow
+	$(BIN)/pytest -m slow tests/interpreter
 
 lint: install
 	$(BIN)/ruff check .

@@ -58,7 +58,8 @@ def missing_tool():
 
 # Named one by one: find_packages() would also take folders of the checkout that are no part of the package.
 setup(
-    packages=["asyncdiff_fast"],
+    packages=["asyncdiff_fast", "asyncdiff_fast.kernels"],
+    package_dir={"asyncdiff_fast.kernels": "kernels"},
     ext_modules=[Extension("asyncdiff_fast._C", sources=[])],
     cmdclass={"build_ext": BuildEngine},
 )

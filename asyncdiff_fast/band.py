@@ -3,10 +3,10 @@
 import torch
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from .slots import Recv, Send
 from .patch_sites import make_state, messages
 from .schedule import PatchMode
 from .sites import CONV, JOINS, KINDS, NORM, seen
+from .slots import Recv, Send
 
 
 class Band:

@@ -12,6 +12,7 @@ ENVIRONMENT = {
     "ASYNCDIFF_FAST": "options of patch() for `import asyncdiff_fast.auto`, such as num_stages=2,warmup_steps=3",
     EXCHANGE_VARIABLE: "torch: exchange by torch.distributed; engine: by the engine, or fail; default: by the engine "
     "where it is built and fits",
+    "ASYNCDIFF_FAST_CACHE": "folder where measured choices of kernels are kept; default ~/.cache/asyncdiff_fast",
 }
 
 _CHOICES = {
@@ -20,6 +21,7 @@ _CHOICES = {
     "patch_axis": ("rows", "columns", "alternating"),
     "stride_phase": ("warmup", "odd"),
     "balance": ("flops", "time"),
+    "kernels": ("auto", "triton", "torch"),
 }
 
 
@@ -46,6 +48,8 @@ class Config:
         patch_axis: naive patches are cut into "rows", "columns", or both by turns ("alternating").
         balance: "flops" divides by counted work, the same on every machine; "time" measures each unit once.
         timeout_s: seconds to wait for another rank before failing.
+        kernels: "auto" replaces layers by fused kernels where they were measured to be no slower, on a GPU with Triton;
+            "triton" wherever they can run; "torch" nowhere.
     Raises: ValueError that names the option, the value and the allowed values.
     Source: AsyncDiff (Chen et al., 2024), sections 3.2 to 3.4; DistriFusion (Li et al., 2024), section 4.
     """
@@ -64,6 +68,7 @@ class Config:
     stride_phase: str = "warmup"
     balance: str = "flops"
     timeout_s: float = 120.0
+    kernels: str = "auto"
 
     def __post_init__(self):
         if self.stages is not None:

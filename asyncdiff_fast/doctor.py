@@ -25,6 +25,7 @@ def facts():
             "nccl": distributed and torch.distributed.is_nccl_available() and bool(gpus),
             "engine": engine,
         },
+        "kernels": _kernels(),
         "pipeline": _pipeline(),
         "use": _use(len(gpus), engine),
     }
@@ -42,6 +43,7 @@ def text(found):
         ("nccl", versions["nccl"] if transports["nccl"] else "no"),
     ]
     rows += [("engine", "asyncdiff_fast._C" if transports["engine"] else "not built")]
+    rows += [("kernels", found["kernels"]["fused"])]
     rows += [("pipeline", found["pipeline"] or "not found: the small trained pipeline belongs to the checkout")]
     use = found["use"]
     rows += [("demo uses", f"{use['processes']} processes on {use['device']}, tensors over {use['transport']}")]
@@ -61,6 +63,23 @@ def versions():
             found[name] = None
     found["nccl"] = ".".join(map(str, torch.cuda.nccl.version())) if torch.cuda.is_available() else None
     return found
+
+
+def _kernels():
+    """What `kernels="auto"` means here, and where its measured choices are kept."""
+    import torch
+
+    from . import op_choice, op_timing
+
+    reason = op_choice.why_not()
+    if reason:
+        return {"fused": f"torch's own: {reason}", "cache": None}
+    if not torch.cuda.is_available():
+        return {"fused": "torch's own; kernels=\"triton\" runs ours in Triton's interpreter", "cache": None}
+    return {
+        "fused": "Triton, where measured to be no slower than torch",
+        "cache": str(op_choice.cache_path(op_timing.environment())),
+    }
 
 
 def _pipeline():

@@ -8,8 +8,8 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from .buffers import DEPTH, Buffer
 from .cutset import NEXT_PREDICTION, PREDICTION
-from .slots import Recv, Send
 from .schedule import Mode
+from .slots import Recv, Send
 
 _TENSOR = object()
 

@@ -9,10 +9,10 @@ import math
 import torch
 import torch.nn.functional as F
 
-from .slots import Recv, Send
 from .patch_plan import Halo, Norm, Resize, Ring
 from .schedule import PatchMode
 from .sites import conv_options
+from .slots import Recv, Send
 
 
 class State:

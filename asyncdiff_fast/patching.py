@@ -4,7 +4,7 @@ import weakref
 
 import torch
 
-from . import fingerprint, modules
+from . import fingerprint, modules, op_choice
 from .bands import Bands
 from .config import Config
 from .halves import half_of
@@ -19,6 +19,8 @@ _ATTRIBUTE = "_asyncdiff_fast"
 
 def patch(target, *, mesh=None, scheduler=None, **options):
     """Let the ranks of this run share each call of a pipeline's denoiser. Collective: every rank runs the same script.
+
+    On every rank, and with one rank alone, layers are replaced by fused kernels where that pays: see `Config.kernels`.
 
     Args:
         target: a diffusers pipeline, or its UNet or DiT (any `torch.nn.Module`) for a sampling loop of your own.
@@ -149,6 +151,7 @@ def _agree(world, config, found, problem):
 
 
 def _check(world, config, found):
+    op_choice.check(config.kernels)
     if config.world_size != world.size:
         raise ValueError(
             f"world_size must be cfg halves * num_patches * (num_stages + stride - 1): got {config.mesh.halves} * "

@@ -14,8 +14,10 @@ from . import fingerprint, schedule
 from .bands import Bands
 from .clock import Clock, unwatch_schedulers, watch_schedulers
 from .exchange import open_exchange
+from .fused import Fusion
 from .halves import Halves
 from .modules import Attachment, on_pipeline_end, step_cache, structure
+from .op_choice import KernelChoice
 from .patch_plan import MeshPlan
 from .schedule import Mode
 from .signature import CallSignature
@@ -45,6 +47,8 @@ class Runtime:
         # The denoiser may call itself.
         self._inside = self._interrupted = False
         self._calls = dict.fromkeys(Mode, 0)
+        # Beneath every hook of ours.
+        self._fusion = Fusion(denoiser, KernelChoice(config.kernels, world), across_rows=config.num_patches == 1)
         watch_schedulers()
         self._undo_end = on_pipeline_end(denoiser, self._clock.end)
         self._root = Attachment(denoiser, self._call)
@@ -129,16 +133,17 @@ class Runtime:
         if self._stages is None:
             result = forward(*args, **kwargs)
         else:
-            planning = functools.partial(self._planning, forward)
+            planning = functools.partial(self._planning, forward, learning=self._bands is None and self._halves is None)
             result, mode = self._stages.call(tick, _inputs_key(args, kwargs), planning, forward, args, kwargs)
         self._calls[mode] += 1
         return result
 
     @contextlib.contextmanager
-    def _planning(self, forward):
+    def _planning(self, forward, learning=False):
         """What this denoiser cannot be patched with shows at its first call at the latest: then leave it as it was.
 
-        Yields the forward, such that an error of its own is told from one of ours.
+        Yields the forward, such that an error of its own is told from one of ours. With `learning` all ranks run the
+        same forward in it, so that kernels can be chosen for it.
         """
 
         def quiet(*args, **kwargs):
@@ -149,7 +154,8 @@ class Runtime:
                 raise
 
         try:
-            yield quiet
+            with self._fusion.choice.learning() if learning else contextlib.nullcontext():
+                yield quiet
         except (ValueError, TypeError) as error:
             if self.on_refused is not None and error is not self._forward_error:
                 self.on_refused()
@@ -223,8 +229,9 @@ class Runtime:
         return any(x.requires_grad for x in (*tensors, *self.denoiser.parameters()))
 
     def stats(self):
-        """Dict: calls by mode, bytes sent and time waited by this rank, since `clear_stats`."""
+        """Dict: calls by mode, bytes sent and time waited by this rank, since `clear_stats`; kernels in use."""
         calls = {f"{mode.name.lower()}_calls": n for mode, n in self._calls.items()}
+        calls["kernels"] = self._fusion.summary()
         found = [part.exchange.stats() for part in self._parts]
         waits = {name: wait for s in found for name, wait in s["wait_s_by_slot"].items()}
         names = [name for name, number in found[0].items() if not isinstance(number, dict)] if found else []
@@ -240,6 +247,7 @@ class Runtime:
         """Take every hook off and free every buffer; the denoiser is as it was."""
         self._root.remove()
         self._undo_end()
+        self._fusion.remove()
         unwatch_schedulers()
         self._shut("interrupted" if self._interrupted else None)
         self._parts = []

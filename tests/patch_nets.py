@@ -102,9 +102,10 @@ class MaxPool(Net):
 
 class ReflectPad(Net):
     def mix(self, h, t):
-        return functional.pad(h, (1, 1, 1, 1), mode="reflect")[:, :, 1:-1, 1:-1] + functional.pad(
-            h, (0, 0, 0, 1), mode="reflect"
-        )[:, :, 1:]
+        return (
+            functional.pad(h, (1, 1, 1, 1), mode="reflect")[:, :, 1:-1, 1:-1]
+            + functional.pad(h, (0, 0, 0, 1), mode="reflect")[:, :, 1:]
+        )
 
 
 class Transposed(Net):
@@ -140,7 +141,9 @@ class Masked(Net):
     def mix(self, h, t):
         q, k, v = self.heads(h)
         mask = torch.arange(k.shape[-2], device=h.device) % 3 > 0
-        return h + self.picture(functional.scaled_dot_product_attention(q, k, v, attn_mask=mask.expand(q.shape[-2], -1)), h)
+        return h + self.picture(
+            functional.scaled_dot_product_attention(q, k, v, attn_mask=mask.expand(q.shape[-2], -1)), h
+        )
 
 
 class Windowed(Net):
@@ -228,28 +231,4 @@ class SmallMean(Net):
         return h + 0.05 * h.mean((2, 3), keepdim=True)
 
 
-NETS = {
-    cls.__name__: cls
-    for cls in (AcrossRows, InstanceNorm, LayerNormOverPicture, Causal, Bilinear, OwnSoftmax, Squeeze, Cumulative, Flip)
-    + (Shift, MaxPool, ReflectPad, Transposed, Fourier, Pointwise, Masked, Windowed, Axial, Linear, OneHead, MultiHead)
-    + (Positions, RowNumbers, Steers, SmallMean)
-}
-
-
-def build(name):
-    """The net with seeded weights."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return NETS[name]().eval().requires_grad_(False)
-
-
-@torch.no_grad()
-def sample(net, seed=0, steps=4, height=HEIGHT):
-    """All predictions of one generation, (steps, 1, 4, height, 8)."""
-    dtype = next(net.parameters()).dtype
-    x = torch.randn(1, 4, height, 8, generator=torch.Generator().manual_seed(seed)).to(dtype)
-    predictions = []
-    for t in range(steps, 0, -1):
-        predictions.append(net(x, float(t)))
-        x = x - 0.2 * predictions[-1]
-    return torch.stack(predictions).float()
+NETS = {cls.__name__: cls for cls in Net.__subclasses__()}

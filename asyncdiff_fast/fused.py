@@ -1,0 +1,72 @@
+"""Layers whose forward is replaced by one with fewer passes over memory: which they are, how they are found and undone.
+
+A row is keyed by class, since that fixes what a forward does; a class whose forward takes other arguments than the row
+was written for is left alone. The replacement is an attribute of the instance, beneath every hook that comes later, and
+a module that carries somebody's hook already is left alone too. Within a layer, modules with weights are called, so
+adapters, fused projections, quantised weights and offloading go on working; only norms and activations are taken over,
+each only while it is plain (`fused_layers.plain`). With gradients or autocast the module's own forward runs.
+"""
+
+import functools
+import inspect
+import logging
+from collections import Counter
+
+from . import fused_blocks, fused_layers, fused_unet
+
+log = logging.getLogger(__name__)
+ROWS = {row.kind: row for row in (*fused_unet.ROWS, *fused_layers.ROWS, *fused_blocks.ROWS)}
+
+
+class Fusion:
+    """The replaced layers of one denoiser. `remove` gives them their own forwards back.
+
+    Without `across_rows`, layers in which the rows of a picture meet are left alone: patches have their own for them.
+    """
+
+    def __init__(self, denoiser, choice, across_rows=True):
+        self.choice = choice
+        self._installed = []
+        for module, row in _fitting(denoiser, across_rows) if choice.active else ():
+            forward = functools.partial(row.run, module, choice)
+            module.forward = forward
+            self._installed.append((module, forward))
+        if self._installed:
+            log.info("kernels=%s in %s: %s", choice.mode, type(denoiser).__name__, self.layers())
+
+    def layers(self):
+        """{class name: how many of its instances are replaced}."""
+        return dict(Counter(type(module).__name__ for module, _ in self._installed))
+
+    def summary(self):
+        """Dict, fit for JSON: what is replaced, and what was chosen for it."""
+        return {"layers": self.layers(), **self.choice.summary()}
+
+    def remove(self):
+        """Restore every forward. One that somebody's hook lies upon stays, and runs the module's own."""
+        self.choice.active = False
+        for module, forward in self._installed:
+            if vars(module).get("forward") is forward:
+                del module.forward
+        self._installed.clear()
+
+
+def _fitting(denoiser, across_rows):
+    """(module, row) of the modules to replace."""
+    owned = set()
+    # Outer modules come before what is inside them.
+    for module in denoiser.modules():
+        row = ROWS.get(type(module))
+        if row is None or id(module) in owned or "forward" in vars(module):
+            continue
+        if (row.across_rows and not across_rows) or not _written_for(row) or not row.fits(module):
+            continue
+        owned.update(id(part) for part in row.takes_over(module))
+        yield module, row
+
+
+def _written_for(row):
+    """True if the installed diffusers calls this class as the row expects."""
+    ours = [p.name for p in inspect.signature(row.run).parameters.values()][2:]
+    theirs = [p.name for p in inspect.signature(row.kind.forward).parameters.values()][1:]
+    return ours == theirs

@@ -1,0 +1,73 @@
+"""This GPU, for choosing between implementations of an op: whether there is one, which, and how long a call takes."""
+
+import logging
+import platform
+import statistics
+from importlib import metadata, util
+
+import torch
+
+log = logging.getLogger(__name__)
+WARMUP, ROUNDS, CALLS = 3, 5, 10
+
+
+def available():
+    """True if Triton kernels can be compiled and run here."""
+    return torch.cuda.is_available() and util.find_spec("triton") is not None
+
+
+def environment():
+    """Dict, fit for JSON: what times may depend on beside the op: device, libraries, the Python that launches."""
+    versions = {}
+    for package in ("torch", "triton", "asyncdiff_fast"):
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = None
+    return {
+        "device": torch.cuda.get_device_name(),
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+        "python": platform.python_version(),
+        **versions,
+    }
+
+
+def capturing():
+    """True while a CUDA graph is captured: nothing can be measured then."""
+    return torch.cuda.is_current_stream_capturing()
+
+
+def times_us(run, device_idx):
+    """(launched, replayed): microseconds of one call of `run` on a device, a median each; None if it cannot run.
+
+    Launched one by one from Python, a small kernel takes as long as its launch; replayed from a CUDA graph, its own
+    time. Calls repeat with the same arguments, so what fits stays in the L2 cache, as between the layers of a model.
+    """
+    with torch.cuda.device(device_idx):
+        try:
+            for _ in range(WARMUP):
+                run()
+            launched = _median_us(lambda: [run() for _ in range(CALLS)])
+            graph = torch.cuda.CUDAGraph()
+            # Other threads, such as NCCL's watchdog, may go on.
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                for _ in range(CALLS):
+                    run()
+            return launched, _median_us(graph.replay)
+        except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
+            log.info("not usable: %s", str(error).splitlines()[0] if str(error) else type(error).__name__)
+            return None
+
+
+def _median_us(calls):
+    """Median over rounds of the time of one of the calls that `calls` makes, by events on the current stream."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    rounds = []
+    for _ in range(ROUNDS):
+        begin.record()
+        calls()
+        end.record()
+        end.synchronize()
+        rounds.append(begin.elapsed_time(end) * 1e3 / CALLS)
+    return statistics.median(rounds)

@@ -1,0 +1,173 @@
+"""GroupNorm + SiLU of an SDXL patch with its halo rows: kernels, their passes and baselines, in one run.
+
+    python benchmarks/bench_group_norm.py --quick       # 8 minutes on a GPU; without it every shape, for an hour or two
+
+Each result is compared with the reference before it is timed. A run that is broken off continues where it was.
+"""
+
+import argparse
+import itertools
+import pathlib
+import sys
+
+import gpu_timing
+import group_norm_baselines as baselines
+import measure
+import torch
+from asyncdiff_fast.kernels import reference
+from tqdm import tqdm
+
+GROUPS, EPS = 32, 1e-5
+# Channels of the norms of SDXL's residual blocks, by the factor between latent and level.
+CHANNELS = {1: (320, 640, 960), 2: (640, 1280, 1920), 4: (1280, 2560)}
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+
+
+def parse(argv):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--device", choices=("cuda", "cpu"), default="cuda", help="cpu: tiny shapes, reference ops only"
+    )
+    parser.add_argument("--quick", action="store_true", help="fewer shapes, and no new row after 8 minutes")
+    parser.add_argument("--out", type=pathlib.Path, default=measure.RESULTS / "group_norm.jsonl")
+    return parser.parse_args(argv)
+
+
+def shapes(device, quick):
+    """(pixels, patches, (n, c, h, w)) of every norm, the largest pictures first."""
+    if device == "cpu":
+        yield 64, 2, (1, 64, 4, 8)
+        return
+    for px, patches in itertools.product(
+        (3840, 1024) if quick else (3840, 2048, 1024), (8, 1) if quick else (8, 4, 2, 1)
+    ):
+        for factor, channels in CHANNELS.items():
+            side = px // 8 // factor
+            for c in channels[:1] if quick else channels:
+                yield px, patches, (1, c, side // patches, side)
+
+
+class Inputs:
+    """One patch's tensors in one layout: activation, parameters, neighbours' rows, parts, and buffers to write."""
+
+    def __init__(self, shape, layout, dtype, device):
+        n, c, _, w = shape
+        memory_format = torch.channels_last if layout == "channels_last" else torch.contiguous_format
+
+        def made(*size):
+            return torch.randn(size, device=device).to(dtype).contiguous(memory_format=memory_format)
+
+        self.x, self.other = made(*shape), made(*shape)
+        self.weight, self.bias, self.conv_bias, temb = (torch.randn(c, device=device).to(dtype) for _ in range(4))
+        self.temb = temb.expand(n, c).contiguous()
+        self.above, self.below, self.top, self.bottom = (made(n, c, 1, w) for _ in range(4))
+        self.parts = torch.stack((torch.randn(8, n, GROUPS), torch.ones(8, n, GROUPS)), dim=3).to(device)
+        self.affine = torch.randn(n, 2, c, device=device)
+        moments = torch.stack((self.parts[..., 0], self.parts[..., 0].square() + self.parts[..., 1]), dim=1)
+        self.stale = moments[..., None, None, None].to(dtype)
+
+    def norm(self):
+        """Arguments of a norm with everything folded in, in corrected mode."""
+        return (self.x, self.weight, self.bias, GROUPS, EPS), {
+            "act": "silu", "conv_bias": self.conv_bias, "temb": self.temb,
+            "mode": "corrected", "parts": self.parts, "own": 3,
+            "halo": (1, 1), "above": self.above, "below": self.below, "top": self.top, "bottom": self.bottom,
+        }  # fmt: skip
+
+    def border_bytes(self):
+        """Rows read and packed, and halo rows written."""
+        return 6 * self.above.nbytes
+
+
+def kernel_ops(inputs):
+    """Name → (callable, bytes it has to move at least) of the kernels and their passes."""
+    from asyncdiff_fast.kernels import group_norm
+    from asyncdiff_fast.kernels.group_norm_small import group_norm_small
+
+    arguments, keywords = inputs.norm()
+    merge = {name: keywords[name] for name in ("conv_bias", "temb", "mode", "parts", "own")}
+    write = {name: keywords[name] for name in ("act", "halo", "above", "below", "top", "bottom")}
+    once, rows = inputs.x.nbytes, inputs.border_bytes()
+    partials = group_norm.group_norm_partials(inputs.x)
+
+    def three_launches():
+        made = group_norm.group_norm_partials(inputs.x)
+        return group_norm.group_norm(*arguments, **keywords, partials=made)
+
+    return {
+        "group_norm": (lambda: group_norm.group_norm(*arguments, **keywords), 3 * once + rows),
+        "group_norm, three launches": (three_launches, 3 * once + rows),
+        "group_norm, one launch": (lambda: group_norm_small(*arguments, **keywords), 3 * once + rows),
+        "group_norm, partials known": (
+            lambda: group_norm.group_norm(*arguments, **keywords, partials=partials),
+            2 * once + rows,
+        ),
+        "partials": (lambda: group_norm.group_norm_partials(inputs.x), once),
+        "merge": (lambda: group_norm.group_norm_merge(partials, inputs.x.shape[2:], *arguments[1:], **merge), None),
+        "apply": (lambda: group_norm.group_norm_apply(inputs.x, inputs.affine, **write), 2 * once + rows),
+        "residual_partials": (lambda: group_norm.residual_partials(inputs.x, inputs.other), 3 * once),
+    }
+
+
+def baseline_ops(inputs, device):
+    """Name → (callable, None) of what the kernels replace."""
+    around = (inputs.x, inputs.weight, inputs.bias, GROUPS, EPS, inputs.above, inputs.below)
+    ops = {
+        "torch": lambda: baselines.torch_ops(*around),
+        "DistriFusion's formula": lambda: baselines.distrifusion(*around, inputs.stale, 3),
+        "copy of the tensor": lambda: torch.empty_like(inputs.x).copy_(inputs.x),
+    }
+    if device == "cuda":
+        ops["one program per group"] = lambda: baselines.one_program_per_group(*around)
+        # Anew for each shape: past a number of shapes dynamo would quietly run eagerly.
+        torch.compiler.reset()
+        compiled = torch.compile(baselines.torch_ops, dynamic=False)
+        ops["torch.compile"] = lambda: compiled(*around)
+    moved = {"copy of the tensor": 2 * inputs.x.nbytes}
+    return {name: (run, moved.get(name)) for name, run in ops.items()}
+
+
+def check(inputs, ops):
+    """Raise unless the kernels give what the reference gives, border rows included."""
+    arguments, keywords = inputs.norm()
+    want, stats = reference.group_norm_reference(*arguments, **keywords)
+    borders = inputs.top.clone(), inputs.bottom.clone()
+    tolerance = TOLERANCE[want.dtype]
+    for name in ("group_norm, three launches", "group_norm, one launch"):
+        inputs.top.fill_(torch.nan)
+        inputs.bottom.fill_(torch.nan)
+        y, own = ops[name][0]()
+        for got, right in zip((y, inputs.top, inputs.bottom), (want, *borders), strict=True):
+            torch.testing.assert_close(got, right, rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(own, stats, rtol=1e-5, atol=1e-5)
+
+
+def main(argv=None):
+    args = parse(argv)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        sys.exit(
+            "This benchmark needs a GPU and finds none; --device cpu --quick only tries the script, on tiny shapes."
+        )
+    rows = gpu_timing.Rows(args.out, args.device, budget_s=8 * 60 if args.quick else float("inf"))
+    layouts = ("channels_last", "contiguous")
+    dtypes = (torch.bfloat16,) if args.quick or args.device == "cpu" else (torch.bfloat16, torch.float16)
+    cases = list(itertools.product(shapes(args.device, args.quick), layouts, dtypes))
+    for (px, patches, shape), layout, dtype in tqdm(cases):
+        inputs = Inputs(shape, layout, dtype, args.device)
+        ops = baseline_ops(inputs, args.device)
+        if args.device == "cuda":
+            kernels = kernel_ops(inputs)
+            check(inputs, kernels)
+            ops |= kernels
+        else:
+            arguments, keywords = inputs.norm()
+            ops["reference"] = (lambda a=arguments, k=keywords: reference.group_norm_reference(*a, **k), None)
+        key = {"px": px, "patches": patches, "shape": list(shape), "layout": layout, "dtype": str(dtype)}
+        for name, (run, moved) in ops.items():
+            rows.add({"op": name, **key}, run, moved)
+    if rows.left:
+        print(f"Time is up with {rows.left} rows to go; run it again to go on.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,273 @@
+"""Attention of one or two query segments over any number of key/value segments that lie anywhere in memory.
+
+    out = softmax(scale · q kᵀ) v,    lse = log Σ_keys exp(scale · q kᵀ),    k, v = all segments, one after another
+
+Segments may be a ring's view, text and image tokens, a rank's own part and its peers': nothing is concatenated. One
+flat loop runs over the whole key blocks of all segments and picks a block's segment by scalar select, so the software
+pipeline never drains where a segment ends; what is left over of each segment follows in a second, masked loop.
+Scores, softmax and sums are fp32; probabilities are rounded to the dtype of `v` for the second product, as in
+FlashAttention-2 (Dao, 2023, algorithm 1), whose online softmax this is.
+
+A head size that is no power of two is cut into two that are, 80 = 64 + 16 and 160 = 128 + 32, so that little is padded.
+With few queries the keys are divided between programs too (split-KV), and `attention_merge` adds the results in fixed
+order. Nothing is atomic and all choices depend on shapes alone: equal inputs give equal bits.
+"""
+
+import itertools
+
+import torch
+import triton
+import triton.language as tl
+from asyncdiff_fast.kernels import tuning
+from asyncdiff_fast.kernels.attention_layout import check_attention, pieces, stride_unit, strides
+from asyncdiff_fast.kernels.attention_merge import launch_merge, tile_of_queries
+
+LOG2_E = 1.4426950408889634
+LN_2 = tl.constexpr(0.6931471805599453)
+# A change of these must not compile anew.
+SHAPES = ("num_blocks", "num_tails", "blocks_per_split")
+
+
+@triton.jit
+def _dot(a, b, acc, PRECISION: tl.constexpr):
+    if PRECISION == "upcast":
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+        return tl.dot(a, b, acc, input_precision="ieee")
+    else:
+        return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def _load(ptrs, mask_n, mask_d, MASK_N: tl.constexpr, MASK_D: tl.constexpr):
+    if MASK_N and MASK_D:
+        return tl.load(ptrs, mask=mask_n & mask_d, other=0.0)
+    elif MASK_N:
+        return tl.load(ptrs, mask=mask_n, other=0.0)
+    elif MASK_D:
+        return tl.load(ptrs, mask=mask_d, other=0.0)
+    else:
+        return tl.load(ptrs)
+
+
+@triton.jit
+def _fold_keys(
+    q0, q1, acc0, acc1, row_max, row_sum, k_ptr, v_ptr, stride_ks, stride_vs, num_keys, scale_log2,
+    D0: tl.constexpr, D1: tl.constexpr, HEAD_SIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    MASK_N: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One step of the online softmax: a block of keys and values joins the sums of a tile of queries."""
+    MASK_D: tl.constexpr = D0 + D1 != HEAD_SIZE
+    offs_n = tl.arange(0, BLOCK_N)
+    offs_d = tl.arange(0, D0)
+    mask_n = offs_n < num_keys
+    k = _load(k_ptr + offs_n[None, :] * stride_ks + offs_d[:, None], mask_n[None, :], None, MASK_N, False)
+    scores = _dot(q0, k, tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION)
+    if D1 > 0:
+        offs_e = D0 + tl.arange(0, D1)
+        mask_e = offs_e < HEAD_SIZE
+        k_ptrs = k_ptr + offs_n[None, :] * stride_ks + offs_e[:, None]
+        scores = _dot(q1, _load(k_ptrs, mask_n[None, :], mask_e[:, None], MASK_N, MASK_D), scores, PRECISION)
+    if MASK_N:
+        scores = tl.where(mask_n[None, :], scores, float("-inf"))
+    new_max = tl.maximum(row_max, tl.max(scores, 1) * scale_log2)
+    # Before the first key, and with none in this block, −inf − −inf would be NaN.
+    base = tl.where(new_max == float("-inf"), 0.0, new_max) if MASK_N else new_max
+    probs = tl.exp2(scores * scale_log2 - base[:, None])
+    decay = tl.exp2(row_max - base)
+    row_sum = row_sum * decay + tl.sum(probs, 1)
+    v = _load(v_ptr + offs_n[:, None] * stride_vs + offs_d[None, :], mask_n[:, None], None, MASK_N, False)
+    probs = probs.to(v.dtype)
+    acc0 = _dot(probs, v, acc0 * decay[:, None], PRECISION)
+    if D1 > 0:
+        v_ptrs = v_ptr + offs_n[:, None] * stride_vs + offs_e[None, :]
+        v = _load(v_ptrs, mask_n[:, None], mask_e[None, :], MASK_N, MASK_D)
+        acc1 = _dot(probs, v, acc1 * decay[:, None], PRECISION)
+    return acc0, acc1, new_max, row_sum
+
+
+@triton.jit
+def _block_of_keys(
+    block, batch, head, k_ptrs, v_ptrs, k_strides, v_strides, sizes, first_blocks,
+    NUM_SEGMENTS: tl.constexpr, BLOCK_N: tl.constexpr, TAILS: tl.constexpr, UNIT: tl.constexpr,
+):  # fmt: skip
+    """Where a block lies: whole block number `block` of all segments, or what is left over of segment `block`."""
+    k_ptr = k_ptrs[0] + (batch * k_strides[0] + head * k_strides[2]) * UNIT
+    v_ptr = v_ptrs[0] + (batch * v_strides[0] + head * v_strides[2]) * UNIT
+    stride_ks = k_strides[1]
+    stride_vs = v_strides[1]
+    size = sizes[0]
+    first = first_blocks[0]
+    for idx in tl.static_range(1, NUM_SEGMENTS):
+        reached = block >= (idx if TAILS else first_blocks[idx])
+        k_offset = batch * k_strides[3 * idx] + head * k_strides[3 * idx + 2]
+        v_offset = batch * v_strides[3 * idx] + head * v_strides[3 * idx + 2]
+        k_ptr = tl.where(reached, k_ptrs[idx] + k_offset * UNIT, k_ptr)
+        v_ptr = tl.where(reached, v_ptrs[idx] + v_offset * UNIT, v_ptr)
+        stride_ks = tl.where(reached, k_strides[3 * idx + 1], stride_ks)
+        stride_vs = tl.where(reached, v_strides[3 * idx + 1], stride_vs)
+        size = tl.where(reached, sizes[idx], size)
+        first = tl.where(reached, first_blocks[idx], first)
+    size = tl.cast(size, tl.int64)
+    begin = size // BLOCK_N * BLOCK_N if TAILS else tl.cast(block - first, tl.int64) * BLOCK_N
+    stride_ks *= UNIT
+    stride_vs *= UNIT
+    k_ptr += begin * stride_ks
+    v_ptr += begin * stride_vs
+    return k_ptr, v_ptr, stride_ks, stride_vs, size - begin
+
+
+@triton.jit(do_not_specialize=SHAPES)
+def _attention_kernel(
+    q_ptrs, out_ptrs, k_ptrs, v_ptrs, partial_ptr, lse_ptr, q_strides, out_strides, k_strides, v_strides,
+    q_sizes, sizes, first_blocks, num_heads, num_blocks, num_tails, blocks_per_split, scale_log2,
+    NUM_QUERIES: tl.constexpr, NUM_SEGMENTS: tl.constexpr, HEAD_SIZE: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, SPLIT: tl.constexpr, WRITE_LSE: tl.constexpr,
+    UNIT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    batch = (tl.program_id(1) // num_heads).to(tl.int64)
+    head = (tl.program_id(1) % num_heads).to(tl.int64)
+    second, offs_m, mask_m, before, total = tile_of_queries(tl.program_id(0), q_sizes, NUM_QUERIES, BLOCK_M)
+    q_ptr = q_ptrs[0] + (batch * q_strides[0] + head * q_strides[2]) * UNIT
+    out_ptr = out_ptrs[0] + (batch * out_strides[0] + head * out_strides[2]) * UNIT
+    stride_qs = q_strides[1]
+    stride_os = out_strides[1]
+    if NUM_QUERIES == 2:
+        q_ptr = tl.where(second, q_ptrs[1] + (batch * q_strides[3] + head * q_strides[5]) * UNIT, q_ptr)
+        out_ptr = tl.where(second, out_ptrs[1] + (batch * out_strides[3] + head * out_strides[5]) * UNIT, out_ptr)
+        stride_qs = tl.where(second, q_strides[4], stride_qs)
+        stride_os = tl.where(second, out_strides[4], stride_os)
+    offs_d = tl.arange(0, D0)
+    q_rows = q_ptr + offs_m[:, None] * (stride_qs * UNIT)
+    q0 = tl.load(q_rows + offs_d[None, :], mask=mask_m[:, None], other=0.0)
+    acc0 = tl.zeros((BLOCK_M, D0), tl.float32)
+    q1 = 0
+    acc1 = 0.0
+    if D1 > 0:
+        offs_e = D0 + tl.arange(0, D1)
+        mask_e = mask_m[:, None] & (offs_e < HEAD_SIZE)[None, :]
+        q1 = tl.load(q_rows + offs_e[None, :], mask=mask_e, other=0.0)
+        acc1 = tl.zeros((BLOCK_M, D1), tl.float32)
+    row_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    row_sum = tl.zeros((BLOCK_M,), tl.float32)
+
+    begin = tl.program_id(2) * blocks_per_split
+    end = tl.minimum(begin + blocks_per_split, num_blocks + num_tails)
+    for block in tl.range(begin, tl.minimum(end, num_blocks), num_stages=STAGES):
+        k_ptr, v_ptr, stride_ks, stride_vs, num_keys = _block_of_keys(
+            block, batch, head, k_ptrs, v_ptrs, k_strides, v_strides, sizes, first_blocks,
+            NUM_SEGMENTS, BLOCK_N, False, UNIT,
+        )  # fmt: skip
+        acc0, acc1, row_max, row_sum = _fold_keys(
+            q0, q1, acc0, acc1, row_max, row_sum, k_ptr, v_ptr, stride_ks, stride_vs, num_keys, scale_log2,
+            D0, D1, HEAD_SIZE, BLOCK_M, BLOCK_N, False, PRECISION,
+        )  # fmt: skip
+    for block in tl.range(tl.maximum(begin, num_blocks), end, num_stages=1):
+        k_ptr, v_ptr, stride_ks, stride_vs, num_keys = _block_of_keys(
+            block - num_blocks, batch, head, k_ptrs, v_ptrs, k_strides, v_strides, sizes, first_blocks,
+            NUM_SEGMENTS, BLOCK_N, True, UNIT,
+        )  # fmt: skip
+        acc0, acc1, row_max, row_sum = _fold_keys(
+            q0, q1, acc0, acc1, row_max, row_sum, k_ptr, v_ptr, stride_ks, stride_vs, num_keys, scale_log2,
+            D0, D1, HEAD_SIZE, BLOCK_M, BLOCK_N, True, PRECISION,
+        )  # fmt: skip
+
+    # A split whose only blocks are left-overs of nothing has no key: out 0, lse −inf.
+    row_sum = tl.where(row_sum > 0, row_sum, 1.0)
+    rows = tl.program_id(1).to(tl.int64) * total + before + offs_m
+    if SPLIT:
+        rows += tl.program_id(2).to(tl.int64) * tl.num_programs(1) * total
+        out_rows = partial_ptr + rows[:, None] * HEAD_SIZE
+    else:
+        out_rows = out_ptr + offs_m[:, None] * (stride_os * UNIT)
+    dtype = out_rows.dtype.element_ty
+    tl.store(out_rows + offs_d[None, :], (acc0 / row_sum[:, None]).to(dtype), mask=mask_m[:, None])
+    if D1 > 0:
+        tl.store(out_rows + offs_e[None, :], (acc1 / row_sum[:, None]).to(dtype), mask=mask_e)
+    if WRITE_LSE:
+        tl.store(lse_ptr + rows, (row_max + tl.log2(row_sum)) * LN_2, mask=mask_m)
+
+
+def attention(queries, segments, *, scale=None, outs=None, return_lse=False, num_splits=None, settings=None):
+    """Attention of one or two query segments over the keys and values of all segments.
+
+    Args:
+        queries: (b, s, h, d), or a tuple of two such with lengths of their own (text and image, say); fp32, fp16 or
+            bf16; `d` a multiple of 8 from 16 to 160. Last strides are 1, all others free, here and below.
+        segments: one to eight pairs (key, value), each (b, s_i, h, d), with lengths and strides of their own. Empty
+            ones count for nothing. Their order changes the result by rounding only.
+        scale: factor of the scores, positive; `d ** -0.5` if None.
+        outs: where to write, like `queries`; new tensors if None.
+        return_lse: also give log Σ exp(scores) of each row.
+        num_splits: programs among which the keys of one row are divided; chosen from the shapes if None.
+        settings: `tuning.AttentionSettings` in place of the table's.
+    Returns: out, or a tuple of two; with `return_lse` a pair of that and lse: (b, h, s) fp32 each, natural logarithm.
+    Raises: ValueError if shapes, dtypes or strides do not fit, or if there is no key at all.
+    """
+    single = isinstance(queries, torch.Tensor)
+    queries = (queries,) if single else tuple(queries)
+    segments = tuple((key, value) for key, value in segments if key.shape[1] or value.shape[1])
+    if outs is None:
+        outs = tuple(torch.empty(q.shape, dtype=q.dtype, device=q.device) for q in queries)
+    else:
+        outs = (outs,) if single else tuple(outs)
+    check_attention(queries, segments, outs, scale, num_splits)
+    batch, _, num_heads, head_size = queries[0].shape
+    q_sizes = tuple(q.shape[1] for q in queries)
+    if settings is None:
+        settings = tuning.attention_settings(head_size, queries[0].dtype)
+    num_tiles = sum(triton.cdiv(size, settings.block_m) for size in q_sizes)
+    if num_splits is None:
+        num_keys = sum(key.shape[1] for key, _ in segments)
+        num_splits = tuning.attention_splits(batch * num_heads * num_tiles, num_keys, settings)
+    lse = _launch(
+        queries, segments, outs, head_size**-0.5 if scale is None else scale, num_splits, settings, return_lse
+    )
+    result = outs[0] if single else outs
+    if not return_lse:
+        return result
+    lses = lse.split(q_sizes, dim=2)
+    return result, lses[0] if single else lses
+
+
+def _precision(dtype):
+    """How products are made: fp32 on tensor cores in three tf32 passes where there are such; halves as they are."""
+    if dtype == torch.bfloat16 and not isinstance(_attention_kernel, triton.JITFunction):
+        # Triton's interpreter multiplies bf16 wrongly.
+        return "upcast"
+    return "tf32x3" if dtype == torch.float32 and torch.version.hip is None else "ieee"
+
+
+def _launch(queries, segments, outs, scale, num_splits, settings, return_lse):
+    """Write `outs`; give lse (b, h, rows of all queries) or None."""
+    batch, _, num_heads, head_size = queries[0].shape
+    keys, values = zip(*segments, strict=True)
+    q_sizes = tuple(q.shape[1] for q in queries)
+    sizes = tuple(key.shape[1] for key in keys)
+    whole = [size // settings.block_n for size in sizes]
+    num_tails = len(sizes) if any(size % settings.block_n for size in sizes) else 0
+    num_blocks = sum(whole) + num_tails
+    blocks_per_split = triton.cdiv(num_blocks, num_splits)
+    num_splits = triton.cdiv(num_blocks, blocks_per_split)
+    rows = (num_splits, batch, num_heads, sum(q_sizes))
+    device = queries[0].device
+    partial = torch.empty((*rows, head_size), device=device) if num_splits > 1 else None
+    lse = torch.empty(rows, device=device) if num_splits > 1 or return_lse else None
+    unit = stride_unit((*queries, *keys, *values, *outs))
+    all_strides = (tuple(s // unit for s in strides(tensors)) for tensors in (queries, outs, keys, values))
+    d0, d1 = pieces(head_size)
+    num_tiles = sum(triton.cdiv(size, settings.block_m) for size in q_sizes)
+    if num_tiles:
+        _attention_kernel[(num_tiles, batch * num_heads, num_splits)](
+            queries, outs, keys, values, partial, lse, *all_strides,
+            q_sizes, sizes, tuple(itertools.accumulate(whole[:-1], initial=0)), num_heads, sum(whole), num_tails,
+            blocks_per_split, scale * LOG2_E,
+            NUM_QUERIES=len(queries), NUM_SEGMENTS=len(sizes), HEAD_SIZE=head_size, D0=d0, D1=d1,
+            BLOCK_M=settings.block_m, BLOCK_N=settings.block_n, STAGES=settings.num_stages,
+            SPLIT=num_splits > 1, WRITE_LSE=lse is not None, UNIT=unit,
+            PRECISION=_precision(queries[0].dtype),
+            num_warps=settings.num_warps, num_stages=settings.num_stages,
+        )  # fmt: skip
+    if num_splits > 1:
+        return launch_merge(partial.transpose(2, 3), lse, outs, return_lse)
+    return lse[0] if return_lse else None

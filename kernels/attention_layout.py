@@ -1,0 +1,60 @@
+"""How the attention launcher sees its tensors: strides, head sizes in two pieces, and what it refuses."""
+
+import torch
+import triton
+
+MAX_SEGMENTS = 8
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def pieces(head_size):
+    """(D0, D1): `head_size` as two powers of two, the second rounded up to what a tensor core takes, or 0."""
+    first = 1 << (head_size.bit_length() - 1)
+    rest = head_size - first
+    return first, max(16, triton.next_power_of_2(rest)) if rest else 0
+
+
+def strides(tensors):
+    """Strides of batch, token and head of each tensor, one after another; 0 where a size is 1."""
+    return tuple(x.stride(dim) if x.shape[dim] > 1 else 0 for x in tensors for dim in (0, 1, 2))
+
+
+def stride_unit(tensors):
+    """8 if all rows begin at multiples of 8 elements and 16 bytes, so that loads may be that wide; else 1."""
+    aligned = all(x.data_ptr() % 16 == 0 for x in tensors) and all(stride % 8 == 0 for stride in strides(tensors))
+    return 8 if aligned else 1
+
+
+def check_attention(queries, segments, outs, scale, num_splits):
+    """Raise ValueError unless queries, outs and the pairs of `segments` fit together and suit the kernel."""
+    if not 0 < len(queries) <= 2 or not 0 < len(segments) <= MAX_SEGMENTS or len(outs) != len(queries):
+        raise ValueError(
+            f"attention takes one or two queries, as many outs, and 1 to {MAX_SEGMENTS} segments that are not empty: "
+            f"got {len(queries)}, {len(outs)} and {len(segments)}; parts that lie together are one segment"
+        )
+    batch, _, num_heads, head_size = queries[0].shape
+    dtype, device = queries[0].dtype, queries[0].device
+    if head_size % 8 or not 16 <= head_size <= 160 or dtype not in DTYPES:
+        raise ValueError(
+            f"head size must be a multiple of 8 from 16 to 160 and dtype fp32, fp16 or bf16: got {head_size} and "
+            f"{dtype}; use scaled_dot_product_attention"
+        )
+    if (scale is not None and scale <= 0) or (num_splits is not None and num_splits < 1):
+        raise ValueError(f"scale and num_splits must be positive: got {scale} and {num_splits}")
+    for name, tensors in (("queries", queries), ("outs", outs), *((f"segment {i}", s) for i, s in enumerate(segments))):
+        for x in tensors:
+            if (*x.shape[:1], *x.shape[2:]) != (batch, num_heads, head_size) or (x.dtype, x.device) != (dtype, device):
+                raise ValueError(
+                    f"{name} must be (b, s, h, d) = ({batch}, s, {num_heads}, {head_size}) of {dtype} on {device}, as "
+                    f"the first query is: got {tuple(x.shape)} of {x.dtype} on {x.device}"
+                )
+            # Within a tile offsets are 32 bits wide.
+            if x.stride(3) != 1 or x.stride(1) >= 2**24:
+                raise ValueError(
+                    f"{name} must have last stride 1 and less than 2**24 elements from token to token: got strides "
+                    f"{x.stride()}; pass a contiguous copy"
+                )
+    for name, pairs in (("key and value of a segment", segments), ("query and out", zip(queries, outs, strict=True))):
+        for x, y in pairs:
+            if x.shape != y.shape:
+                raise ValueError(f"{name} must have one shape: got {tuple(x.shape)} and {tuple(y.shape)}")

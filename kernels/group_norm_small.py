@@ -1,0 +1,105 @@
+"""GroupNorm of small groups in one launch: one program makes statistics, merges parts and writes its group.
+
+The program reads its group twice, the second time from cache; formulas are those of `group_norm_stats`, with the
+whole group as the chunk, of `group_norm_merge` and of `group_norm_apply`. It pays where three launches cost more than
+reading a group with one multiprocessor.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from asyncdiff_fast.kernels import checks, pixels, tuning
+from asyncdiff_fast.kernels.group_norm_apply import write_arguments, write_tile
+from asyncdiff_fast.kernels.group_norm_merge import channel_affine, channel_terms, image_statistics
+from asyncdiff_fast.kernels.group_norm_stats import SHIFT_PIXELS, load_tile
+
+
+@triton.jit(do_not_specialize=["own"])
+def _small_kernel(
+    x_ptr, above_ptr, below_ptr, y_ptr, top_ptr, bottom_ptr,
+    weight_ptr, bias_ptr, conv_bias_ptr, temb_ptr, scale_ptr, shift_ptr, parts_ptr, shares_ptr, stats_ptr,
+    x_strides, above_strides, below_strides, y_strides, top_strides, bottom_strides,
+    height, width, halo_above, halo_below, top_rows, bottom_rows,
+    stride_temb, stride_scale, stride_shift, num_frames, num_out, num_groups, num_parts, own, count, eps,
+    MODE: tl.constexpr, BESSEL: tl.constexpr, GROUP_CHANNELS: tl.constexpr,
+    SILU: tl.constexpr, HALO: tl.constexpr, UPSAMPLE: tl.constexpr, X_UNIT: tl.constexpr, Y_UNIT: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_PARTS: tl.constexpr,
+):  # fmt: skip
+    g = tl.program_id(0)
+    n = tl.program_id(1).to(tl.int64)
+    channel = tl.arange(0, BLOCK_C)
+    mask_c = channel < GROUP_CHANNELS
+    offs_c = g * GROUP_CHANNELS + channel
+    num_pixels = height * (width * X_UNIT)
+
+    offs_s = tl.arange(0, SHIFT_PIXELS)
+    mask_s = (offs_s < num_pixels)[:, None] & mask_c[None, :]
+    sample = load_tile(x_ptr, None, None, 1.0, x_strides, None, n, n * 0, offs_s, offs_c, mask_s, X_UNIT)
+    shift = tl.sum(tl.where(mask_s, sample, 0.0), axis=0) / tl.minimum(num_pixels, SHIFT_PIXELS).to(tl.float32)
+    first = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
+    second = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
+    for frame in range(0, num_frames):
+        for start in range(0, num_pixels, BLOCK_P):
+            offs_p = start + tl.arange(0, BLOCK_P)
+            mask = (offs_p < num_pixels)[:, None] & mask_c[None, :]
+            x = load_tile(x_ptr, None, None, 1.0, x_strides, None, n, frame + n * 0, offs_p, offs_c, mask, X_UNIT)
+            d = tl.where(mask, x - shift[None, :], 0.0)
+            first += d
+            second += d * d
+    total = count / GROUP_CHANNELS
+    sum_first = tl.sum(first, axis=0)
+    channel_m2 = tl.maximum(tl.sum(second, axis=0) - sum_first * sum_first / total, 0.0)
+
+    add = channel_terms(conv_bias_ptr, temb_ptr, stride_temb, n, offs_c, mask_c, BLOCK_C)
+    channel_mean = tl.where(mask_c, shift + sum_first / total + add, 0.0)
+    mean = tl.sum(channel_mean, axis=0) / GROUP_CHANNELS
+    d = tl.where(mask_c, channel_mean - mean, 0.0)
+    var = tl.sum(channel_m2, axis=0) / count + tl.sum(d * d, axis=0) / GROUP_CHANNELS
+    tl.store(stats_ptr + (n * num_groups + g) * 2, mean)
+    tl.store(stats_ptr + (n * num_groups + g) * 2 + 1, var)
+    mean, var = image_statistics(
+        mean, var, parts_ptr, shares_ptr, n, g, tl.num_programs(1), num_groups, num_parts, own, count,
+        MODE, BESSEL, BLOCK_PARTS,
+    )  # fmt: skip
+    a, b = channel_affine(
+        mean, var, eps, add, weight_ptr, bias_ptr, scale_ptr, shift_ptr, stride_scale, stride_shift, n, offs_c, mask_c
+    )
+    for frame in range(0, num_frames):
+        for start in range(0, num_out, BLOCK_P):
+            write_tile(
+                x_ptr, above_ptr, below_ptr, y_ptr, top_ptr, bottom_ptr,
+                x_strides, above_strides, below_strides, y_strides, top_strides, bottom_strides,
+                n, frame + n * 0, start + tl.arange(0, BLOCK_P), offs_c, mask_c, a, b,
+                height, width, halo_above, halo_below, top_rows, bottom_rows, SILU, HALO, UPSAMPLE, X_UNIT, Y_UNIT,
+            )  # fmt: skip
+
+
+def group_norm_small(
+    x, weight, bias, num_groups, eps, *, act="none", conv_bias=None, temb=None, scale=None, shift=None,
+    mode="local", parts=None, own=0, shares=None, bessel=False,
+    halo=(0, 0), above=None, below=None, top=None, bottom=None, upsample=1, tokens=False, out=None,
+):  # fmt: skip
+    """(y, stats) of `group_norm.group_norm`, in one launch."""
+    n, c = x.shape[:2]
+    checks.check_act(act)
+    checks.check_borders(x, halo, upsample, above, below, top, bottom)
+    checks.check_norm(
+        n, c, num_groups, mode, parts, own, shares,
+        weight=weight, bias=bias, conv_bias=conv_bias, temb=temb, scale=scale, shift=shift,
+    )  # fmt: skip
+    y, result = pixels.new_output(x, halo, upsample, tokens, out)
+    view, view_y = pixels.pixel_view(x), pixels.pixel_view(y, "out")
+    stats = x.new_empty((n, num_groups, 2), dtype=torch.float32)
+    arguments, constants = write_arguments(view, view_y, halo, above, below, top, bottom)
+    num_parts = 0 if parts is None else parts.shape[0]
+    block_c = triton.next_power_of_2(c // num_groups)
+    _small_kernel[num_groups, n](
+        x, above, below, y, top, bottom, weight, bias, conv_bias, temb, scale, shift, parts, shares, stats, *arguments,
+        *(0 if t is None else t.stride(0) for t in (temb, scale, shift)),
+        view.frames, view_y.height * view_y.width, num_groups, num_parts, own,
+        float(x[0].numel() // num_groups), eps,
+        MODE=mode, BESSEL=bessel, GROUP_CHANNELS=c // num_groups, SILU=act == "silu", UPSAMPLE=upsample, **constants,
+        BLOCK_P=max(16, tuning.GROUP_NORM_SMALL_TILE // block_c), BLOCK_C=block_c,
+        BLOCK_PARTS=triton.next_power_of_2(max(1, num_parts)), num_warps=tuning.GROUP_NORM_SMALL_WARPS,
+    )  # fmt: skip
+    return result, stats

@@ -1,0 +1,38 @@
+"""The attention launches that are compiled for every target: each row of the settings, and what a launch may ask."""
+
+from functools import partial
+
+import torch
+from asyncdiff_fast.kernels.attention import attention
+from compile_kernels import TARGETS, Variant
+
+KERNEL = ("_attention_kernel",)
+
+
+def launch(head_size, dtype=torch.bfloat16, queries=(1024,), keys=(4096,), heads=10, **options):
+    def tensor(size):
+        return torch.empty(1, size, heads, head_size, dtype=dtype)
+
+    queries = tuple(map(tensor, queries))
+    segments = [(tensor(size), tensor(size)) for size in keys]
+    attention(queries if len(queries) > 1 else queries[0], segments, **options)
+
+
+# On gfx942 a head of 128 spills ten registers: there it stays with the library's attention.
+NO_GFX942 = tuple(target for target in TARGETS if target != "gfx942")
+# Text and ring with left-overs, a split with its merge, both outputs of joint attention.
+JOINT = {"queries": (333, 512), "keys": (333, 4096), "num_splits": 4, "return_lse": True}
+# A token's text of one key, one query: sizes that Triton makes constants of.
+ONE = {"queries": (1, 1), "keys": (1, 1, 77), "num_splits": 2, "heads": 1}
+VARIANTS = [
+    *(
+        Variant(f"head {d}", partial(launch, d), KERNEL, KERNEL, NO_GFX942 if d > 96 and d <= 128 else tuple(TARGETS))
+        for d in (32, 40, 64, 80, 96, 128, 160)
+    ),
+    Variant("head 64, float16", partial(launch, 64, torch.float16), KERNEL, KERNEL),
+    Variant("head 64, joint", partial(launch, 64, **JOINT), KERNEL, KERNEL),
+    Variant("head 128, joint", partial(launch, 128, **JOINT), KERNEL, KERNEL, NO_GFX942),
+    Variant("head 64, four segments", partial(launch, 64, keys=(333, 1024, 2048, 1024)), KERNEL, KERNEL),
+    Variant("head 40, ones", partial(launch, 40, **ONE), (), KERNEL),
+    Variant("head 64, float32", partial(launch, 64, torch.float32), KERNEL, (), NO_GFX942),
+]

@@ -1,0 +1,75 @@
+"""The GroupNorm kernels in Triton's interpreter, held to the same float64 oracle as their reference."""
+
+from types import SimpleNamespace
+
+import norm_checks as checks
+import pytest
+import torch
+from asyncdiff_fast.kernels import group_norm, tuning
+from hypothesis import HealthCheck, given, settings
+from norm_cases import CASES, HALF
+
+OPS = SimpleNamespace(**{name: getattr(group_norm, name) for name in group_norm.__all__})
+
+
+@pytest.fixture(params=[1, 3], ids=["one launch", "three"])
+def launches(request, monkeypatch):
+    """Both ways to the same result, whatever the size of a group."""
+    monkeypatch.setattr(tuning, "GROUP_NORM_SMALL_BYTES", 2**40 if request.param == 1 else 0)
+
+
+@pytest.mark.usefixtures("launches")
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_case(case):
+    checks.check_case(OPS, case)
+
+
+@pytest.mark.usefixtures("launches")
+def test_views():
+    checks.check_views(OPS)
+
+
+@pytest.mark.usefixtures("launches")
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize(("mean", "std"), [(30, 1), (100, 1), (0, 100), (3000, 100)])
+def test_statistics(dtype, mean, std):
+    checks.check_statistics(OPS, dtype, mean, std)
+
+
+@pytest.mark.usefixtures("launches")
+def test_outlier():
+    checks.check_outlier(OPS)
+
+
+@pytest.mark.usefixtures("launches")
+@settings(max_examples=7, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(checks.split_images)
+def test_patches_are_the_image(drawn):
+    checks.check_patches_are_the_image(OPS, **drawn)
+
+
+@pytest.mark.usefixtures("launches")
+def test_modes_agree():
+    checks.check_modes_agree(OPS)
+
+
+@pytest.mark.usefixtures("launches")
+def test_negative_variance():
+    checks.check_negative_variance(OPS)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF])
+def test_residual(dtype, layout):
+    checks.check_residual(OPS, dtype, layout)
+
+
+@pytest.mark.usefixtures("launches")
+def test_addresses_beyond_32_bits(tmp_path):
+    checks.check_addresses_beyond_32_bits(OPS, tmp_path / "sparse")
+
+
+@pytest.mark.usefixtures("launches")
+@pytest.mark.parametrize(("changed", "message"), checks.BAD, ids=[message for _, message in checks.BAD])
+def test_refused(changed, message):
+    checks.check_refused(OPS, changed, message)

@@ -1,0 +1,92 @@
+"""The registered ops: as torch's own sequence, and what tracers are told of their results is true."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from asyncdiff_fast import ops
+
+
+def _inputs(layout=torch.contiguous_format):
+    """{op: its arguments, all but the kernel}; float32, odd sizes."""
+    torch.manual_seed(0)
+    image = torch.randn(2, 12, 5, 7).to(memory_format=layout)
+    partials = ops.residual_add(image / 2, image / 2, None, 1.0, "triton")[1]
+    frames = torch.randn(1, 3, 12, 4, 5).transpose(1, 2)
+    vector, rows = torch.randn(12), torch.randn(2, 2 * 12).chunk(2, dim=1)
+    x, y, gate, scale, shift = torch.randn(2, 5, 24), torch.randn(2, 5, 24), *torch.randn(2, 3 * 24).chunk(3, dim=1)
+    heads = [[torch.randn(2, s, 2, 16) for s in (3, 5)] for _ in range(3)]
+    weights = [[torch.randn(16) for _ in range(2)] for _ in range(2)]
+    cos, sin = torch.randn(8, 16), torch.randn(8, 16)
+    return {
+        "group_norm": [
+            (image, vector, vector + 1, 3, 1e-5, True, vector, rows[0], *rows, None),
+            (image, None, None, 4, 1e-5, False, None, None, None, None, None),
+            (frames, vector, vector, 2, 1e-6, True, None, None, None, None, None),
+            (image, vector, vector, 3, 1e-5, True, None, None, None, None, partials),
+        ],
+        "residual_add": [(image, image.flip(2).to(memory_format=layout), vector, 2.0), (image, image, None, 1.0)],
+        "geglu": [(x,)],
+        "gelu_beside": [(y, x, "tanh"), (y, x, "none")],
+        "adaln": [(x, scale, shift, 1e-6)],
+        "gate_residual_adaln": [(x, y, gate, scale, shift, 1e-6)],
+        "joint_qk_norm_rope": [
+            (*heads, *weights, 1e-6, cos, sin),
+            (*[part[1:] for part in heads], *[w[1:] for w in weights], 1e-6, None, None),
+        ],
+        "attention": [(heads[0][1], *heads[1:], 0.25), (heads[0][1], heads[1][:1], heads[2][:1], 0.25)],
+    }
+
+
+CASES = [
+    pytest.param(op, layout, i, id=f"{op}-{i}-{str(layout).removeprefix('torch.')}")
+    for layout in (torch.contiguous_format, torch.channels_last)
+    for op, calls in _inputs().items()
+    for i in range(len(calls))
+    if layout is torch.contiguous_format or op in ("group_norm", "residual_add")
+]
+
+
+def _leaves(result):
+    return result if isinstance(result, tuple) else (result,)
+
+
+@pytest.mark.parametrize(("op", "layout", "i"), CASES)
+def test_kernel_is_as_torch(op, layout, i):
+    args = _inputs(layout)[op][i]
+    got, want = (_leaves(getattr(ops, op)(*args, kernel)) for kernel in ("triton", "torch"))
+    # Torch leaves no statistics of a sum; that ours are right shows in the norm that reads them.
+    for a, b in zip(got[:1] if op == "residual_add" else got, want, strict=op != "residual_add"):
+        assert a.shape == b.shape and a.dtype == b.dtype
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("op", "layout", "i"), CASES)
+def test_registration(op, layout, i):
+    args = _inputs(layout)[op][i]
+    registered = getattr(torch.ops.asyncdiff_fast, op).default
+    torch.library.opcheck(registered, (*args, "triton"), test_utils=("test_schema", "test_faketensor"))
+
+
+def test_every_op_is_registered():
+    assert set(_inputs()) == set(ops.KERNELS)
+    assert all(names[0] == "torch" and "triton" in names for names in ops.KERNELS.values())
+
+
+class _Names(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen.append(func.name())
+        return func(*args, **kwargs or {})
+
+
+def test_tracers_see_the_op_and_others_go_straight_to_the_kernel():
+    x = torch.randn(2, 3, 8)
+    with _Names() as names:
+        ops.geglu(x, "triton")
+        ops.geglu(x, "torch")
+    assert names.seen[0] == "asyncdiff_fast::geglu"
+    assert "asyncdiff_fast::geglu" not in names.seen[1:] and "aten::gelu" in names.seen
