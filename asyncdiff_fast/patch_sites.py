@@ -30,7 +30,7 @@ class State:
         return []
 
     def run(self, func, args, kwargs, step):
-        """The function's result on this patch; `step` has `mode` and, if it is SYNC, `exchange(state)`."""
+        """The function's result on this patch; `step`, the `Band`, has the call's mode and what sites share."""
         return func(*args, **kwargs)
 
 
@@ -55,9 +55,9 @@ class HaloState(State):
         return [(m.source, x) for m, x in self.buffers.items() if m.target == self.patch]
 
     def run(self, func, args, kwargs, step):
-        if self.site.plain:
-            return func(*args, **kwargs)
         named = dict(zip(_CONV_NAMES, args, strict=False)) | kwargs
+        if self.site.plain:
+            return step.convolve(func, named)
         x = named["input"]
         if step.mode is PatchMode.SYNC and self.buffers:
             self._leave(x)
@@ -67,7 +67,7 @@ class HaloState(State):
             self._leave(x)
         options = enumerate(conv_options(**named))
         named["padding"] = tuple(0 if i == x.dim() - 4 else option[2] for i, option in options)
-        return func(**named)
+        return step.convolve(func, named)
 
     def _leave(self, x):
         start = self.site.before.held[self.patch][0]
@@ -151,9 +151,18 @@ class NormState(State):
             x = x.narrow(-2, owned[0] - held[0], owned[1] - owned[0])
         if x.numel() == 0:
             return self.parts.new_zeros(self.parts.shape[1:])
-        groups = x.reshape(x.shape[0], self.site.num_groups, -1).float()
-        var, mean = torch.var_mean(groups, dim=-1, correction=0)
-        return torch.stack((mean, var), -1)
+        return statistics(x, self.site.num_groups)
+
+
+def statistics(x, num_groups):
+    """(n, groups, 2) fp32: mean and biased variance of each group of x (n, c, ...)."""
+    n, channels = x.shape[:2]
+    if x.device.type == "cpu" and x.dtype == torch.float32 and x.is_contiguous():
+        # Several times as fast as `var_mean` there; with eps = 0 the variance comes back from its root.
+        _, mean, rstd = torch.native_group_norm(x, None, None, n, channels, x[0, 0].numel(), num_groups, 0.0)
+        return torch.stack((mean, rstd.pow(-2)), -1)
+    var, mean = torch.var_mean(x.reshape(n, num_groups, -1).float(), dim=-1, correction=0)
+    return torch.stack((mean, var), -1)
 
 
 def merge(parts, weights, fresh, old=None, guard=False):
