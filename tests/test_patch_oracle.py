@@ -109,6 +109,15 @@ def _simulated(case, bands):
             return predictions(name)(model), plain
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Each of the simulation's own threads would start as many again."""
+    number = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(number)
+
+
 def _id(case):
     name, num_patches, warmup_steps, options = case
     return "-".join([name, str(num_patches), str(warmup_steps), *options.values()])
@@ -129,7 +138,7 @@ def test_displaced_steps_follow_the_rule(case):
 def test_the_rules_differ():
     """The simulation itself tells the modes apart."""
     bands = ((0, 8), (8, 16))
-    runs = [_simulated(("unet", 2, 1, dict(group_norm=g)), bands)[0] for g in ("corrected", "stale", "sync", "local")]
-    runs.append(_simulated(("unet", 2, 1, dict(exchange="none")), bands)[0])
+    modes = [dict(group_norm=g) for g in ("corrected", "stale", "sync", "local")] + [dict(exchange="none")]
+    runs = [_simulated(("unet", 2, 1, mode), bands)[0] for mode in modes]
     for a, b in itertools.combinations(runs, 2):
         assert (a[-1] - b[-1]).abs().max() / b[-1].abs().max() > 5 * TOLERANCE
