@@ -25,6 +25,8 @@ class Bands:
         self.plan = self._active = None
         self._signature = signature
         self._bands, self._hooks, self._phases = {}, {}, 0
+        # {place of a band: step of its latest call in this generation}
+        self._last_steps = {}
         # Whether the denoiser's own forward has sites outside its modules.
         self._at_root = False
         self._watch = Watch({*KINDS, *JOINS}, self._meet)
@@ -49,12 +51,22 @@ class Bands:
                 self._bands.pop(old).release()
             if tick.call == 0 or self.plan is None:
                 self.plan = self._bands[place].plan
-        mode = schedule.patch_mode(self.config, tick.step)
+        mode = self._mode(place, tick.step)
+        self._last_steps[place] = tick.step
         with self.exchange.step():
             return self._on_patch(self._bands[place], mode, run, args, kwargs)
 
     def begin_generation(self):
-        """Nothing to do: a generation's first steps are exact, and write whatever later ones read."""
+        """What an earlier generation left behind is not read again."""
+        self._last_steps.clear()
+
+    def _mode(self, place, step):
+        """The scheduled mode, but synchronous where the call that a patch would read from was not made: a batch that
+        changes in the middle, say, meets buffers of another generation or of steps long ago.
+        """
+        mode, last = schedule.patch_mode(self.config, step), self._last_steps.get(place)
+        missing = {PatchMode.DISPLACED: last != step - 1, PatchMode.FROZEN: last is None}
+        return PatchMode.SYNC if missing.get(mode) else mode
 
     def counted(self, forward):
         """The denoiser's forward, such that the calls of its modules are counted from its beginning."""

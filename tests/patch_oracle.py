@@ -190,6 +190,8 @@ class _View(TorchFunctionMode):
 
 
 def _moments(x, num_groups):
-    """(2, n, groups): mean and mean square, in double precision."""
+    """(2, n, groups): mean and mean square, in double precision; zeros of no rows."""
+    if x.numel() == 0:
+        return torch.zeros(2, len(x), num_groups, dtype=torch.float64)
     groups = x.double().reshape(len(x), num_groups, -1)
     return torch.stack((groups.mean(-1), (groups**2).mean(-1)))

@@ -23,17 +23,18 @@ import real_models
 HEIGHT, WIDTH = 48, 21
 
 
+@functools.cache
 def _random(*shape):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
 
 
 def _unet(model, t):
-    return model(_random(2, 4, HEIGHT, WIDTH), t, encoder_hidden_states=_random(2, 5, 32)).sample
+    return model(_random(1, 4, HEIGHT, WIDTH), t, encoder_hidden_states=_random(1, 5, 32)).sample
 
 
 def _pixart(model, t):
-    conditions, text = {"resolution": None, "aspect_ratio": None}, _random(2, 5, 32)
-    x, timestep = _random(2, 4, HEIGHT, WIDTH - 1), torch.full((2,), t)
+    conditions, text = {"resolution": None, "aspect_ratio": None}, _random(1, 5, 32)
+    x, timestep = _random(1, 4, HEIGHT, WIDTH - 1), torch.full((1,), t)
     return model(x, text, timestep=timestep, added_cond_kwargs=conditions).sample
 
 
@@ -41,9 +42,9 @@ def _flux(model, t):
     rows, columns = HEIGHT // 2, 11
     ids = torch.zeros(rows * columns, 3)
     ids[:, 1], ids[:, 2] = torch.arange(len(ids)) // columns, torch.arange(len(ids)) % columns
-    numbers = dict(timestep=torch.full((2,), t / 1000), guidance=torch.ones(2), pooled_projections=_random(2, 32))
-    text = dict(encoder_hidden_states=_random(2, 5, 32), txt_ids=torch.zeros(5, 3))
-    return model(_random(2, len(ids), 16), img_ids=ids, **numbers, **text).sample
+    numbers = dict(timestep=torch.full((1,), t / 1000), guidance=torch.ones(1), pooled_projections=_random(1, 32))
+    text = dict(encoder_hidden_states=_random(1, 5, 32), txt_ids=torch.zeros(5, 3))
+    return model(_random(1, len(ids), 16), img_ids=ids, **numbers, **text).sample
 
 
 # How a denoiser is made and called, and its whole pictures: {(rows, columns)}
@@ -185,7 +186,7 @@ def test_sdxl(pixels, num_patches):
         # A stride-2 convolution needs no row from below, which makes it a little less than a row from each side.
         edge = patch in (0, num_patches - 1)
         halos = plan.sent_bytes(patch, "convolution") / 2e6
-        assert halos == pytest.approx(halo_mb / 2 if edge else halo_mb, rel=0.04 if edge else 0.025)
+        assert halos == pytest.approx(halo_mb / 2 if edge else halo_mb, rel=0.045 if edge else 0.025)
     lines = str(plan).splitlines()
     assert len(lines) == num_patches + 2
     for patch, line in enumerate(lines[2:]):

@@ -46,8 +46,8 @@ def _flux(model, x, t):
 
 # How a denoiser is made and called, its latent, and {keys of a self-attention: (first of the picture's, rows)}.
 MODELS = {
-    "unet": (tiny_denoisers.sd15_unet, _unet, (2, 4, 16, 8), {128: (0, 16), 32: (0, 8), 8: (0, 4)}),
-    "tall unet": (tiny_denoisers.sd15_unet, _unet, (1, 4, 24, 8), {192: (0, 24), 48: (0, 12), 12: (0, 6)}),
+    "unet": (tiny_denoisers.sd15_unet, _unet, (2, 4, 16, 8), {128: (0, 16), 32: (0, 8), 8: (0, 4), 2: (0, 2)}),
+    "tall unet": (tiny_denoisers.sd15_unet, _unet, (1, 4, 24, 8), {192: (0, 24), 48: (0, 12), 12: (0, 6), 3: (0, 3)}),
     "pixart": (tiny_denoisers.pixart_transformer, _pixart, (2, 4, 16, 8), {32: (0, 8)}),
     "sd3": (tiny_denoisers.sd3_transformer, _sd3, (1, 4, 16, 8), {32 + TEXT: (0, 8)}),
     "flux": (tiny_denoisers.flux_transformer, _flux, (1, 24, 16), {24 + TEXT: (TEXT, 24)}),
@@ -123,7 +123,7 @@ def _id(case):
     return "-".join([name, str(num_patches), str(warmup_steps), *options.values()])
 
 
-@pytest.mark.parametrize("case", CASES, ids=_id)
+@pytest.mark.parametrize("case", [pytest.param(c, marks=[pytest.mark.slow] * (c[1] > 2), id=_id(c)) for c in CASES])
 def test_displaced_steps_follow_the_rule(case):
     number = [c for c in CASES if c[1] == case[1]].index(case)
     results = patched(case[1])[number]
