@@ -61,8 +61,8 @@ class Bands:
         self._last_steps.clear()
 
     def _mode(self, place, step):
-        """The scheduled mode, but synchronous where the call that a patch would read from was not made: a batch that
-        changes in the middle, say, meets buffers of another generation or of steps long ago.
+        """The scheduled mode, but synchronous where the call was not made at the step before: the second of two calls
+        may be left out at some steps, and what displaced patches would read is then of long ago.
         """
         mode, last = schedule.patch_mode(self.config, step), self._last_steps.get(place)
         missing = {PatchMode.DISPLACED: last != step - 1, PatchMode.FROZEN: last is None}

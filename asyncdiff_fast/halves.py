@@ -24,14 +24,14 @@ class Halves:
         self.half = world.rank
         self._signature = signature
         self._slots, self._phases = {}, 0
+        # Where guidance was used once, it may end in the middle of a generation: half 0 then computes for both.
+        self._was_guided = False
         self.begin_generation()
 
     def begin_generation(self):
         """Forget what the calls of an earlier generation were given."""
         # {call: its arguments} of the latest step; what call 1 will be given; and its result.
         self._given, self._expected, self._kept = {}, None, None
-        # Guidance may end in the middle of a generation; then half 0 computes for both.
-        self._was_guided = False
 
     def forget(self, released=False):
         """Drop all buffers; the slots too, unless they are `released`."""

@@ -38,10 +38,15 @@ def _pixart(model, t):
     return model(x, text, timestep=timestep, added_cond_kwargs=conditions).sample
 
 
-def _flux(model, t):
-    rows, columns = HEIGHT // 2, 11
+@functools.cache
+def _places(rows, columns):
     ids = torch.zeros(rows * columns, 3)
     ids[:, 1], ids[:, 2] = torch.arange(len(ids)) // columns, torch.arange(len(ids)) % columns
+    return ids
+
+
+def _flux(model, t):
+    ids = _places(HEIGHT // 2, 11)
     numbers = dict(timestep=torch.full((1,), t / 1000), guidance=torch.ones(1), pooled_projections=_random(1, 32))
     text = dict(encoder_hidden_states=_random(1, 5, 32), txt_ids=torch.zeros(5, 3))
     return model(_random(1, len(ids), 16), img_ids=ids, **numbers, **text).sample

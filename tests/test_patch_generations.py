@@ -7,6 +7,7 @@ import pytest
 import ranks
 import tiny_denoisers
 import torch
+from diffusers.models.attention_processor import AttnProcessor
 from peft import LoraConfig
 
 import asyncdiff_fast
@@ -137,6 +138,41 @@ def test_a_changed_model_is_looked_at_again():
             assert torch.equal(now, fresh), name
             assert not torch.equal(now, before) or name == "fused projections", name
             assert (now - plain).abs().max() < 0.3 * plain.abs().max(), name
+
+
+REFUSED_LATER = {
+    "processor": (lambda model: model.set_attn_processor(AttnProcessor()), "calls scaled_dot_product_attention"),
+    "freeu": (lambda model: model.enable_freeu(s1=0.6, s2=0.4, b1=1.1, b2=1.2), "cannot be shared out as patches"),
+}
+
+
+def _refused_later(rank):
+    """{change: (type, message, the result afterwards as unpatched)} of changes that patches cannot follow."""
+    found = {}
+    for name, (change, _) in REFUSED_LATER.items():
+        model, other = tiny_denoisers.sd15_unet(), tiny_denoisers.sd15_unet()
+        asyncdiff_fast.patch(model, num_patches=2, warmup_steps=1, timeout_s=60)
+        generate("unet", model)
+        change(model)
+        change(other)
+        with pytest.raises(Exception) as error:
+            generate("unet", model)
+        left = "_asyncdiff_fast" in vars(model)
+        found[name] = (
+            error.typename,
+            str(error.value),
+            left,
+            torch.equal(generate("unet", model), generate("unet", other)),
+        )
+    asyncdiff_fast.patch(tiny_denoisers.sd15_unet(), num_patches=2, timeout_s=60)
+    return found
+
+
+def test_changes_that_patches_cannot_follow_are_refused():
+    for found in ranks.run(2, _refused_later, timeout=200):
+        for name, (kind, message, left, same) in found.items():
+            assert kind == "ValueError" and REFUSED_LATER[name][1] in message, message
+            assert not left and same, name
 
 
 # What is left.

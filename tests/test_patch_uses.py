@@ -31,7 +31,7 @@ def _strided(step, x):
 # Arguments of `predictions`.
 USES = {
     "batch halves": dict(batch=2, change=lambda step, x: x[:1] if step >= 2 else x),
-    "batch comes and goes": dict(batch=2, change=_batch_comes_and_goes),
+    "batch comes and goes": dict(batch=2, change=_batch_comes_and_goes, times=TIMES[:4]),
     "replaced latents": dict(change=lambda step, x: x * 0.9 if step in (1, 3) else x),
     "channels last": dict(change=_channels_last),
     "strided": dict(change=_strided),
@@ -75,7 +75,7 @@ def test_odd_uses():
         (rank, name): found
         for rank, uses in enumerate(by_rank)
         for name, found in uses.items()
-        if not (found[-1] is True and found[0] <= 1e-5 and found[1] < 0.5)
+        if not (found[-1] is True and found[0] <= 1e-5 and found[1] < 1)
     }
     assert not wrong
 
@@ -195,6 +195,9 @@ def test_more_sizes_than_plans_are_kept():
 # Nets as users write them: right, or refused with one clear error, or lost at a later step with another.
 
 
+FAR = {"fp16": 2e-2, "bf16": 1e-1}
+
+
 def _users(rank, names, options):
     found = {}
     for name in names:
@@ -216,12 +219,38 @@ def test_nets_of_users(exchange):
         if len(found[0]) == 2:
             error, finite = found[0]
             right += 1
-            if not finite or (exchange == "sync" and error > 1e-4):
+            if not finite or (exchange == "sync" and error > FAR.get(name, 1e-5)):
                 problems.append(f"{name}: differs by {error:.1e}")
             continue
-        kinds = {(f[0], f[-1] == []) for f in found}
-        clear = "another way" if found[0][0] == "RuntimeError" else ""
-        if kinds - {("ValueError", True), ("RuntimeError", True)} or len(kinds) > 1 or clear not in found[0][1]:
+        kinds = {f[0] for f in found}
+        # Refused at the first call, and then as before; or at a later one that is not like the first.
+        refused = kinds == {"ValueError"} and not any(f[-1] for f in found)
+        lost = kinds == {"RuntimeError"} and all("took another way than at its first call" in f[1] for f in found)
+        if not refused and not lost:
             problems.append(f"{name}: {found}")
     assert not problems, "\n".join(problems)
     assert right > len(NETS) / 2
+
+
+def _left_out(rank):
+    """A second call that is left out at some steps of a generation, and then made again."""
+    model = attending()
+
+    def generation(seed):
+        x = torch.randn(1, 4, 16, 8, generator=torch.Generator().manual_seed(seed))
+        found = []
+        for step, t in enumerate(TIMES):
+            found += [model(x, t)] + ([model(x.flip(3), t)] if step in (0, 1, 4) else [])
+            x = x - 0.2 * sum(found[-2:])
+        return found
+
+    with torch.no_grad():
+        plain = generation(0)
+        fresh = outcome(model, lambda: generation(0), warmup_steps=1)
+        second = outcome(model, lambda: generation(1) and generation(0), warmup_steps=1)
+    return difference(fresh[-1:], plain[-1:]), all(map(torch.equal, fresh, second))
+
+
+def test_a_second_call_that_is_left_out_at_some_steps():
+    for error, same in ranks.run(2, _left_out):
+        assert same and error < 0.5
