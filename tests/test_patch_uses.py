@@ -1,5 +1,6 @@
 """Patches go on working whatever a sampling loop does: odd latents, dtypes, batches that change, interruptions."""
 
+import patch_nets
 import pytest
 import ranks
 import torch
@@ -254,3 +255,48 @@ def _left_out(rank):
 def test_a_second_call_that_is_left_out_at_some_steps():
     for error, same in ranks.run(2, _left_out):
         assert same and error < 0.5
+
+
+class Conditioned(patch_nets.Net):
+    """Takes what adapters add: residuals of two resolutions, a mask of the picture, tokens of another picture."""
+
+    def __init__(self):
+        super().__init__()
+        self.down = torch.nn.Conv2d(patch_nets.WIDTH, patch_nets.WIDTH, 3, stride=2, padding=1)
+
+    def forward(self, x, t, residuals, conditions):
+        h = self.first(x) + residuals[0]
+        low = self.down(h) + residuals[1]
+        h = h + torch.nn.functional.interpolate(low, scale_factor=2.0) * conditions["mask"]
+        q, _, _ = self.heads(h)
+        k = v = conditions["image_embeds"].unflatten(-1, (2, -1)).transpose(1, 2)
+        return self.last(h + self.picture(torch.nn.functional.scaled_dot_product_attention(q, k, v), h))
+
+
+def _random(*shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+@torch.no_grad()
+def _conditioned(rank):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = Conditioned().eval()
+    errors = []
+    # As many tokens as the picture has rows, or tokens: they are not the picture's.
+    for tokens in (4, 16, 128):
+        arguments = dict(
+            residuals=[_random(1, 16, 16, 8), _random(1, 16, 8, 4)],
+            conditions={"mask": _random(1, 1, 16, 8).sigmoid(), "image_embeds": _random(1, tokens, 16)},
+        )
+        plain = model(_random(1, 4, 16, 8), 500, **arguments)
+        found = outcome(
+            model, lambda arguments=arguments: [model(_random(1, 4, 16, 8), 500, **arguments)], exchange="sync"
+        )
+        errors.append(difference(found, [plain]) if isinstance(found, list) else found)
+    return errors
+
+
+def test_what_adapters_add_is_cut_with_the_picture():
+    for errors in ranks.run(2, _conditioned):
+        assert all(isinstance(error, float) and error <= 1e-5 for error in errors), errors
