@@ -26,6 +26,8 @@ class Bands:
         self.plan = self._active = None
         self._signature, self._packed = signature, packed or PackedConvs(denoiser, active=False)
         self._bands, self._hooks, self._phases = {}, {}, 0
+        # {place of a band: step of its latest call in this generation}
+        self._last_steps = {}
         # Whether the denoiser's own forward has sites outside its modules.
         self._at_root = False
         self._watch = Watch({*KINDS, *JOINS}, self._meet)
@@ -50,12 +52,22 @@ class Bands:
                 self._bands.pop(old).release()
             if tick.call == 0 or self.plan is None:
                 self.plan = self._bands[place].plan
-        mode = schedule.patch_mode(self.config, tick.step)
+        mode = self._mode(place, tick.step)
+        self._last_steps[place] = tick.step
         with self.exchange.step():
             return self._on_patch(self._bands[place], mode, run, args, kwargs)
 
     def begin_generation(self):
-        """Nothing to do: a generation's first steps are exact, and write whatever later ones read."""
+        """What an earlier generation left behind is not read again."""
+        self._last_steps.clear()
+
+    def _mode(self, place, step):
+        """The scheduled mode, but synchronous where the call was not made at the step before: the second of two calls
+        may be left out at some steps, and what displaced patches would read is then of long ago.
+        """
+        mode, last = schedule.patch_mode(self.config, step), self._last_steps.get(place)
+        missing = {PatchMode.DISPLACED: last != step - 1, PatchMode.FROZEN: last is None}
+        return PatchMode.SYNC if missing.get(mode) else mode
 
     def counted(self, forward):
         """The denoiser's forward, such that the calls of its modules are counted from its beginning."""
