@@ -189,3 +189,6 @@ def test_rule_of_thumb():
         assert op_choice.rule("attention", (2, 4096, 10, 64), ((4096,),)) == "cudnn"
         assert op_choice.rule("attention", (1, 512, 10, 64), ((4096,),)) == "triton"
         assert op_choice.rule("attention", (2, 4096, 10, 64), ((333, 4096),)) == "triton"
+    with mock.patch("torch.version.hip", "6.4"):
+        assert op_choice.rule("attention", (2, 4096, 10, 64), ((4096,),)) == "triton"
+        assert op_choice.rule("attention", (2, 4096, 10, 128), ((4096,),)) == "torch"
