@@ -93,7 +93,7 @@ def _connect(rank, others, timeout_s, start):
 
 
 def _within(seconds, ask):
-    """What `ask()` returns or raises, or TimeoutError. In a thread: some calls of a store never end if its host stops."""
+    """What `ask()` returns or raises, or TimeoutError. In a thread: calls of a store never end if its host stops."""
     results = queue.SimpleQueue()
 
     def run():
