@@ -207,7 +207,11 @@ def _share_seeds(world):
 
 def _patch_one(denoiser, config, world, scheduler, target):
     start_process_group(config.timeout_s)
-    runtime = Runtime(denoiser, config, world, scheduler)
+    try:
+        runtime = Runtime(denoiser, config, world, scheduler)
+    except BaseException:
+        stop_process_group()
+        raise
     pipe = weakref.ref(target)
     runtime.guided = lambda: getattr(pipe(), "do_classifier_free_guidance", True)
     runtime.on_refused = lambda: _release(denoiser)

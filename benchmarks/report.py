@@ -155,6 +155,43 @@ def kernels():
     return "\n\n".join(text)
 
 
+def exchange():
+    """What an exchange costs the host, and shared memory against gloo: the latest row of each case."""
+    if not (measure.RESULTS / "exchange.jsonl").exists():
+        return "Not measured yet: `python benchmarks/bench_exchange.py --save`."
+    latest = {}
+    for row in measure.read_rows("exchange"):
+        latest[row["part"], row.get("operations") or row["bytes"]] = row
+    host = [row for row in latest.values() if row["part"] == "host"]
+    shm = [row for row in latest.values() if row["part"] == "shm"]
+    header = ["host time of one exchange, µs", *(f"{row['operations']} sends and receives" for row in host)]
+    kinds = {
+        "post": "post_us",
+        "acquire, post, wait": "cycle_us",
+        "the same calls by ctypes": "ctypes_us",
+        "`batch_isend_irecv` and its waits": "c10d_us",
+    }
+    body = [[kind, *(f"{row[name]:.2f}" for row in host)] for kind, name in kinds.items()]
+    body.append(["so many times faster than torch.distributed", *(f"{row['speedup']:.0f}×" for row in host)])
+    text = table(header, body)
+    header = ["two processes, both ways", "µs", "gloo, µs", "ratio (paired median)", "CPU µs", "gloo, CPU µs"]
+    body = [
+        [
+            _bytes(row["bytes"]),
+            *(f"{row[name]:.0f}" for name in ("shm_us", "gloo_us")),
+            f"{row['latency_ratio']:.2f}",
+            *(f"{row[name]:.0f}" for name in ("shm_cpu_us", "gloo_cpu_us")),
+        ]
+        for row in sorted(shm, key=lambda row: row["bytes"])
+    ]
+    facts = ", ".join(str(next(iter(latest.values()))[name]) for name in ("device", "torch", "date"))
+    return f"On {facts}.\n\n{text}\n\n{table(header, body)}"
+
+
+def _bytes(n):
+    return f"{n >> 20} MiB" if n >= 1 << 20 else f"{n >> 10} KiB"
+
+
 def filled(text, name, content):
     """The text with what stands between the marks of `name` replaced."""
     begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
@@ -166,7 +203,7 @@ def readme():
     """The README with every table as the committed results have it."""
     text = README.read_text()
     makers = {"plans": plans, "end_to_end": end_to_end, "quality": quality, "quality patches": quality_of_patches}
-    makers["kernels"] = kernels
+    makers |= {"kernels": kernels, "exchange": exchange}
     for name, make in makers.items():
         text = filled(text, name, make())
     return text
