@@ -4,7 +4,8 @@ import torch
 from torch.nn import functional as F
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from .patch_sites import make_state, messages
+from .patch_sites import make_state
+from .patch_state import messages
 from .schedule import PatchMode
 from .sites import CONV, JOINS, KINDS, NORM, seen
 from .slots import Recv, Send
