@@ -1,5 +1,7 @@
 """The patches of one denoiser, seen from one rank: plans them at the first call, then carries out each call."""
 
+import contextlib
+
 import torch
 from torch.utils._pytree import tree_leaves
 
@@ -21,10 +23,11 @@ KEPT_BANDS = 8
 class Bands:
     """`plan` is the latest plan (None before the first call)."""
 
-    def __init__(self, denoiser, config, world, exchange, signature, packed=None):
+    def __init__(self, denoiser, config, world, exchange, signature, packed=None, choice=None):
         self.denoiser, self.config, self.world, self.exchange = denoiser, config, world, exchange
         self.plan = self._active = None
         self._signature, self._packed = signature, packed or PackedConvs(denoiser, active=False)
+        self._choice, self._names = choice, {}
         self._bands, self._hooks, self._phases = {}, {}, 0
         # {place of a band: step of its latest call in this generation}
         self._last_steps = {}
@@ -54,8 +57,9 @@ class Bands:
                 self.plan = self._bands[place].plan
         mode = self._mode(place, tick.step)
         self._last_steps[place] = tick.step
-        with self.exchange.step():
-            return self._on_patch(self._bands[place], mode, run, args, kwargs)
+        band = self._bands[place]
+        with self.exchange.step(), self._learning(mode is PatchMode.DISPLACED and band.displaced_calls < 2):
+            return self._on_patch(band, mode, run, args, kwargs)
 
     def begin_generation(self):
         """What an earlier generation left behind is not read again."""
@@ -68,6 +72,16 @@ class Bands:
         mode, last = schedule.patch_mode(self.config, step), self._last_steps.get(place)
         missing = {PatchMode.DISPLACED: last != step - 1, PatchMode.FROZEN: last is None}
         return PatchMode.SYNC if missing.get(mode) else mode
+
+    def _learning(self, first):
+        """Kernels are chosen at the `first` call of a kind, if all ranks are patches and so make the same calls."""
+        able = first and self._choice is not None and self.config.world_size == self.world.size
+        return self._choice.learning() if able else contextlib.nullcontext()
+
+    def norm_before(self, norm, conv, x, **added):
+        """See `Band.norm_before`; of modules."""
+        names = self._names.get(norm), self._names.get(conv)
+        return None if self._active is None else self._active.norm_before(names, norm, x, **added)
 
     def counted(self, forward):
         """The denoiser's forward, such that the calls of its modules are counted from its beginning."""
@@ -117,7 +131,9 @@ class Bands:
             band.bind(plan, self.exchange, phase, _samples(plan, recorder))
         band.bind_result(self.exchange, phase)
         if not self.config.naive:
-            self._verify(self._on_patch(band, PatchMode.SYNC, run, args, kwargs, exact=True), whole)
+            with self._learning(True):
+                joined = self._on_patch(band, PatchMode.SYNC, run, args, kwargs, exact=True)
+            self._verify(joined, whole)
         return band
 
     def plan_alone(self, forward, args, kwargs):
@@ -173,7 +189,8 @@ class Bands:
         if not isinstance(latent, torch.Tensor) or latent.dim() not in (3, 4, 5):
             kind = tuple(latent.shape) if isinstance(latent, torch.Tensor) else type(latent).__name__
             raise ValueError(f"num_patches needs a latent of 3, 4 or 5 dimensions as the denoiser's input: got {kind}")
-        with side_effects.restored(self.denoiser):
+        paused = contextlib.nullcontext() if self._choice is None else self._choice.paused()
+        with side_effects.restored(self.denoiser), paused:
             whole, recorder = sites.record(self.denoiser, forward, latent, args, kwargs)
         if recorder.steered_by:
             raise ValueError(
@@ -186,7 +203,7 @@ class Bands:
         """A band without a plan, ready for a first look."""
         latent = self._signature.latent(args, kwargs)
         cutter = Cutter.of(recorder, latent, self._signature.latent_name, self.config, patch, axis)
-        band = Band(self.config, cutter, patch, latent.device, self._packed)
+        band = Band(self.config, cutter, patch, latent.device, self._packed, self._choice)
         band.prepare(*_beforehand(recorder, cutter, self.config.naive))
         self._attach(recorder, band)
         return band
@@ -236,6 +253,7 @@ class Bands:
 
     def _attach(self, recorder, band):
         modules = dict(self.denoiser.named_modules())
+        self._names = {module: name for name, module in modules.items()}
         wanted = {name for name, _ in recorder.sites} | band.constant_modules
         # What the modules inside a joining one do must not be taken for its own.
         wanted |= {n for outer in band.joining_modules for n in modules if n == outer or n.startswith(f"{outer}.")}

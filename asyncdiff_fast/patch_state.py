@@ -30,3 +30,8 @@ def messages(state):
     """(sends, receives) of a state, as slots take them."""
     sends = [Send(target, (x,)) for target, x in state.sends()]
     return sends, [Recv(source, (x,)) for source, x in state.recvs()]
+
+
+def dense(x):
+    """True if a picture's rows lie one after another, as kernels read them."""
+    return x.dim() == 3 or (x.dim() in (4, 5) and x.stride(-2) == x.shape[-1] * x.stride(-1))
