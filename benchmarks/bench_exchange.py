@@ -257,9 +257,12 @@ def main(argv):
         if rows is not None:
             pathlib.Path(os.environ["BENCH_ROWS"]).write_text(json.dumps(rows))
         return 0
+    load = os.getloadavg()[0]
     rows = host_rows(options) if options.only != "shm" else []
     if options.only != "host":
         rows += in_two_processes(argv)
+    # Of other work, before this began.
+    rows = [row | {"load_average": round(load, 1)} for row in rows]
     if options.save:
         for row in rows:
             measure.write_row("exchange", row)
