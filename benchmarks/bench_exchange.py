@@ -39,9 +39,13 @@ def parse(argv):
     parser.add_argument("--only", choices=("host", "shm"))
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--calls", type=int, default=2000, help="posts in each round of the host's part")
+    parser.add_argument("--quick", action="store_true", help="3 rounds of 400 posts")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--save", action="store_true", help="append the rows to benchmarks/results/exchange.jsonl")
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    if options.quick:
+        options.rounds, options.calls = 3, 400
+    return options
 
 
 def best_us(rounds, calls, action):
@@ -253,9 +257,12 @@ def main(argv):
         if rows is not None:
             pathlib.Path(os.environ["BENCH_ROWS"]).write_text(json.dumps(rows))
         return 0
+    load = os.getloadavg()[0]
     rows = host_rows(options) if options.only != "shm" else []
     if options.only != "host":
         rows += in_two_processes(argv)
+    # Of other work, before this began.
+    rows = [row | {"load_average": round(load, 1)} for row in rows]
     if options.save:
         for row in rows:
             measure.write_row("exchange", row)

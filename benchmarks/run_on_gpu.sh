@@ -63,7 +63,10 @@ for name in "${parts[@]}"; do
             build
             part doctor 120 "$python" -P -m asyncdiff_fast.cli doctor
             ;;
-        tests) tests tests_kernels 900 tests/test_gpu_kernels.py ;;
+        tests)
+            tests tests_kernels 900 tests/test_gpu_kernels.py
+            tests tests_exchange 300 tests/test_gpu_exchange.py
+            ;;
         pipelines) tests tests_pipelines 900 tests/test_gpu_pipelines.py ;;
         single)
             if [[ $gpu ]]; then
