@@ -13,8 +13,8 @@ from sequences import quick
 import asyncdiff_fast
 
 HALVES = ("sd15", "sdxl", "sdxl_controlnet", "svd", "animatediff", "sd3", "pixart", "hunyuandit", "wan", "qwenimage")
-# torch gives each half of a batch 1e-6 (of the largest element) otherwise alone; guidance multiplies that, and for SVD the
-# sampler's first standard deviation of 700 does.
+# torch gives half a batch 1e-6 (of the largest element) otherwise than the whole; guidance multiplies that, and for SVD
+# the sampler's first standard deviation of 700 does.
 TOLERANCE = {"svd": 3e-4}
 
 
