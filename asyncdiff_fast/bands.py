@@ -295,7 +295,7 @@ def _beforehand(recorder, cutter, naive):
     probes = () if naive else patch_plan.resampling_sites(recorder, cutter.levels)
     constants = {}
     for key, result in recorder.constants.items():
-        cut = cutter.positions(result)
+        cut = cutter.positions(result, {i for *place, i in recorder.beside if tuple(place) == key})
         if cut is not None:
             constants[key] = cut
     joins = {}

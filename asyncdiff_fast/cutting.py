@@ -94,12 +94,16 @@ class Cutter:
         start, stop = rows.held[self.patch]
         return x.narrow(dim, start, stop - start)
 
-    def positions(self, tree):
-        """A module's result that follows from positions alone, for this patch; None if it has no rows in it."""
+    def positions(self, tree, beside=()):
+        """A module's result that follows from positions alone, for this patch; None if it has no rows in it.
+
+        Args:
+            beside: numbers of those of its tensors whose rows are not the picture's.
+        """
         found = []
 
         def cut(x):
-            dim = self.position_dim(x, x.shape)
+            dim = None if len(found) in beside else self.position_dim(x, x.shape)
             found.append(dim)
             return x if dim is None else self._position(x, dim)
 
