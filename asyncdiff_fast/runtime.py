@@ -226,6 +226,9 @@ class Runtime:
                 part.exchange.close()
             except ExchangeError as error:
                 failures.append(error)
+                # Nobody need be waited for twice.
+                for other in self._parts:
+                    other.exchange.abort(str(error))
         if failures:
             raise failures[0]
 
@@ -254,11 +257,14 @@ class Runtime:
         """Take every hook off and free every buffer; the denoiser is as it was."""
         self._root.remove()
         self._undo_end()
-        self._fusion.remove()
-        self._packed.remove()
         unwatch_schedulers()
-        self._shut("interrupted" if self._interrupted else None)
-        self._parts = []
+        try:
+            self._shut("interrupted" if self._interrupted else None)
+        finally:
+            self._parts = []
+            # These lie beneath the hooks.
+            self._fusion.remove()
+            self._packed.remove()
 
 
 def _device_type(denoiser):
