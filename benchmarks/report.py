@@ -180,8 +180,8 @@ def exchange():
     facts = ", ".join(str(first[name]) for name in ("device", "torch", "date"))
     load = max(row["load_average"] for row in latest.values())
     text = (
-        f"On {facts}, with a load average of up to {load:g} from other work. Host: the least of many short bursts, on\n"
-        f"a CUDA and NCCL that return at once, against torch.distributed's fake process group.\n\n{text}\n\n"
+        f"On {facts}, with a load average of up to {load:g} from other work. Host: the least of many short bursts,\n"
+        f"on a CUDA and NCCL that return at once, against torch.distributed's fake process group.\n\n{text}\n\n"
     )
     if not shm:
         return text + "Shared memory against gloo is not measured on a quiet machine yet."
