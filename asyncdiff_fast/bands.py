@@ -5,7 +5,7 @@ import contextlib
 import torch
 from torch.utils._pytree import tree_leaves
 
-from . import patch_plan, schedule, side_effects, sites
+from . import schedule, side_effects, site_rows, sites
 from .band import Band
 from .cutting import Cutter
 from .modules import Attachment
@@ -214,7 +214,7 @@ class Bands:
         if not self.config.naive:
             seen, sees_latent = zip(*everyone, strict=True)
             frames = cutter.grid.outer if cutter.grid is not None else 1
-            found = patch_plan.make_sites(recorder, cutter.levels, cutter.rows.size, seen, all(sees_latent), frames)
+            found = site_rows.make_sites(recorder, cutter.levels, cutter.rows.size, seen, all(sees_latent), frames)
         nbytes = sum(x.nbytes for x in tree_leaves(whole) if isinstance(x, torch.Tensor))
         return PatchPlan(self.config, cutter.rows, cutter.levels, found, nbytes)
 
@@ -292,7 +292,7 @@ def _samples(plan, recorder):
 
 def _beforehand(recorder, cutter, naive):
     """(sites, {key: result}, {(key, place): [(argument, tensor)]}) that follow from the whole picture alone."""
-    probes = () if naive else patch_plan.resampling_sites(recorder, cutter.levels)
+    probes = () if naive else site_rows.resampling_sites(recorder, cutter.levels)
     constants = {}
     for key, result in recorder.constants.items():
         cut = cutter.positions(result, {i for *place, i in recorder.beside if tuple(place) == key})
