@@ -126,7 +126,10 @@ def _positive(text):
 def _options(args):
     """{name: value} of the options of `patch` that were given, or that the command sets."""
     given = {name.removeprefix("option_"): value for name, value in vars(args).items() if name.startswith("option_")}
-    return args.default_options | {name: value for name, value in given.items() if value is not None}
+    given = {name: value for name, value in given.items() if value is not None}
+    # Who asks for another way to share a call gets that one alone.
+    shared = given.get("num_patches", 1) > 1 or given.get("cfg_parallel")
+    return ({} if shared else args.default_options) | given
 
 
 def _config(options):
@@ -190,34 +193,14 @@ def _plan(args):
     inputs = {name: getattr(args, name) for name in ("prompt", "height", "width") if getattr(args, name) is not None}
     import torch
 
-    from . import plan
+    from . import plan, plan_json
 
     pipe = folder.load(path, "cpu", getattr(torch, args.dtype))
     try:
         made = plan(pipe, inputs, **options)
     except (ValueError, TypeError) as error:
         raise UsageError(f"no plan: {error}") from error
-    print(json.dumps(_plan_as_dict(made), indent=1) if args.json else made)
-
-
-def _plan_as_dict(plan):
-    units = list(zip(plan.graph.units, plan.division.owner, strict=True))
-    stages = [
-        {"cost": cost, "weight_bytes": nbytes, "units": [unit.name for unit, owner in units if owner == stage]}
-        for stage, (cost, nbytes) in enumerate(zip(plan.division.costs, plan.weight_bytes, strict=False))
-    ]
-    return {
-        "options": dataclasses.asdict(plan.config),
-        "processes": plan.config.world_size,
-        "balance": plan.division.balance,
-        "stale_hops": plan.division.hops,
-        "glue_cost": plan.graph.glue_cost,
-        "bytes_per_call": plan.bytes_per_call,
-        "stages": stages,
-        "sends": [
-            {"from": s, "to": t, "bytes": n, "tensors_of": name} for (s, t, name), n in plan.sent_bytes().items()
-        ],
-    }
+    print(json.dumps(plan_json.as_dict(made), indent=1) if args.json else made)
 
 
 def _doctor(args):

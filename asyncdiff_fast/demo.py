@@ -46,7 +46,7 @@ def start(config, command_line):
     if not on_gpus and config.world_size > max(cores, _FEW):
         raise UsageError(
             f"the demo needs a CPU core for each process, or no more than {_FEW} processes: got {config.world_size} "
-            f"processes, {cores} cores; use fewer stages"
+            f"processes, {cores} cores; use fewer stages or patches"
         )
     kind = "GPU" if on_gpus else "CPU"
     print(f"starting {config.world_size} {kind} processes; they import torch and diffusers first", flush=True)

@@ -47,6 +47,17 @@ class PatchPlan:
         wanted = [s for s in self.sites if kind in (None, s.kind) and not (local and s.kind == NORM)]
         return sum(site.sent_bytes(patch) for site in wanted)
 
+    def sent_result_bytes(self, patch):
+        """Bytes of its part of the denoiser's result that a patch sends in one call, whole rows of them."""
+        start, stop = self.rows.held[patch]
+        return self.result_bytes * (stop - start) // self.rows.size * (len(self.rows.held) - 1)
+
+    @property
+    def bytes_per_call(self):
+        """Bytes that all patches together send in one displaced call."""
+        patches = range(len(self.rows.held))
+        return sum(self.sent_bytes(patch) + self.sent_result_bytes(patch) for patch in patches)
+
     def memory_bytes(self, patch):
         """Bytes of a patch's long-lived buffers: halos, statistics, keys and values of all patches."""
         total = 0
@@ -72,7 +83,7 @@ class PatchPlan:
         lines.append("  ".join(f"{name:>{width}}" for name, width in zip(head, widths, strict=True)))
         for patch, (start, stop) in enumerate(self.rows.held):
             kv, halo, norm = (self.sent_bytes(patch, kind) / 1e6 for kind in (ATTENTION, CONV, NORM))
-            result = self.result_bytes * (stop - start) / self.rows.size * (len(self.rows.held) - 1) / 1e6
+            result = self.sent_result_bytes(patch) / 1e6
             lines.append(
                 f"{patch:>5}  {f'{start}-{stop}':>9}  {kv:>12.2f}  {halo:>8.2f}  {norm:>10.3f}  {result:>7.2f}  "
                 f"{self.memory_bytes(patch) / 1e6:>7.1f} MB"
@@ -86,6 +97,11 @@ class MeshPlan:
 
     patches: PatchPlan
     stages: object
+
+    @property
+    def bytes_per_call(self):
+        """Bytes that all ranks together send in one call, if every patch has the stages of the first."""
+        return self.patches.bytes_per_call + len(self.patches.rows.held) * self.stages.bytes_per_call
 
     def __str__(self):
         return f"{self.patches}\neach patch in\n{self.stages}"

@@ -23,7 +23,7 @@ def figures(prompts, alone, together, stats, planned_bytes):
         planned_bytes: what all ranks together send in an asynchronous call, by the plan.
     """
     unpatched, patched = _times(alone), _times(together)
-    steps = sum(s["compute_calls"] + s["repeat_calls"] for s in stats[0])
+    steps = sum(s["compute_calls"] + s["repeat_calls"] or s["exact_calls"] for s in stats[0])
     sent = sum(s.get("sent_bytes", 0) for rank in stats for s in rank)
     waits = [sum(s.get("wait_s", 0.0) for s in rank) for rank in stats]
     steady = (unpatched["step_s"], patched["step_s"])
@@ -92,10 +92,7 @@ def write(out, report, alone, together):
     out.mkdir(parents=True, exist_ok=True)
     (out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
     config = report["options"]
-    stride = f", stride {config['stride']}" if config["stride"] > 1 else ""
-    title = (
-        f"asyncdiff_fast: {config['num_stages']} stages{stride} on {report['processes']} processes ({report['device']})"
-    )
+    title = f"asyncdiff_fast: {_shares(config)} on {report['processes']} processes ({report['device']})"
     seconds = [report[way]["picture_s"] for way in ("unpatched", "patched")]
     subtitle = (
         f"{report['steps']} steps, {config['warmup_steps']} of them warm-up: a picture takes {seconds[0]:.2f} s "
@@ -106,3 +103,14 @@ def write(out, report, alone, together):
         note = f"unpatched {a.seconds:.2f} s\npatched {b.seconds:.2f} s\n{_decibels(figures['psnr_db'])}"
         rows.append((figures["prompt"], note, a.picture, b.picture))
     compare.sheet(title, subtitle, rows).save(out / "compare.png")
+
+
+def _shares(options):
+    """How a call is shared out, in words."""
+    stride = f" with stride {options['stride']}" if options["stride"] > 1 else ""
+    ways = {
+        "two halves of guidance": options["cfg_parallel"],
+        f"{options['num_patches']} patches": options["num_patches"] > 1,
+        f"{options['num_stages']} stages{stride}": options["num_stages"] > 1,
+    }
+    return ", ".join(way for way, used in ways.items() if used) or "one process"

@@ -20,7 +20,7 @@ from .modules import Attachment, on_pipeline_end, step_cache, structure
 from .op_choice import KernelChoice
 from .packed import PackedConvs
 from .patch_plan import MeshPlan
-from .schedule import Mode
+from .schedule import Mode, PatchMode
 from .signature import CallSignature
 from .stage_calls import StageCalls
 from .world import ExchangeError, World, device
@@ -137,6 +137,8 @@ class Runtime:
         mode = schedule.mode(self.config, tick.step)
         if self._stages is None:
             result = forward(*args, **kwargs)
+            if self._bands is not None and schedule.patch_mode(self.config, tick.step) is not PatchMode.SYNC:
+                mode = Mode.COMPUTE
         else:
             planning = functools.partial(self._planning, forward, learning=self._bands is None and self._halves is None)
             result, mode = self._stages.call(tick, _inputs_key(args, kwargs), planning, forward, args, kwargs)

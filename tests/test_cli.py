@@ -230,3 +230,16 @@ def test_run_gives_back_the_exit_code_of_the_script(tmp_path):
     assert done.returncode == 7 and "exit code 7" in done.stderr
     done = _command("run", "--nproc", "1", str(script))
     assert done.returncode == 1 and "no such luck" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "given, processes", [(["--num-patches", "3"], 3), (["--num-patches", "2", "--num-stages", "2"], 4)]
+)
+def test_plan_of_patches(capsys, given, processes):
+    assert cli.main(["plan", str(folder.shapes_folder()), *given, "--json"]) == 0
+    made = json.loads(capsys.readouterr().out)
+    patches = made.get("patches") if isinstance(made["patches"], dict) else made
+    assert patches["processes"] == processes
+    sent = sum(patch["sent_bytes"] + patch["result_bytes"] for patch in patches["patches"])
+    assert sent == patches["bytes_per_call"] and made["bytes_per_call"] >= sent
+    assert [patch["rows"][0] for patch in patches["patches"][1:]] == [p["rows"][1] for p in patches["patches"][:-1]]
