@@ -22,6 +22,7 @@ _CHOICES = {
     "stride_phase": ("warmup", "odd"),
     "balance": ("flops", "time"),
     "kernels": ("auto", "triton", "torch"),
+    "predict": ("linear", "none"),
 }
 
 
@@ -50,6 +51,8 @@ class Config:
         timeout_s: seconds to wait for another rank before failing.
         kernels: "auto" replaces layers by fused kernels where they were measured to be no slower, on a GPU with Triton;
             "triton" wherever they can run; "torch" nowhere.
+        predict: what another rank's values of the step before stand for: "linear" carries their last change forward by
+            the sampler's intervals; "none" takes them as they are, as published.
     Raises: ValueError that names the option, the value and the allowed values.
     Source: AsyncDiff (Chen et al., 2024), sections 3.2 to 3.4; DistriFusion (Li et al., 2024), section 4.
     """
@@ -69,6 +72,7 @@ class Config:
     balance: str = "flops"
     timeout_s: float = 120.0
     kernels: str = "auto"
+    predict: str = "linear"
 
     def __post_init__(self):
         if self.stages is not None:

@@ -8,6 +8,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from .buffers import DEPTH, Buffer
 from .cutset import NEXT_PREDICTION, PREDICTION
+from .prediction import Trend, extrapolate
 from .schedule import Mode
 from .slots import Recv, Send
 
@@ -28,6 +29,10 @@ class Pass:
         self.program = plan.program(rank)
         self.last_step = -1
         self.previous_timestep = self.timesteps = None
+        # A received value is predicted where the one before the last lies, so that takes a place of its own.
+        self._predicts = config.predict != "none"
+        self._received_depth = DEPTH + self._predicts
+        self.trend = Trend(plan.division.hops[1], config.stride)
         self.intact = True
         self._device, self._placeholders = device, placeholders
         self._index = {unit.key: i for i, unit in enumerate(plan.graph.units)}
@@ -55,7 +60,8 @@ class Pass:
                     if target == self.rank
                 ]
             if sends or recvs:
-                self._slots[number] = exchange.slot(transfer.name, sends, recvs, DEPTH)
+                depth = len((*sends, *recvs)[0].buffers)
+                self._slots[number] = exchange.slot(transfer.name, sends, recvs, depth)
                 self._order.append(number)
         exchange.freeze(phase, self._order)
 
@@ -63,15 +69,16 @@ class Pass:
         """The buffer of one value in one transfer; made when first asked for."""
         if (number, value) not in self._buffers:
             transfer = self.plan.transfers[number]
-            ref = self.plan.outputs[value] if transfer.unit < 0 else self.plan.graph.values[value].ref
-            self._buffers[number, value] = Buffer(ref, self._device)
+            stale = transfer.unit >= 0 and transfer.source != self.rank
+            ref = self.plan.graph.values[value].ref if transfer.unit >= 0 else self.plan.outputs[value]
+            self._buffers[number, value] = Buffer(ref, self._device, self._received_depth if stale else DEPTH)
         return self._buffers[number, value]
 
     # One forward, in order: begin, run_unit for each unit, end.
 
     def begin(self, mode, keep):
         """Start a forward; with `keep`, an exact one leaves behind what a stale step will read."""
-        self._mode, self._keep = mode, keep
+        self._mode, self._keep, self._ready = mode, keep, set()
         self._ordinals, self._seen, self._cursor = {}, 0, 0
         if mode is Mode.COMPUTE:
             self._post_receives()
@@ -161,13 +168,16 @@ class Pass:
         if self._keep and number is not None:
             for v, x in self._tensors(index, result, args, kwargs).items():
                 if (number, v) in self._buffers:
-                    self._buffers[number, v].view(self.epoch - 1).copy_(x)
+                    buffer = self._buffers[number, v]
+                    if self._predicts:
+                        buffer.view(self.epoch - 2).copy_(buffer.view(self.epoch - 1))
+                    buffer.view(self.epoch - 1).copy_(x)
 
     def _replay(self, index, args, kwargs):
         """A unit's result from the step before where this rank reads it, placeholders elsewhere."""
         unit, values = self.plan.graph.units[index], self.plan.graph.values
         number = self.program.receives.get(index)
-        stale = {v: b.view(self.epoch - 1) for (n, v), b in self._buffers.items() if n == number}
+        stale = {v: b.view(self._stale_epoch(b)) for (n, v), b in self._buffers.items() if n == number}
         arguments = (
             tree_leaves((args, kwargs)) if unit.writes or any(x and x[0] == "argument" for x in unit.leaves) else ()
         )
@@ -212,9 +222,23 @@ class Pass:
         self._post_receives()
 
     def _wait_stale(self, number):
-        """Wait for the epoch before this call's; it is the latest, or one back if this call's was posted already."""
+        """Wait for the epoch before this call's; it is the latest, or one back if this call's was posted already.
+
+        Predictions are then made where the values of the epoch before that lie, which nothing reads any more.
+        """
         slot = self._slots[number]
         self.exchange.wait(slot, slot.epoch - self.epoch)
+        if not self._predicts or number in self._ready:
+            return
+        self._ready.add(number)
+        for (n, _), buffer in self._buffers.items():
+            if n == number and buffer.predictable:
+                last, before = (buffer.flat[(self.epoch - back) % len(buffer.flat)] for back in (1, 2))
+                extrapolate(before, last, self.trend.weight)
+
+    def _stale_epoch(self, buffer):
+        """Where a replayed value is read: the last received, or its prediction."""
+        return self.epoch - 1 - (self._predicts and buffer.predictable)
 
     def _received(self, name):
         number = self._numbers[name]

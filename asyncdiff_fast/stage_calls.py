@@ -11,6 +11,7 @@ from .clock import last_scheduler
 from .modules import Attachment
 from .passes import Pass
 from .planning import make_plan
+from .prediction import Instants
 from .schedule import Mode
 from .timesteps import Timesteps
 
@@ -64,26 +65,32 @@ class StageCalls:
         timestep = self._signature.timestep(args, kwargs)
         mode = schedule.mode(self.config, tick.step, current.last_step == tick.step - 1)
         offset = self._follow_timesteps(current, mode, tick, planning, timestep)
+        if current.last_step < 0:
+            current.trend.begin(Instants(self._scheduler or last_scheduler(), timestep, tick.step))
         current.last_step = tick.step
         if mode is Mode.REPEAT:
             result = current.repeat()
         else:
             if mode is Mode.COMPUTE:
                 args, kwargs = self._retimed(current, offset, timestep, args, kwargs)
-            # After warm-up every exact call leaves behind what the next one may read.
-            current.begin(mode, keep=tick.step >= self.config.warmup_steps - 1)
+            # The last exact calls of a warm-up leave behind what the next ones may read.
+            keep = tick.step >= self.config.warmup_steps - (1 if self.config.predict == "none" else 2)
+            current.trend.weigh(tick.step + offset)
+            current.begin(mode, keep)
             self._active = current
             try:
                 result = current.end(forward(*args, **kwargs))
             finally:
                 self._active = None
+            if keep:
+                current.trend.made(tick.step + (self._offset(current, 0) if mode is Mode.COMPUTE else 0))
         current.previous_timestep = timestep
         return result, mode
 
     def _follow_timesteps(self, current, mode, tick, planning, timestep):
         """Keep the place in the scheduler's list up to date; returns the offset this rank computes with."""
         if self.config.stride == 1:
-            return schedule.timestep_offset(self.config, self.world.rank, False)
+            return self._offset(current, self.world.rank)
         if mode is Mode.EXACT:
             with planning():
                 if tick.step == 0 or current.timesteps is None:
@@ -91,7 +98,11 @@ class StageCalls:
                 current.timesteps.see(timestep)
         else:
             current.timesteps.skip()
-        return schedule.timestep_offset(self.config, self.world.rank, current.timesteps.is_last)
+        return self._offset(current, self.world.rank)
+
+    def _offset(self, current, rank):
+        is_last = self.config.stride == 2 and current.timesteps.is_last
+        return schedule.timestep_offset(self.config, rank, is_last)
 
     def _retimed(self, current, offset, timestep, args, kwargs):
         if offset == 0:
