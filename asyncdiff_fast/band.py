@@ -1,9 +1,11 @@
 """One patch of one call: the state of every site, the slots between patches, and what the forward meets on its way."""
 
 import torch
+from torch.nn import functional as F
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from .patch_sites import make_state, messages
+from .patch_sites import make_state
+from .patch_state import messages
 from .schedule import PatchMode
 from .sites import CONV, JOINS, KINDS, NORM, seen
 from .slots import Recv, Send
@@ -15,7 +17,8 @@ class Band:
     While it is `probing` there is no plan yet: every patch works for itself, and `found` collects what it meets.
     """
 
-    def __init__(self, config, cutter, patch, device):
+    def __init__(self, config, cutter, patch, device, packed):
+        self._packed = packed
         self.config, self.cutter, self.patch, self.device = config, cutter, patch, device
         self.mode, self.group_norm, self.bessel = PatchMode.LOCAL, config.group_norm, config.bessel
         self.plan = None
@@ -119,6 +122,10 @@ class Band:
         if slot is not None:
             self._exchange.post(slot)
             self._exchange.wait(slot)
+
+    def convolve(self, func, named):
+        """The result of a convolution with named arguments."""
+        return self._packed.conv2d(**named) if func is F.conv2d else func(**named)
 
     def rows_of_latent(self, x, above, count):
         """`count` rows of the latent seen as `x` sees its own, from `above` rows relative to the first of them."""

@@ -7,6 +7,7 @@ from . import patch_plan, schedule, side_effects, sites
 from .band import Band
 from .cutting import Cutter
 from .modules import Attachment
+from .packed import PackedConvs
 from .patch_plan import PatchPlan
 from .schedule import PatchMode
 from .sites import JOINS, KINDS, Watch
@@ -20,11 +21,13 @@ KEPT_BANDS = 8
 class Bands:
     """`plan` is the latest plan (None before the first call)."""
 
-    def __init__(self, denoiser, config, world, exchange, signature):
+    def __init__(self, denoiser, config, world, exchange, signature, packed=None):
         self.denoiser, self.config, self.world, self.exchange = denoiser, config, world, exchange
         self.plan = self._active = None
-        self._signature = signature
+        self._signature, self._packed = signature, packed or PackedConvs(denoiser, active=False)
         self._bands, self._hooks, self._phases = {}, {}, 0
+        # {place of a band: step of its latest call in this generation}
+        self._last_steps = {}
         # Whether the denoiser's own forward has sites outside its modules.
         self._at_root = False
         self._watch = Watch({*KINDS, *JOINS}, self._meet)
@@ -49,12 +52,22 @@ class Bands:
                 self._bands.pop(old).release()
             if tick.call == 0 or self.plan is None:
                 self.plan = self._bands[place].plan
-        mode = schedule.patch_mode(self.config, tick.step)
+        mode = self._mode(place, tick.step)
+        self._last_steps[place] = tick.step
         with self.exchange.step():
             return self._on_patch(self._bands[place], mode, run, args, kwargs)
 
     def begin_generation(self):
-        """Nothing to do: a generation's first steps are exact, and write whatever later ones read."""
+        """What an earlier generation left behind is not read again."""
+        self._last_steps.clear()
+
+    def _mode(self, place, step):
+        """The scheduled mode, but synchronous where the call was not made at the step before: the second of two calls
+        may be left out at some steps, and what displaced patches would read is then of long ago.
+        """
+        mode, last = schedule.patch_mode(self.config, step), self._last_steps.get(place)
+        missing = {PatchMode.DISPLACED: last != step - 1, PatchMode.FROZEN: last is None}
+        return PatchMode.SYNC if missing.get(mode) else mode
 
     def counted(self, forward):
         """The denoiser's forward, such that the calls of its modules are counted from its beginning."""
@@ -101,8 +114,7 @@ class Bands:
             plan = self._plan(band.cutter, recorder, everyone, whole)
             if len(set(self.world.gather(plan.digest(), "the plan of the patches"))) > 1:
                 raise ValueError("ranks planned different patches: the denoisers or their inputs differ")
-            samples = {i: recorder.sites[s.name, s.call][s.place].sample for i, s in enumerate(plan.sites)}
-            band.bind(plan, self.exchange, phase, samples)
+            band.bind(plan, self.exchange, phase, _samples(plan, recorder))
         band.bind_result(self.exchange, phase)
         if not self.config.naive:
             self._verify(self._on_patch(band, PatchMode.SYNC, run, args, kwargs, exact=True), whole)
@@ -110,13 +122,31 @@ class Bands:
 
     def plan_alone(self, forward, args, kwargs):
         """The plan, made by one process that looks at every patch in turn. Returns `PatchPlan`."""
+        return self._planned(forward, args, kwargs)[0]
+
+    def emulate(self, patch, forward, args, kwargs):
+        """One patch's calls in a process that knows no other patch, to measure what a rank computes.
+
+        Returns: (`PatchPlan`, a function of a `PatchMode` that carries out the patch's call with these arguments). The
+            exchange sees all its posts and waits; what it does not bring is zero.
+        """
+        plan, bands, samples, whole, run = self._planned(forward, args, kwargs)
+        band = bands[patch]
+        band.learn_result(whole, self._on_patch(band, PatchMode.LOCAL, run, args, kwargs))
+        band.bind(plan, self.exchange, "emulated", samples)
+        band.bind_result(self.exchange, "emulated")
+        return plan, lambda mode: self._on_patch(band, mode, run, args, kwargs)
+
+    def _planned(self, forward, args, kwargs):
+        """(plan, a band of every patch, samples of its sites, the whole result, a quiet forward)."""
         whole, recorder = self._look(forward, args, kwargs)
-        run, everyone = self._quiet(forward), []
+        run, bands = self._quiet(forward), []
         for patch in range(self.config.num_patches):
-            band = self._band(recorder, args, kwargs, schedule.patch_axis(self.config, 0), patch)
-            self._on_patch(band, PatchMode.LOCAL, run, args, kwargs)
-            everyone.append((band.found, band.sees_latent))
-        return self._plan(band.cutter, recorder, everyone, whole)
+            bands.append(self._band(recorder, args, kwargs, schedule.patch_axis(self.config, 0), patch))
+            self._on_patch(bands[-1], PatchMode.LOCAL, run, args, kwargs)
+        everyone = [(band.found, band.sees_latent) for band in bands]
+        plan = self._plan(bands[0].cutter, recorder, everyone, whole)
+        return plan, bands, _samples(plan, recorder), whole, run
 
     def on_first_patch(self, forward, args, kwargs, make_plan):
         """What `make_plan(denoiser, forward, args, kwargs, config)` makes of the first patch's call."""
@@ -156,7 +186,7 @@ class Bands:
         """A band without a plan, ready for a first look."""
         latent = self._signature.latent(args, kwargs)
         cutter = Cutter.of(recorder, latent, self._signature.latent_name, self.config, patch, axis)
-        band = Band(self.config, cutter, patch, latent.device)
+        band = Band(self.config, cutter, patch, latent.device, self._packed)
         band.prepare(*_beforehand(recorder, cutter, self.config.naive))
         self._attach(recorder, band)
         return band
@@ -235,6 +265,11 @@ class Bands:
 
     def _meet(self, func, args, kwargs):
         return self._active.meet(func, args, kwargs)
+
+
+def _samples(plan, recorder):
+    """{number of a site: some of what it met in the forward on the whole picture}."""
+    return {i: recorder.sites[s.name, s.call][s.place].sample for i, s in enumerate(plan.sites)}
 
 
 def _beforehand(recorder, cutter, naive):

@@ -16,6 +16,8 @@ from .world import ExchangeError
 
 log = logging.getLogger(__name__)
 STORE_PERIOD_S = 0.25
+# How long the end of an exchange waits for a store that may have stopped with its host.
+LEAVING_S = 1.0
 
 
 class Unavailable(RuntimeError):
@@ -92,35 +94,54 @@ def _together(world, what, attempt):
 
 
 class _StoreWatch:
-    """Tells ranks of failures that NCCL does not tell them of: each rank aborts its own communicator."""
+    """Tells ranks of failures that NCCL does not tell them of: each rank aborts its own communicator.
+
+    Only its thread asks the store: while the store's host is stopped, a call never ends, and no other may begin.
+    """
 
     def __init__(self, world, channel):
         self._world, self._store, self._channel = world, world.new_store("stopped"), channel
-        self._ended = threading.Event()
+        self._leaving, self._ended = threading.Event(), threading.Event()
         self._peers = {rank for rank in range(world.size) if rank != world.rank}
-        threading.Thread(target=self._run, daemon=True, name="asyncdiff_fast store").start()
+        self._thread = threading.Thread(target=self._run, daemon=True, name="asyncdiff_fast store")
+        self._thread.start()
 
     def leave(self):
         """This rank posts no more."""
-        with contextlib.suppress(RuntimeError):
-            self._store.set(f"left/{self._world.rank}", b"")
+        self._leaving.set()
 
     def end(self):
+        """Leave, and hear no more of the others."""
+        self._leaving.set()
         self._ended.set()
+        self._thread.join(LEAVING_S)
 
     def _run(self):
         with contextlib.suppress(RuntimeError):
-            while not self._ended.wait(STORE_PERIOD_S):
-                reason = self._channel.broken()
-                if reason:
-                    self._store.set("why", f"rank {self._world.rank} stopped the exchange: {reason}")
+            ended = False
+            while not ended:
+                ended = self._ended.wait(STORE_PERIOD_S)
+                if self._tell() or (not ended and self._hear()):
                     return
-                if self._store.check(["why"]):
-                    self._channel.report(self._store.get("why").decode())
-                    return
-                for peer in [peer for peer in self._peers if self._store.check([f"left/{peer}"])]:
-                    self._peers.discard(peer)
-                    self._channel.mark_left(peer)
+
+    def _tell(self):
+        """What the others must know of this rank; True if it has stopped."""
+        if self._leaving.is_set():
+            self._store.set(f"left/{self._world.rank}", b"")
+        reason = self._channel.broken()
+        if reason:
+            self._store.set("why", f"rank {self._world.rank} stopped the exchange: {reason}")
+        return bool(reason)
+
+    def _hear(self):
+        """What the others told; True if one of them has stopped."""
+        if self._store.check(["why"]):
+            self._channel.report(self._store.get("why").decode())
+            return True
+        for peer in [peer for peer in self._peers if self._store.check([f"left/{peer}"])]:
+            self._peers.discard(peer)
+            self._channel.mark_left(peer)
+        return False
 
 
 def host():

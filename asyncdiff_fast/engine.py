@@ -149,7 +149,6 @@ class Engine:
                 self._channel.close(self.world.timeout_s if patience_s is None else patience_s)
         finally:
             if self._watch is not None:
-                self._watch.leave()
                 self._watch.end()
             self._unfrozen, self._phases = [], {}
 

@@ -24,6 +24,8 @@ class Halves:
         self.half = world.rank
         self._signature = signature
         self._slots, self._phases = {}, 0
+        # Where guidance was used once, it may end in the middle of a generation: half 0 then computes for both.
+        self._was_guided = False
         self.begin_generation()
 
     def begin_generation(self):
@@ -51,9 +53,11 @@ class Halves:
         """
         batch = self._signature.latent(args, kwargs).shape[0]
         if batch % 2 == 0:
+            self._was_guided = True
             with self.exchange.step():
                 return self._on_batch(batch, key, forward, run, tick, args, kwargs)
-        if not guided or (tick.step > 0 and tick.call == 0 and 1 not in self._given):
+        self._was_guided |= tick.call > 0
+        if not self._was_guided and (not guided or tick.step > 0):
             raise ValueError(
                 f"cfg_parallel needs classifier-free guidance, in one batch of even size or in two calls for each "
                 f"step: got a batch of {batch} and one call; pass cfg_parallel=False, or a guidance_scale above 1"

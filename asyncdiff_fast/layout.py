@@ -36,7 +36,7 @@ class Rows:
 
     def finer(self, size, factor):
         """The resolution of `size` rows, `factor` for each of these."""
-        return Rows(size, tuple((start * factor, min(stop * factor, size)) for start, stop in self.owned))
+        return Rows(size, tuple((min(start * factor, size), min(stop * factor, size)) for start, stop in self.owned))
 
 
 def split(size, num_patches, factor=1, aligned=False):

@@ -51,8 +51,8 @@ class Attachment:
                 del self.module._diffusers_hook
 
 
-# What diffusers changes in a module that stays: its attention processor, and FreeU's factors.
-_SETTINGS = ("processor", "s1", "s2", "b1", "b2")
+# What diffusers and PEFT change in a module that stays: its attention processor, FreeU's factors, which adapters run.
+_SETTINGS = ("processor", "s1", "s2", "b1", "b2", "_disable_adapters", "_active_adapter", "merged_adapters")
 
 
 def containers(denoiser):
@@ -62,9 +62,13 @@ def containers(denoiser):
 
 
 def structure(denoiser):
-    """A number that changes when modules or attention processors are added, replaced or removed, or FreeU is set."""
-    modules = denoiser.named_modules()
-    return hash(tuple((name, id(module), *map(vars(module).get, _SETTINGS)) for name, module in modules))
+    """A number that changes when modules, attention processors or adapters are added, replaced, switched or removed."""
+
+    def settings(module):
+        found = map(vars(module).get, _SETTINGS)
+        return tuple(tuple(x) if isinstance(x, list) else x for x in found)
+
+    return hash(tuple((name, id(module), settings(module)) for name, module in denoiser.named_modules()))
 
 
 def is_compiled(denoiser):

@@ -87,7 +87,7 @@ class KernelChoice:
         if not x.is_cuda:
             return "torch"
         key = (op, x.shape, x.stride(), x.dtype, x.device.index, facts)
-        return self._picked.get(key) or self._settle(key, op, run)
+        return (not self._together and self._picked.get(key)) or self._settle(key, op, run)
 
     def remember(self, y, partials):
         """Keep the statistics that came with a residual sum, for a norm that reads it next.
@@ -102,6 +102,11 @@ class KernelChoice:
         if self._sum is None or torch.compiler.is_compiling() or self._sum[0]() is not x:
             return None
         return self._sum[2] if self._sum[1] == x._version else None
+
+    @property
+    def _together(self):
+        """Whether ranks learn in step. Their patches may differ, and with them what each knows already."""
+        return self._learning and not self.alone
 
     @contextlib.contextmanager
     def learning(self):
@@ -122,7 +127,10 @@ class KernelChoice:
     def _settle(self, key, op, run):
         op, shape, strides, dtype, device_idx, facts = key
         text = f"{op} {tuple(shape)} {strides} {str(dtype).removeprefix('torch.')} {facts}"
-        if text not in self._known:
+        known = text in self._known
+        if self._together:
+            known = all(self._world.gather(known, f"who knows the kernel of {op}"))
+        if not known:
             if self._gpu.capturing() or not self._learning:
                 return rule(op, shape, facts)
             self._known[text] = self._learn(text, op, run, device_idx)
@@ -130,15 +138,15 @@ class KernelChoice:
         return self._picked[key]
 
     def _learn(self, text, op, run, device_idx):
-        found = None
-        if self._world.rank == 0:
+        found = self._known.get(text)
+        if self._world.rank == 0 and found is None:
             # Whoever traces this forward must not see the trials.
             with torch.no_grad(), _disable_current_modes():
                 trials = {name: functools.partial(run, name) for name in KERNELS[op]}
                 found = decide({name: self._gpu.times_us(trial, device_idx) for name, trial in trials.items()})
             _write(self._path, text, found)
             log.info("%s: %s of %s us (launched, replayed)", text, found["kernel"], found["us"])
-        return self._world.broadcast(found, f"the kernel of {text}")
+        return self._world.broadcast(found, f"the kernel of {op}")
 
 
 def decide(times):
@@ -164,7 +172,10 @@ def rule(op, shape, facts):
     """
     if op != "attention":
         return "triton"
-    b, s_q, h, _ = shape
+    b, s_q, h, d = shape
+    if torch.version.hip:
+        # Our larger heads spill there, and there is no cuDNN.
+        return "triton" if d <= 96 else "torch"
     tiles = b * h * -(-s_q // 128)
     processors = torch.cuda.get_device_properties().multi_processor_count
     full = tiles / (-(-tiles // processors) * processors)

@@ -2,12 +2,13 @@
 
 An op takes the name of its implementation, `kernel`, chosen beforehand by `op_choice`: "triton" is ours, "torch" the
 library calls that it replaces, "cudnn" and "flash" are backends of torch's attention. Every op returns new tensors and
-has no gradient. Registration (namespace `asyncdiff_fast`) is for whoever traces, torch.compile or our own tracer, and
-for kernels only: its dispatch costs the host more than launching a small kernel does, and a compiler sees through
-library calls better than through an op.
+has no gradient. Those that know of other patches are in `patch_ops`. Registration (namespace `asyncdiff_fast`) is for
+whoever traces, torch.compile or our own tracer, and for kernels only: its dispatch costs the host more than launching a
+small kernel does, and a compiler sees through library calls better than through an op.
 """
 
 import functools
+import inspect
 
 import torch
 import torch.nn.functional as F
@@ -23,29 +24,37 @@ KERNELS = {
     "gate_residual_adaln": ("torch", "triton"),
     "joint_qk_norm_rope": ("torch", "triton"),
     "attention": ("torch", "cudnn", "flash", "triton"),
+    "patch_statistics": ("torch", "triton"),
+    "patch_group_norm": ("torch", "triton"),
+    "patch_rows": ("torch", "triton"),
 }
 
 
-def _op(fake):
-    """Register a function as an op whose results are like those of `fake`, a function of the same arguments."""
+def op(fake, writes=()):
+    """Register a function as an op whose results are like those of `fake`, and which writes to the arguments `writes`.
+
+    Its argument `kernel`, and those before it, are given by place.
+    """
 
     def register(function):
+        place = list(inspect.signature(function).parameters).index("kernel")
+
         @functools.wraps(function)
-        def run(*args):
+        def run(*args, **keywords):
             first = args[0] if isinstance(args[0], torch.Tensor) else args[0][0]
             # Triton launches on the current device, wherever its arguments are.
             with torch.cuda.device_of(first):
-                return function(*args)
+                return function(*args, **keywords)
 
-        registered = torch.library.custom_op(f"asyncdiff_fast::{function.__name__}", run, mutates_args=())
+        registered = torch.library.custom_op(f"asyncdiff_fast::{function.__name__}", run, mutates_args=writes)
         registered.register_fake(fake)
 
         @functools.wraps(function)
-        def call(*args):
-            if args[-1] == "torch":
-                return function(*args)
+        def call(*args, **keywords):
+            if args[place] == "torch":
+                return function(*args, **keywords)
             traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
-            return registered(*args) if traced else run(*args)
+            return registered(*args, **keywords) if traced else run(*args, **keywords)
 
         return call
 
@@ -56,7 +65,7 @@ def _fake_group_norm(x, *_):
     return torch.empty_like(x)
 
 
-@_op(_fake_group_norm)
+@op(_fake_group_norm)
 def group_norm(
     x: torch.Tensor,
     weight: torch.Tensor | None,
@@ -103,7 +112,7 @@ def _fake_residual_add(h, *_):
     return torch.empty_like(h), h.new_empty((n, num_chunks(spatial), 2, c), dtype=torch.float32)
 
 
-@_op(_fake_residual_add)
+@op(_fake_residual_add)
 def residual_add(
     h: torch.Tensor, shortcut: torch.Tensor, bias: torch.Tensor | None, divisor: float, kernel: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -127,7 +136,7 @@ def _fake_geglu(x, kernel):
     return x.new_empty((*x.shape[:-1], x.shape[-1] // 2))
 
 
-@_op(_fake_geglu)
+@op(_fake_geglu)
 def geglu(x: torch.Tensor, kernel: str) -> torch.Tensor:
     """a * gelu(b) of x (..., 2c) = [a, b]; gelu by the error function. Returns (..., c)."""
     if kernel == "triton":
@@ -142,7 +151,7 @@ def _fake_gelu_beside(y, x, *_):
     return x.new_empty((*x.shape[:-1], y.shape[-1] + x.shape[-1]))
 
 
-@_op(_fake_gelu_beside)
+@op(_fake_gelu_beside)
 def gelu_beside(y: torch.Tensor, x: torch.Tensor, approximate: str, kernel: str) -> torch.Tensor:
     """y (..., c) and gelu(x) (..., d) side by side: (..., c + d); `approximate` as torch's gelu takes it."""
     if kernel == "triton":
@@ -159,7 +168,7 @@ def _fake_adaln(x, *_):
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-@_op(_fake_adaln)
+@op(_fake_adaln)
 def adaln(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, eps: float, kernel: str) -> torch.Tensor:
     """LayerNorm(x) * (1 + scale) + shift without weights; x (b, s, c), scale and shift (b, c). Returns (b, s, c)."""
     if kernel == "triton":
@@ -173,7 +182,7 @@ def _fake_gate_residual_adaln(residual, x, *_):
     return _fake_adaln(residual), _fake_adaln(residual)
 
 
-@_op(_fake_gate_residual_adaln)
+@op(_fake_gate_residual_adaln)
 def gate_residual_adaln(
     residual: torch.Tensor,
     x: torch.Tensor,
@@ -197,7 +206,7 @@ def _fake_joint_qk_norm_rope(q, k, v, *_):
     return tuple(q[0].new_empty((b, sum(part.shape[1] for part in q), h, d)) for _ in range(3))
 
 
-@_op(_fake_joint_qk_norm_rope)
+@op(_fake_joint_qk_norm_rope)
 def joint_qk_norm_rope(
     q: list[torch.Tensor],
     k: list[torch.Tensor],
@@ -248,7 +257,7 @@ def _fake_attention(q, *_):
     return torch.empty_like(q, memory_format=torch.contiguous_format)
 
 
-@_op(_fake_attention)
+@op(_fake_attention)
 def attention(
     q: torch.Tensor, keys: list[torch.Tensor], values: list[torch.Tensor], scale: float, kernel: str
 ) -> torch.Tensor:

@@ -338,6 +338,13 @@ def _halo(common, whole, before, after, first):
 def _resize(common, whole, before, after):
     if whole.options[0] != "nearest":
         raise ValueError(f"{common[0]} interpolates {whole.options[0]}: patches support nearest-neighbour only")
+    for (low, high), (start, stop) in zip(before.held, after.held, strict=True):
+        first, last = (row * before.size // after.size for row in (start, stop - 1))
+        if start < stop and not low <= first <= last < high:
+            raise ValueError(
+                f"{common[0]} interpolates {before.size} rows to {after.size}, and a patch that holds rows {low} to "
+                f"{high} needs rows {first} to {last + 1}: use a size that the strides divide, or num_stages"
+            )
     return Resize(*common, before, after, (whole.result[2:-2], whole.result[-1:]))
 
 

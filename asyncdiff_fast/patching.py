@@ -132,7 +132,8 @@ def _agree(world, config, found, problem):
             _check(world, config, found)
     except (ValueError, TypeError) as error:
         problem = error
-    digests = [fingerprint.model_digest(d) for d in found] if problem is None else []
+    # Alone, there is nobody to differ from: no pass over the weights.
+    digests = [fingerprint.model_digest(d) for d in found] if problem is None and world.size > 1 else []
     reports = world.gather((problem and str(problem), config, digests), "patch")
     if problem is not None:
         raise problem
@@ -206,7 +207,11 @@ def _share_seeds(world):
 
 def _patch_one(denoiser, config, world, scheduler, target):
     start_process_group(config.timeout_s)
-    runtime = Runtime(denoiser, config, world, scheduler)
+    try:
+        runtime = Runtime(denoiser, config, world, scheduler)
+    except BaseException:
+        stop_process_group()
+        raise
     pipe = weakref.ref(target)
     runtime.guided = lambda: getattr(pipe(), "do_classifier_free_guidance", True)
     runtime.on_refused = lambda: _release(denoiser)

@@ -18,6 +18,7 @@ from .fused import Fusion
 from .halves import Halves
 from .modules import Attachment, on_pipeline_end, step_cache, structure
 from .op_choice import KernelChoice
+from .packed import PackedConvs
 from .patch_plan import MeshPlan
 from .schedule import Mode
 from .signature import CallSignature
@@ -43,6 +44,7 @@ class Runtime:
         self._clock = Clock()
         self._worlds = {axis: World(self._along(axis), world.timeout_s) for axis in ("half", "patch", "stage")}
         self._device_type = _device_type(denoiser)
+        self._packed = PackedConvs(denoiser, active=config.kernels != "torch" and self._device_type == "cpu")
         self._open()
         # The denoiser may call itself.
         self._inside = self._interrupted = False
@@ -76,7 +78,7 @@ class Runtime:
         if halves.size > 1:
             self._halves = Halves(self.denoiser, halves, self._exchange(halves), self._signature)
         if patches.size > 1:
-            self._bands = Bands(*common, patches, self._exchange(patches), self._signature)
+            self._bands = Bands(*common, patches, self._exchange(patches), self._signature, self._packed)
         if stages.size > 1:
             self._stages = StageCalls(*common, stages, self._exchange(stages), self._signature, self._scheduler)
         self._parts = [part for part in (self._halves, self._bands, self._stages) if part is not None]
@@ -87,7 +89,7 @@ class Runtime:
     # One call of the denoiser.
 
     def _call(self, forward, args, kwargs):
-        if self.world.size == 1 or self._inside:
+        if self._inside or (self.world.size == 1 and not self._packed.active):
             return forward(*args, **kwargs)
         if self._needs_gradients(args, kwargs):
             self._clock.end()
@@ -96,6 +98,7 @@ class Runtime:
         try:
             self._inside = True
             if tick.begins:
+                self._packed.forget()
                 self._begin_generation(args, kwargs)
             if self._halves is not None:
                 return self._on_halves(tick, forward, args, kwargs)
@@ -164,6 +167,8 @@ class Runtime:
     # The beginning of a generation.
 
     def _begin_generation(self, args, kwargs):
+        if self.world.size == 1:
+            return
         if step_cache(self.denoiser):
             raise ValueError(
                 "a step cache of diffusers was enabled after patch(): both reuse activations; call disable_cache()"
@@ -248,6 +253,7 @@ class Runtime:
         self._root.remove()
         self._undo_end()
         self._fusion.remove()
+        self._packed.remove()
         unwatch_schedulers()
         self._shut("interrupted" if self._interrupted else None)
         self._parts = []

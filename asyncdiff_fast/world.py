@@ -44,11 +44,13 @@ def start_process_group(timeout_s):
         if cuda:
             torch.cuda.set_device(device())
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-        try:
-            timeout = timedelta(seconds=timeout_s)
-            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
-        except RuntimeError as error:
-            raise ExchangeError(f"rank {rank} lost another rank while torch.distributed started: {error}") from error
+        limit = timedelta(seconds=timeout_s)
+        _connect(
+            rank,
+            [r for r in range(size) if r != rank],
+            timeout_s,
+            lambda: dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit),
+        )
         _users = 1
     elif _users:
         _users += 1
@@ -66,7 +68,10 @@ def _meet(rank, size, timeout_s):
         store.set(f"here/{rank}", b"")
         return store, _answers(store, "here", [r for r in range(size) if r != rank], timeout_s)[1]
 
-    store, missing = _within(timeout_s + 1, join) or (None, [0])
+    try:
+        store, missing = _within(timeout_s + 1, join)
+    except (RuntimeError, TimeoutError):
+        missing = [0]
     if missing:
         raise ExchangeError(
             f"rank {rank} waited {timeout_s:g} s for rank {', '.join(map(str, missing))} to call patch(); it died, "
@@ -75,21 +80,36 @@ def _meet(rank, size, timeout_s):
     return store
 
 
+def _connect(rank, others, timeout_s, start):
+    """What `start()` returns. Raises: ExchangeError if torch.distributed does not reach the others in time."""
+    try:
+        return _within(timeout_s + 1, start)
+    except (RuntimeError, TimeoutError) as error:
+        raise ExchangeError(
+            f"rank {rank} waited {timeout_s:g} s for rank {', '.join(map(str, others))} to connect by "
+            f"torch.distributed and failed: {str(error).splitlines()[0]}; a rank died or hangs: see its log, or raise "
+            "timeout_s"
+        ) from error
+
+
 def _within(seconds, ask):
-    """What `ask()` returns; None if the store is lost. In a thread: with its host stopped, no call of it ever ends."""
+    """What `ask()` returns or raises, or TimeoutError. In a thread: calls of a store never end if its host stops."""
     results = queue.SimpleQueue()
 
     def run():
         try:
-            results.put(ask())
-        except RuntimeError:
-            results.put(None)
+            results.put((ask(), None))
+        except Exception as error:
+            results.put((None, error))
 
     threading.Thread(target=run, daemon=True).start()
     try:
-        return results.get(timeout=seconds)
+        result, error = results.get(timeout=seconds)
     except queue.Empty:
-        return None
+        raise TimeoutError(f"no answer in {seconds:g} s") from None
+    if error is not None:
+        raise error
+    return result
 
 
 def _answers(store, prefix, peers, timeout_s):
@@ -143,8 +163,11 @@ class World:
                 self._forget(f"{step}/{self.rank}")
             return answers
 
-        # Without a launcher's, rank 0 keeps the store.
-        found, missing = _within(self.timeout_s + 1, ask) or ({}, [0])
+        try:
+            found, missing = _within(self.timeout_s + 1, ask)
+        except (RuntimeError, TimeoutError):
+            # The store is lost. Without a launcher's, rank 0 keeps it.
+            found, missing = {}, [0]
         if missing:
             raise ExchangeError(
                 f"rank {self.rank} waited {self.timeout_s:g} s for rank {', '.join(map(str, missing))} to agree on "
@@ -179,11 +202,13 @@ class World:
         backend = c10d._world.pg_map[c10d._get_default_group()][0]
         # Not `new_group`: it may name a group as one destroyed before, whose addresses are still in the store.
         name = f"{self._name}/group {next(self._groups)}"
-        try:
-            group, _ = c10d._new_process_group_helper(
+        group, _ = _connect(
+            self.rank,
+            [r for r in range(self.size) if r != self.rank],
+            self.timeout_s,
+            lambda: c10d._new_process_group_helper(
                 self.size, self.rank, list(self.ranks), c10d.Backend(backend), self._store, name, timeout=limit
-            )
-        except RuntimeError as error:
-            raise ExchangeError(f"rank {self.rank} lost another rank of {self.ranks}: {error}") from error
+            ),
+        )
         c10d._world.pg_group_ranks[group] = {rank: i for i, rank in enumerate(self.ranks)}
         return group

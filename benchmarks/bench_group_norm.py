@@ -1,36 +1,26 @@
 """GroupNorm + SiLU of an SDXL patch with its halo rows: kernels, their passes and baselines, in one run.
 
-    python benchmarks/bench_group_norm.py --quick       # 8 minutes on a GPU; without it every shape, for an hour or two
+    python benchmarks/bench_group_norm.py --quick       # 4 minutes on a GPU; without it every shape, for an hour or two
 
 Each result is compared with the reference before it is timed. A run that is broken off continues where it was.
 """
 
-import argparse
+import functools
 import itertools
-import pathlib
-import sys
 
-import gpu_timing
 import group_norm_baselines as baselines
-import measure
+import op_bench
 import torch
 from asyncdiff_fast.kernels import reference
-from tqdm import tqdm
 
 GROUPS, EPS = 32, 1e-5
-# Channels of the norms of SDXL's residual blocks, by the factor between latent and level.
-CHANNELS = {1: (320, 640, 960), 2: (640, 1280, 1920), 4: (1280, 2560)}
+# Norms in SDXL's residual blocks: factor between latent and level → channels → how many. The usual channels come first.
+NORMS = {
+    1: {320: 7, 640: 2, 960: 1},
+    2: {640: 6, 320: 1, 960: 1, 1280: 1, 1920: 1},
+    4: {1280: 10, 640: 1, 1920: 1, 2560: 2},
+}
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}
-
-
-def parse(argv):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--device", choices=("cuda", "cpu"), default="cuda", help="cpu: tiny shapes, reference ops only"
-    )
-    parser.add_argument("--quick", action="store_true", help="fewer shapes, and no new row after 8 minutes")
-    parser.add_argument("--out", type=pathlib.Path, default=measure.RESULTS / "group_norm.jsonl")
-    return parser.parse_args(argv)
 
 
 def shapes(device, quick):
@@ -41,9 +31,9 @@ def shapes(device, quick):
     for px, patches in itertools.product(
         (3840, 1024) if quick else (3840, 2048, 1024), (8, 1) if quick else (8, 4, 2, 1)
     ):
-        for factor, channels in CHANNELS.items():
+        for factor, channels in NORMS.items():
             side = px // 8 // factor
-            for c in channels[:1] if quick else channels:
+            for c in list(channels)[:1] if quick else channels:
                 yield px, patches, (1, c, side // patches, side)
 
 
@@ -142,31 +132,31 @@ def check(inputs, ops):
         torch.testing.assert_close(own, stats, rtol=1e-5, atol=1e-5)
 
 
+def ways(shape, layout, dtype, device):
+    """{op: (run, bytes, FLOPs)} of one norm."""
+    inputs = Inputs(shape, layout, dtype, device)
+    ops = baseline_ops(inputs, device)
+    if device == "cuda":
+        kernels = kernel_ops(inputs)
+        check(inputs, kernels)
+        ops |= kernels
+    else:
+        arguments, keywords = inputs.norm()
+        ops["reference"] = (lambda: reference.group_norm_reference(*arguments, **keywords), None)
+    return {name: (run, moved, None) for name, (run, moved) in ops.items()}
+
+
 def main(argv=None):
-    args = parse(argv)
-    if args.device == "cuda" and not torch.cuda.is_available():
-        sys.exit(
-            "This benchmark needs a GPU and finds none; --device cpu --quick only tries the script, on tiny shapes."
-        )
-    rows = gpu_timing.Rows(args.out, args.device, budget_s=8 * 60 if args.quick else float("inf"))
+    options = op_bench.parse(argv, __doc__.splitlines()[0], "group_norm", 210)
     layouts = ("channels_last", "contiguous")
-    dtypes = (torch.bfloat16,) if args.quick or args.device == "cpu" else (torch.bfloat16, torch.float16)
-    cases = list(itertools.product(shapes(args.device, args.quick), layouts, dtypes))
-    for (px, patches, shape), layout, dtype in tqdm(cases):
-        inputs = Inputs(shape, layout, dtype, args.device)
-        ops = baseline_ops(inputs, args.device)
-        if args.device == "cuda":
-            kernels = kernel_ops(inputs)
-            check(inputs, kernels)
-            ops |= kernels
-        else:
-            arguments, keywords = inputs.norm()
-            ops["reference"] = (lambda a=arguments, k=keywords: reference.group_norm_reference(*a, **k), None)
+    dtypes = (torch.bfloat16,) if options.quick or options.device == "cpu" else (torch.bfloat16, torch.float16)
+    cases = []
+    for (px, patches, shape), layout, dtype in itertools.product(
+        shapes(options.device, options.quick), layouts, dtypes
+    ):
         key = {"px": px, "patches": patches, "shape": list(shape), "layout": layout, "dtype": str(dtype)}
-        for name, (run, moved) in ops.items():
-            rows.add({"op": name, **key}, run, moved)
-    if rows.left:
-        print(f"Time is up with {rows.left} rows to go; run it again to go on.")
+        cases.append((key, functools.partial(ways, shape, layout, dtype, options.device)))
+    op_bench.add_rows(options, cases)
 
 
 if __name__ == "__main__":

@@ -92,19 +92,23 @@ class Rows:
         self.known = {
             self._key(row["key"]) for row in known if all(row[name] == self.facts[name] for name in self.SAME)
         }
-        self.ceilings, self.left = None, 0
+        self.ceilings = None
+
+    @property
+    def time_is_up(self):
+        """Whether no new row is to be begun."""
+        return time.monotonic() > self.deadline
+
+    def wants(self, key):
+        """Whether the row of this key is still to be measured."""
+        return self._key(key) not in self.known
 
     def add(self, key, run, moved_bytes=None, flops=None):
-        """Time `run` and append its row, unless it is there or the time is up.
+        """Time `run` and append its row.
 
         Args:
             key: dict that names the row: op, shape, dtype and so on. moved_bytes, flops: of one call, or None.
         """
-        if self._key(key) in self.known:
-            return
-        if time.monotonic() > self.deadline:
-            self.left += 1
-            return
         self.ceilings = self.ceilings or self.clock.ceilings()
         seconds, graph = self.clock.seconds(run)
         row = {"key": key, "graph": graph, **measure.summary(seconds), **self.ceilings, **self.facts}

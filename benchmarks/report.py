@@ -5,20 +5,24 @@ import pathlib
 import re
 import sys
 
+import goals
 import measure
 import roofline
 
 WARMUP = re.compile(r"\bwarmup_steps=(\d+)")
 PATCHES = re.compile(r"\bnum_patches=(\d+),")
-# Targets, not results: they stand in the README until rows take their place.
-GROUP_NORM_GOALS = [
-    ["statistics, merge, normalise and halo, tensors of 64 MB and more", "85 % of the device's copy bandwidth"],
-    ["normalising pass alone, tensors of 64 MB and more", "90 % of the device's copy bandwidth"],
-    ["against `F.group_norm`, SiLU and `cat`, 8 MB and more", "6×"],
-    ["against DistriFusion's formula in eager torch, 8 MB and more", "4×"],
-    ["the same at 1024 pixels and 8 patches, both as CUDA graphs", "3×"],
-    ["against one Triton program per group, 8 MB and more", "3×"],
-]
+# Benchmark → (title, our op, baselines, the ceiling that bounds it).
+OPS = {
+    "group_norm": (
+        "GroupNorm + SiLU + halo rows", "group_norm",
+        ("torch", "torch.compile", "DistriFusion's formula", "one program per group"), "share_of_copy",
+    ),
+    "attention": (
+        "Attention over all patches' keys", "attention",
+        ("ring, cudnn", "ring, flash", "cat, cudnn", "cat, flash", "cat, torch.compile"), "share_of_matmul",
+    ),
+    "pointwise": ("The small fusions", "kernel", ("torch", "torch.compile"), "share_of_copy"),
+}  # fmt: skip
 README = pathlib.Path(__file__).parents[1] / "README.md"
 
 
@@ -134,17 +138,58 @@ def _by_place(head, cells):
     return table([head, *heads], [[f"`{way}`", *(of.get(p, "") for p in places)] for way, of in cells.items()])
 
 
-def group_norm():
-    """The kernels against their baselines, where a GPU has measured them; the goals, where none has."""
-    rows = roofline.latest("group_norm")
-    if not rows:
-        return (
-            "Not measured on a GPU yet. The goals, in one run with `python benchmarks/bench_group_norm.py`:\n\n"
-            + table(["what", "goal"], GROUP_NORM_GOALS)
-        )
-    facts = ", ".join(str(rows[-1][name]) for name in ("device", "torch", "triton", "date"))
-    baselines = ("torch", "torch.compile", "DistriFusion's formula", "one program per group")
-    return f"On {facts}; median (range) over shapes.\n\n" + table(*roofline.table_cells(rows, "group_norm", baselines))
+def kernels():
+    """The goals of the kernels and what is measured of them, and a table of each benchmark that has rows."""
+    measured = {name: roofline.latest(name) for name in OPS}
+    scripts = ", ".join(f"`bench_{name}.py`" for name in OPS)
+    text = [] if any(measured.values()) else [f"Not measured on a GPU yet. What {scripts} are to show:"]
+    text.append(
+        table(["what", "goal", "measured"], [line for name in OPS for line in goals.lines(name, measured[name])])
+    )
+    for name, rows in measured.items():
+        if rows:
+            title, own, baselines, share = OPS[name]
+            facts = ", ".join(str(rows[-1][key]) for key in ("device", "torch", "triton", "date"))
+            cells = roofline.table_cells(rows, own, baselines, share)
+            text += [f"{title} on {facts}; median (range) over shapes.", table(*cells)]
+    return "\n\n".join(text)
+
+
+def exchange():
+    """What an exchange costs the host, and shared memory against gloo: the latest row of each case."""
+    if not (measure.RESULTS / "exchange.jsonl").exists():
+        return "Not measured yet: `python benchmarks/bench_exchange.py --save`."
+    latest = {}
+    for row in measure.read_rows("exchange"):
+        latest[row["part"], row.get("operations") or row["bytes"]] = row
+    host = [row for row in latest.values() if row["part"] == "host"]
+    shm = [row for row in latest.values() if row["part"] == "shm"]
+    header = ["host time of one exchange, µs", *(f"{row['operations']} sends and receives" for row in host)]
+    kinds = {
+        "post": "post_us",
+        "acquire, post, wait": "cycle_us",
+        "the same calls by ctypes": "ctypes_us",
+        "`batch_isend_irecv` and its waits": "c10d_us",
+    }
+    body = [[kind, *(f"{row[name]:.2f}" for row in host)] for kind, name in kinds.items()]
+    body.append(["so many times faster than torch.distributed", *(f"{row['speedup']:.0f}×" for row in host)])
+    text = table(header, body)
+    header = ["two processes, both ways", "µs", "gloo, µs", "ratio (paired median)", "CPU µs", "gloo, CPU µs"]
+    body = [
+        [
+            _bytes(row["bytes"]),
+            *(f"{row[name]:.0f}" for name in ("shm_us", "gloo_us")),
+            f"{row['latency_ratio']:.2f}",
+            *(f"{row[name]:.0f}" for name in ("shm_cpu_us", "gloo_cpu_us")),
+        ]
+        for row in sorted(shm, key=lambda row: row["bytes"])
+    ]
+    facts = ", ".join(str(next(iter(latest.values()))[name]) for name in ("device", "torch", "date"))
+    return f"On {facts}.\n\n{text}\n\n{table(header, body)}"
+
+
+def _bytes(n):
+    return f"{n >> 20} MiB" if n >= 1 << 20 else f"{n >> 10} KiB"
 
 
 def filled(text, name, content):
@@ -158,7 +203,7 @@ def readme():
     """The README with every table as the committed results have it."""
     text = README.read_text()
     makers = {"plans": plans, "end_to_end": end_to_end, "quality": quality, "quality patches": quality_of_patches}
-    makers["group_norm"] = group_norm
+    makers |= {"kernels": kernels, "exchange": exchange}
     for name, make in makers.items():
         text = filled(text, name, make())
     return text
@@ -166,7 +211,8 @@ def readme():
 
 if __name__ == "__main__":
     README.write_text(readme())
-    if rows := roofline.latest("group_norm"):
-        title = f"GroupNorm + SiLU + halo rows: share of copy bandwidth, {rows[-1]['device']}"
-        (measure.RESULTS / "group_norm.svg").write_text(roofline.picture(rows, "group_norm", title))
+    for name, (title, own, _, share) in OPS.items():
+        if rows := roofline.latest(name):
+            title = f"{title}: share of {roofline.CEILINGS[share]}, {rows[-1]['device']}"
+            (measure.RESULTS / f"{name}.svg").write_text(roofline.picture(rows, own, title, share))
     sys.exit(0)

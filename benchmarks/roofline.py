@@ -6,6 +6,8 @@ import statistics
 import measure
 
 ROW_HEIGHT, LABEL_WIDTH, BAR_WIDTH = 14, 330, 420
+# What a share is of.
+CEILINGS = {"share_of_copy": "copy bandwidth", "share_of_matmul": "matmul rate"}
 
 
 def latest(name):
@@ -25,10 +27,10 @@ def by_setting(rows):
     return settings
 
 
-def table_cells(rows, own, baselines):
-    """Header and lines: per setting, over its shapes, the time, the share of copy bandwidth and the speed-ups."""
+def table_cells(rows, own, baselines, share="share_of_copy"):
+    """Header and lines: per setting, over its shapes, the time, the share of a ceiling and the speed-ups."""
     names = [name for name, _ in next(iter(by_setting(rows)))]
-    header = [*names, "shapes", "µs", "share of copy bandwidth", *(f"× {baseline}" for baseline in baselines)]
+    header = [*names, "shapes", "µs", f"share of {CEILINGS[share]}", *(f"× {baseline}" for baseline in baselines)]
     lines = []
     for setting, shapes in by_setting(rows).items():
         own_rows = [ops[own] for ops in shapes.values() if own in ops]
@@ -36,7 +38,7 @@ def table_cells(rows, own, baselines):
             continue
         line = [*(value for _, value in setting), len(own_rows)]
         line.append(_range([row["median_s"] * 1e6 for row in own_rows], ".1f"))
-        line.append(_range([row["share_of_copy"] for row in own_rows], ".0%"))
+        line.append(_range([row[share] for row in own_rows], ".0%"))
         for baseline in baselines:
             pairs = [ops for ops in shapes.values() if own in ops and baseline in ops]
             line.append(_range([ops[baseline]["median_s"] / ops[own]["median_s"] for ops in pairs], ".1f"))
@@ -44,8 +46,8 @@ def table_cells(rows, own, baselines):
     return header, lines
 
 
-def picture(rows, own, title):
-    """An SVG: one bar a shape, the share of copy bandwidth that `own` reaches, 20th to 80th percentile as a line."""
+def picture(rows, own, title, ceiling="share_of_copy"):
+    """An SVG: one bar a shape, the share of a ceiling that `own` reaches, 20th to 80th percentile as a line."""
     rows = [row for row in rows if row["key"]["op"] == own]
     height = (len(rows) + 3) * ROW_HEIGHT
     lines = [
@@ -57,7 +59,7 @@ def picture(rows, own, title):
     for idx, row in enumerate(rows, 2):
         y, x = idx * ROW_HEIGHT, LABEL_WIDTH
         label = ", ".join(str(value) for name, value in row["key"].items() if name != "op")
-        share = row["share_of_copy"]
+        share = row[ceiling]
         spread = [x + BAR_WIDTH * share * row["median_s"] / row[end] for end in ("p80_s", "p20_s")]
         lines += [
             f'<text x="4" y="{y}">{label}</text>',

@@ -215,7 +215,7 @@ def attention(queries, segments, *, scale=None, outs=None, return_lse=False, num
     batch, _, num_heads, head_size = queries[0].shape
     q_sizes = tuple(q.shape[1] for q in queries)
     if settings is None:
-        settings = tuning.attention_settings(head_size, queries[0].dtype)
+        settings = tuning.attention_settings(head_size, queries[0].dtype, len(segments))
     num_tiles = sum(triton.cdiv(size, settings.block_m) for size in q_sizes)
     if num_splits is None:
         num_keys = sum(key.shape[1] for key, _ in segments)

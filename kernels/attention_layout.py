@@ -1,10 +1,9 @@
 """How the attention launcher sees its tensors: strides, head sizes in two pieces, and what it refuses."""
 
-import torch
 import triton
+from asyncdiff_fast.kernels.checks import DTYPES, HEAD_SIZES, MAX_TOKEN_STRIDE
 
 MAX_SEGMENTS = 8
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def pieces(head_size):
@@ -34,7 +33,7 @@ def check_attention(queries, segments, outs, scale, num_splits):
         )
     batch, _, num_heads, head_size = queries[0].shape
     dtype, device = queries[0].dtype, queries[0].device
-    if head_size % 8 or not 16 <= head_size <= 160 or dtype not in DTYPES:
+    if head_size not in HEAD_SIZES or dtype not in DTYPES:
         raise ValueError(
             f"head size must be a multiple of 8 from 16 to 160 and dtype fp32, fp16 or bf16: got {head_size} and "
             f"{dtype}; use scaled_dot_product_attention"
@@ -48,8 +47,7 @@ def check_attention(queries, segments, outs, scale, num_splits):
                     f"{name} must be (b, s, h, d) = ({batch}, s, {num_heads}, {head_size}) of {dtype} on {device}, as "
                     f"the first query is: got {tuple(x.shape)} of {x.dtype} on {x.device}"
                 )
-            # Within a tile offsets are 32 bits wide.
-            if x.stride(3) != 1 or x.stride(1) >= 2**24:
+            if x.stride(3) != 1 or x.stride(1) > MAX_TOKEN_STRIDE:
                 raise ValueError(
                     f"{name} must have last stride 1 and less than 2**24 elements from token to token: got strides "
                     f"{x.stride()}; pass a contiguous copy"

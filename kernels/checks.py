@@ -5,6 +5,16 @@ from asyncdiff_fast.kernels import pixels
 
 MODES = ("local", "sync", "stale", "corrected")
 ACTIVATIONS = ("none", "silu")
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+HEAD_SIZES = range(16, 161, 8)
+# Within a tile of attention offsets are 32 bits wide.
+MAX_TOKEN_STRIDE = 2**24 - 1
+
+
+def suits_attention(x):
+    """Whether `attention.attention` takes queries, keys or values like x (b, s, h, d), wherever it runs."""
+    dense = x.stride(3) == 1 and x.stride(1) <= MAX_TOKEN_STRIDE
+    return dense and x.shape[3] in HEAD_SIZES and x.dtype in DTYPES
 
 
 def check_borders(x, halo, upsample, above, below, top, bottom):

@@ -60,11 +60,13 @@ ATTENTION_SPLIT_KEYS = 256
 ATTENTION_SPLITS = 16
 
 
-def attention_settings(head_size, dtype):
-    """The `AttentionSettings` of a head size up to 160 and a dtype."""
+def attention_settings(head_size, dtype, num_segments=1):
+    """The `AttentionSettings` of a head size up to 160, a dtype and a number of segments."""
     if dtype == torch.float32:
         return ATTENTION_FP32
-    return next(settings for largest, settings in ATTENTION.items() if head_size <= largest)
+    found = next(settings for largest, settings in ATTENTION.items() if head_size <= largest)
+    # Where many segments lie takes registers, which with a third stage do not suffice on sm_100.
+    return found._replace(num_stages=2) if num_segments > 2 else found
 
 
 def attention_splits(num_tiles, num_keys, settings):

@@ -18,7 +18,7 @@ def launch(head_size, dtype=torch.bfloat16, queries=(1024,), keys=(4096,), heads
     attention(queries if len(queries) > 1 else queries[0], segments, **options)
 
 
-# On gfx942 a head of 128 spills ten registers: there it stays with the library's attention.
+# On gfx942 a head of 128 spills registers and one of 160 needs too much shared memory: these stay with the library.
 NO_GFX942 = tuple(target for target in TARGETS if target != "gfx942")
 # Text and ring with left-overs, a split with its merge, both outputs of joint attention.
 JOINT = {"queries": (333, 512), "keys": (333, 4096), "num_splits": 4, "return_lse": True}
@@ -26,13 +26,16 @@ JOINT = {"queries": (333, 512), "keys": (333, 4096), "num_splits": 4, "return_ls
 ONE = {"queries": (1, 1), "keys": (1, 1, 77), "num_splits": 2, "heads": 1}
 VARIANTS = [
     *(
-        Variant(f"head {d}", partial(launch, d), KERNEL, KERNEL, NO_GFX942 if d > 96 and d <= 128 else tuple(TARGETS))
+        Variant(f"head {d}", partial(launch, d), KERNEL, KERNEL, NO_GFX942 if d > 96 else tuple(TARGETS))
         for d in (32, 40, 64, 80, 96, 128, 160)
     ),
     Variant("head 64, float16", partial(launch, 64, torch.float16), KERNEL, KERNEL),
     Variant("head 64, joint", partial(launch, 64, **JOINT), KERNEL, KERNEL),
     Variant("head 128, joint", partial(launch, 128, **JOINT), KERNEL, KERNEL, NO_GFX942),
     Variant("head 64, four segments", partial(launch, 64, keys=(333, 1024, 2048, 1024)), KERNEL, KERNEL),
+    Variant(
+        "head 64, eight segments, joint", partial(launch, 64, **JOINT | {"keys": (333, *[512] * 7)}), KERNEL, KERNEL
+    ),
     Variant("head 40, ones", partial(launch, 40, **ONE), (), KERNEL),
     Variant("head 64, float32", partial(launch, 64, torch.float32), KERNEL, (), NO_GFX942),
 ]

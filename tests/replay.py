@@ -14,10 +14,10 @@ TIMEOUT_S = 20.0
 class _Player:
     """One rank of a replay."""
 
-    def __init__(self, rank, sizes):
-        self.rank, self.gpu, self.channel = rank, rank.gpu, rank.channel
+    def __init__(self, rank, sizes, on_error):
+        self.rank, self.gpu, self.channel, self.on_error = rank, rank.gpu, rank.channel, on_error
         self.memories = [self.gpu.memory(n, f"rank {rank.rank} memory {i}") for i, n in enumerate(sizes)]
-        self.numbers, self.phases, self.error = {}, {}, None
+        self.numbers, self.phases = {}, {}
 
     def play(self, events):
         try:
@@ -25,7 +25,7 @@ class _Player:
                 for kind, *rest in events:
                     getattr(self, f"_{kind}")(*rest)
         except Exception as error:
-            self.error = error
+            self.on_error(error)
 
     def _ranges(self, places):
         return [self.memories[memory].part(begin, nbytes) for memory, begin, nbytes in places]
@@ -65,24 +65,27 @@ def replay(path, extension, programs, without=None, delay_us=0, seed=0):
 
     Args:
         without: (rank, index) of an event that is left out.
-    Returns: (what is stuck, races, errors).
+    Returns: (what is stuck, races, texts of errors, the first one first).
     """
     with Double(path, delay_us, seed) as gpu:
         ranks = connect(gpu, extension, len(programs), timeout_s=TIMEOUT_S)
-        players, threads = [], []
+        threads, errors = [], []
+
+        def stop(error):
+            """Nobody need wait for a rank that has failed; what the others then raise follows from it."""
+            # Its text alone: a traceback would keep this rank's events beyond the double that numbers them.
+            errors.append(str(error))
+            for rank in ranks:
+                rank.channel.abort("over")
+
         for rank, (sizes, events) in zip(ranks, programs, strict=True):
             left_out = without[1] if without and without[0] == rank.rank else None
-            players.append(_Player(rank, sizes))
             played = [event for i, event in enumerate(events) if i != left_out]
-            threads.append(threading.Thread(target=players[-1].play, args=(played,)))
+            threads.append(threading.Thread(target=_Player(rank, sizes, stop).play, args=(played,)))
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-        errors = [player.error for player in players if player.error is not None]
-        for rank in ranks:
-            if errors:
-                rank.channel.abort("over")
         stuck, races, _ = verdict(gpu, ranks)
         return stuck, races, errors
 

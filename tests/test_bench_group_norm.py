@@ -1,5 +1,6 @@
 """The GroupNorm benchmark without a GPU: it says so, and its script, baselines and tables work on tiny shapes."""
 
+import collections
 import importlib
 import pathlib
 
@@ -48,3 +49,16 @@ def test_baselines_compute_the_norm(bench):
     torch.testing.assert_close(borders, torch.stack((inputs.top, inputs.bottom)), rtol=1e-4, atol=1e-5)
     want, _ = reference.group_norm_reference(*arguments, **keywords | {"mode": "local", "parts": None})
     torch.testing.assert_close(baselines.torch_ops(*around)[0], want, rtol=1e-4, atol=1e-5)
+
+
+def test_norms_are_those_of_sdxl(bench):
+    """Every norm of a residual block of the published configuration, by its level."""
+    unet = importlib.import_module("real_models").build("sdxl", device="meta")
+    levels = [(2**i, block) for i, block in enumerate(unet.down_blocks)] + [(4, unet.mid_block)]
+    levels += [(2**i, block) for i, block in enumerate(reversed(unet.up_blocks))]
+    found = {factor: collections.Counter() for factor in bench.NORMS}
+    for factor, block in levels:
+        for resnet in block.resnets:
+            found[factor].update((resnet.norm1.num_channels, resnet.norm2.num_channels))
+            assert {norm.num_groups for norm in (resnet.norm1, resnet.norm2)} == {bench.GROUPS}
+    assert found == bench.NORMS

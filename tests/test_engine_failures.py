@@ -39,8 +39,7 @@ def _lose(rank, place, nbytes):
         os.kill(os.getpid(), signal.SIGKILL)
     if place == "idle":
         return rank.error(_busy, rank.channel.check)
-    rank.channel.post(number)
-    return rank.error(lambda: _busy(lambda: (rank.channel.wait(number), rank.channel.post(number))))
+    return rank.error(lambda: _busy(lambda: (rank.channel.post(number), rank.channel.wait(number))))
 
 
 @pytest.mark.parametrize("place, nbytes", [("idle", 64), ("waiting", 64), ("waiting", 1 << 20), ("posted", 1 << 20)])

@@ -1,5 +1,6 @@
 """Bad input is refused on every rank with one clear error and nothing changed; a lost peer is named, not waited for."""
 
+import importlib
 import os
 import signal
 import threading
@@ -14,9 +15,11 @@ import tiny_pipelines
 import torch
 import torch.distributed as dist
 from sequences import Bare, noise, quick
+from torch.distributed import distributed_c10d as c10d
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import asyncdiff_fast
+from asyncdiff_fast.config import EXCHANGE_VARIABLE
 
 DOWN = [900, 700, 500, 300, 100, 50]
 TIMEOUT_S = 5
@@ -436,6 +439,21 @@ HANGS = [(lost, place) for place in PLACES for lost in (0, 1)]
 @pytest.mark.parametrize("lost, place", quick(HANGS, (1, "middle"), (0, "between")))
 def test_a_rank_hangs(lost, place):
     _assert_named(_survivors(2, lost, _lost, place, "stop"), lost)
+
+
+def _stops_connecting(rank, lost, module, name):
+    """As `_lost`; rank `lost` stops where it would connect by torch.distributed, and keeps its store waiting too."""
+    os.environ[EXCHANGE_VARIABLE] = "torch"
+    if rank == lost:
+        setattr(importlib.import_module(module), name, lambda *_, **__: _stop())
+    return _lost(rank, lost, "not here", "stop")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("module, name", [(dist, "init_process_group"), (c10d, "_new_process_group_helper")])
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_rank_hangs_while_groups_connect(lost, module, name):
+    _assert_named(_survivors(2, lost, _stops_connecting, module.__name__, name), lost)
 
 
 def _sleeps(rank, seconds):

@@ -7,10 +7,10 @@ import time
 import tracemalloc
 
 import pytest
+import ranks
 import tiny_pipelines
 import torch
 import torch.distributed as dist
-import workers
 from torch.utils.flop_counter import FlopCounterMode
 
 import asyncdiff_fast
@@ -292,7 +292,7 @@ def _everything(rank):
 
 @functools.cache
 def _results():
-    return workers.run(WORLD_SIZE, _everything, timeout=280)
+    return ranks.run(WORLD_SIZE, _everything, timeout=280)
 
 
 def everything(kind):

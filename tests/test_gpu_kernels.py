@@ -163,6 +163,31 @@ def test_attention_merge(dtype):
     near(attention_merge.attention_merge(outs, lses), attention_merge_reference(outs.double(), lses.double()), dtype)
 
 
+# The ops of a patch.
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_patch_ops(layout, dtype):
+    from asyncdiff_fast import patch_ops
+
+    torch.manual_seed(0)
+    x = (torch.randn(1, 640, 15, 120, device=DEVICE) + 3).to(dtype).to(memory_format=layout)
+    weight = torch.rand(640, device=DEVICE).to(dtype)
+    parts, row = torch.rand(8, 1, 32, 2, device=DEVICE), x[:, :, :1]
+    found = []
+    for kernel in ("triton", "torch"):
+        top, bottom = (torch.full_like(row, torch.nan) for _ in range(2))
+        partials, stats = patch_ops.patch_statistics(x, 32, weight, None, kernel)
+        y, own = patch_ops.patch_group_norm(
+            x, weight, None, 32, 1e-5, kernel, halo=[1, 1], silu=True, conv_bias=weight, combine="corrected",
+            parts=parts, own=3, partials=partials, above=row, top=top, bottom=bottom,
+        )  # fmt: skip
+        found.append((y, top, bottom, patch_ops.patch_rows(x, [0, 1], None, row, None, None, 1, kernel), stats, own))
+    for got, want in zip(*found, strict=True):
+        near(got, want, want.dtype)
+
+
 # Small fusions.
 
 

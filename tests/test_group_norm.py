@@ -59,8 +59,10 @@ def test_patches_are_the_image(drawn):
     checks.check_patches_are_the_image(OPS, **drawn)
 
 
-def test_modes_agree():
-    checks.check_modes_agree(OPS)
+@settings(max_examples=60, deadline=None)
+@given(checks.split_images)
+def test_modes_agree(drawn):
+    checks.check_modes_agree(OPS, **drawn)
 
 
 def test_negative_variance():

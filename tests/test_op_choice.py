@@ -111,7 +111,7 @@ def test_a_cache_that_cannot_be_written_is_no_error(monkeypatch, tmp_path, caplo
 
 
 def _two_ranks(rank, folder):
-    """Each rank's choices, and how often it measured."""
+    """Each rank's choices for two layers, and how often it measured."""
     os.environ["ASYNCDIFF_FAST_CACHE"] = f"{folder}/{rank}"
     start_process_group(60)
     try:
@@ -119,15 +119,21 @@ def _two_ranks(rank, folder):
         gpu = _Gpu(FAST, SLOW) if rank else _Gpu(SLOW, FAST)
         choice = _choice(gpu, World(range(2), 60.0))
         before = _settle(choice, ("adaln", *KEY[1:]))
+        # Uneven patches: what is one shape on rank 0 are two on rank 1.
+        shapes = [(2, 8), (1, 8)] if rank else [(2, 8), (2, 8)]
         with choice.learning():
-            return before, gpu.measured, _settle(choice), gpu.measured
+            settled = [_settle(choice, (KEY[0], torch.Size(shape), *KEY[2:])) for shape in shapes]
+        return before, settled, gpu.measured
     finally:
         stop_process_group()
 
 
 def test_rank_0_decides(tmp_path):
     # Before they learn, ranks may be at different places: then it is the rule, and nobody measures.
-    assert ranks.run(2, _two_ranks, str(tmp_path)) == [("triton", 0, "triton", 2), ("triton", 0, "triton", 0)]
+    assert ranks.run(2, _two_ranks, str(tmp_path)) == [
+        ("triton", ["triton"] * 2, 2),
+        ("triton", ["triton"] * 2, 0),
+    ]
 
 
 def _one_has_no_gpu(rank):
@@ -183,3 +189,6 @@ def test_rule_of_thumb():
         assert op_choice.rule("attention", (2, 4096, 10, 64), ((4096,),)) == "cudnn"
         assert op_choice.rule("attention", (1, 512, 10, 64), ((4096,),)) == "triton"
         assert op_choice.rule("attention", (2, 4096, 10, 64), ((333, 4096),)) == "triton"
+    with mock.patch("torch.version.hip", "6.4"):
+        assert op_choice.rule("attention", (2, 4096, 10, 64), ((4096,),)) == "triton"
+        assert op_choice.rule("attention", (2, 4096, 10, 128), ((4096,),)) == "torch"

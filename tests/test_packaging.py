@@ -60,15 +60,15 @@ def _wheel(folder, *arguments, **environment):
 def test_an_sdist_has_all_sources(sdist):
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    sources = {
-        str(p.relative_to(ROOT)) for pattern in ("csrc/*.?pp", "asyncdiff_fast/*.py") for p in ROOT.glob(pattern)
-    }
+    patterns = ("csrc/*.?pp", "asyncdiff_fast/*.py", "kernels/*.py")
+    sources = {str(p.relative_to(ROOT)) for pattern in patterns for p in ROOT.glob(pattern)}
     assert sources | {"CMakeLists.txt", "setup.py", "pyproject.toml", "LICENSE", "README.md"} <= names
 
 
 def test_a_wheel_of_the_sdist_without_isolation(sdist, tmp_path):
     wheel, _ = _wheel(tmp_path, "--no-build-isolation", str(sdist))
     modules = {f"asyncdiff_fast/{p.name}" for p in (ROOT / "asyncdiff_fast").glob("*.py")}
+    modules |= {f"asyncdiff_fast/kernels/{p.name}" for p in (ROOT / "kernels").glob("*.py")}
     files = {name for name in wheel.namelist() if ".dist-info" not in name}
     assert files == modules | {EXTENSION}
     library = wheel.extract(EXTENSION, tmp_path)
@@ -107,5 +107,6 @@ def test_an_editable_installation(sources, tmp_path, isolation):
     folder = pathlib.Path(_run(python, "-c", "import sysconfig; print(sysconfig.get_paths()['purelib'])").strip())
     (folder / "of_the_tests.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
     _pip("--python", str(python), "install", "--no-deps", *isolation, "-e", str(checkout))
-    found = _run(python, "-c", "from asyncdiff_fast import _C; print(_C.__file__)").strip()
-    assert pathlib.Path(found).resolve() == (checkout / EXTENSION).resolve()
+    script = "from asyncdiff_fast import _C, kernels; print(_C.__file__); print(kernels.__file__)"
+    found = [pathlib.Path(line).resolve() for line in _run(python, "-c", script).splitlines()]
+    assert found == [(checkout / name).resolve() for name in (EXTENSION, "kernels/__init__.py")]

@@ -19,9 +19,13 @@ CASES = {
     "sd15 with stride 2": (3, "sd15", {"num_stages": 2, "stride": 2}),
     "flux on three": (3, "flux", {"num_stages": 3}),
     "two calls a step": (2, "wan", {"num_stages": 2}),
+    "patches of sdxl": (2, "sdxl", {"num_patches": 2}),
+    "patches of sd15, synchronous norms": (3, "sd15", {"num_patches": 3, "group_norm": "sync"}),
+    "patches of flux": (3, "flux", {"num_patches": 3}),
+    "halves of guidance": (2, "sdxl", {"cfg_parallel": True}),
 }
-# Waits left out in turn, of those that are needed and of those that another one covers.
-SAMPLES = 6
+# Waits of each rank left out in turn that are needed, beside those met on the way that another one covers.
+SAMPLES = 2
 
 
 def _record(rank, cases):
@@ -31,7 +35,8 @@ def _record(rank, cases):
         _, name, options = CASES[case]
         pipe, recorder = tiny_pipelines.build(name), Recorder()
         runtime = asyncdiff_fast.patch(pipe, warmup_steps=WARMUP_STEPS, timeout_s=60, **options)
-        recorder.attach(runtime._stages.exchange)
+        (part,) = runtime._parts
+        recorder.attach(part.exchange)
         with recorder:
             for seed in (0, 1):
                 tiny_pipelines.generate(pipe, name, seed=seed, steps=STEPS)
@@ -55,7 +60,9 @@ def test_a_patched_model_is_free_of_races(case):
     for _, events in programs:
         kinds = {kind for kind, *_ in events}
         assert {"slot", "freeze", "post", "wait", "kernel"} <= kinds
-    assert any(kind == "acquire" for _, events in programs for kind, *_ in events)
+    if "num_stages" in CASES[case][2]:
+        # Patches write what they send only after they have waited for the receive beside it.
+        assert any(kind == "acquire" for _, events in programs for kind, *_ in events)
     assert all(unordered(program) == [] for program in programs)
     for delay_us, seed in ((0, 0), (50, 1)):
         assert replay(*building.load(), programs, None, delay_us, seed) == ([], [], [])
@@ -63,20 +70,22 @@ def test_a_patched_model_is_free_of_races(case):
 
 @pytest.mark.parametrize("case", CASES)
 def test_without_a_wait_it_races(case):
-    """For a sample of all waits: the detector's verdict is that of counting posts."""
-    programs = _programs(case)
-    needed, covered = [], []
+    """For a sample of all waits: the detector's verdict is that of counting posts, or the channel refuses to go on."""
+    programs, chance = _programs(case), random.Random(case)
     for rank, program in enumerate(programs):
-        for i, (kind, *_) in enumerate(program[1]):
-            if kind in ("wait", "acquire"):
-                (needed if unordered(program, without=i) else covered).append((rank, i))
-    assert {rank for rank, _ in needed} == set(range(len(programs))), "every rank rests on waits of its own"
-    chance = random.Random(case)
-    for without in chance.sample(needed, min(SAMPLES, len(needed))):
-        stuck, races, errors = replay(*building.load(), programs, without)
-        assert stuck == [] and errors == []
-        expected = {name for _, name in unordered(programs[without[0]], without[1])}
-        reported = {word for race in races for word in (race.first.split()[2], race.second.split()[2])}
-        assert expected <= reported, f"left out: {without}"
-    for without in chance.sample(covered, min(2, len(covered))):
-        assert replay(*building.load(), programs, without) == ([], [], [])
+        waits = [i for i, (kind, *_) in enumerate(program[1]) if kind in ("wait", "acquire")]
+        needed = 0
+        for i in chance.sample(waits, len(waits)):
+            expected = {name for _, name in unordered(program, without=i)}
+            needed += bool(expected)
+            stuck, races, errors = replay(*building.load(), programs, (rank, i))
+            assert stuck == []
+            if errors:
+                # With one buffer the channel itself refuses the next post, and stops what is under way.
+                assert "has depth 1: wait for it" in errors[0]
+            else:
+                reported = {word for race in races for word in (race.first.split()[2], race.second.split()[2])}
+                assert expected <= reported and bool(races) == bool(expected), f"left out: {rank}, {i}"
+            if needed == SAMPLES:
+                break
+        assert needed, f"rank {rank} rests on waits of its own"

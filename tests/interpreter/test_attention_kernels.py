@@ -5,6 +5,7 @@ import torch
 from asyncdiff_fast.kernels import attention as attention_module
 from asyncdiff_fast.kernels.attention import attention
 from asyncdiff_fast.kernels.attention_merge import attention_merge
+from asyncdiff_fast.kernels.checks import suits_attention
 from asyncdiff_fast.kernels.kv_ring import KVRing
 from asyncdiff_fast.kernels.reference_attention import attention_merge_reference
 from asyncdiff_fast.kernels.tuning import AttentionSettings
@@ -173,6 +174,19 @@ def bad_calls():
 def test_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         attention(*arguments)
+
+
+def test_what_suits_is_taken():
+    """The question that callers ask beforehand is answered as the launcher would."""
+    x = torch.zeros(1, 4, 2, 168)
+    tensors = [x[..., :d] for d in (8, 15, 16, 36, 40, 160, 168)]
+    tensors += [x[..., :32].double(), x[..., :64:2], torch.empty_strided((1, 2, 2, 16), (2**25, 2**24, 16, 1))]
+    for q in tensors:
+        if suits_attention(q):
+            assert attention(q, [(q, q)], settings=TINY).shape == q.shape
+        else:
+            with pytest.raises(ValueError, match=r"head size must be|last stride 1"):
+                attention(q, [(q, q)], settings=TINY)
 
 
 def test_refused_options():

@@ -1,14 +1,21 @@
-"""What the GroupNorm benchmark runs on a GPU only, at a tiny size: its check of the kernels, its Triton baseline."""
+"""What the benchmarks run on a GPU only, at a tiny size: their checks of the kernels, their Triton baseline."""
 
+import functools
 import importlib
 import pathlib
 
+import pytest
 import torch
 
 
-def test_group_norm_benchmark(monkeypatch):
+@pytest.fixture
+def load(monkeypatch):
     monkeypatch.syspath_prepend(str(pathlib.Path(__file__).parents[2] / "benchmarks"))
-    bench = importlib.import_module("bench_group_norm")
+    return importlib.import_module
+
+
+def test_group_norm_benchmark(load):
+    bench = load("bench_group_norm")
     inputs = bench.Inputs((1, 64, 2, 8), "channels_last", torch.float32, "cpu")
     ops = bench.kernel_ops(inputs)
     bench.check(inputs, ops)
@@ -19,3 +26,21 @@ def test_group_norm_benchmark(monkeypatch):
     want, want_borders = bench.baselines.torch_ops(*around)
     torch.testing.assert_close(padded, want, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(borders, want_borders, rtol=1e-4, atol=1e-5)
+
+
+def test_attention_benchmark(load):
+    bench = load("bench_attention")
+    for shape in bench.shapes("cpu", True):
+        inputs = bench.Inputs(shape, torch.float32, "cpu")
+        ops = bench.kernel_ops(inputs)
+        bench.check(inputs, ops)
+        ops["attention"] = functools.partial(tuple, inputs.queries)
+        with pytest.raises(AssertionError, match="attention is off by"):
+            bench.check(inputs, ops)
+
+
+def test_pointwise_benchmark(load):
+    bench = load("bench_pointwise")
+    for _, px, patches, layer in bench.cases("cpu", True):
+        arguments, _ = bench.inputs(px, patches, layer, torch.float32, "cpu")
+        bench.check(bench.op_of(layer), arguments)

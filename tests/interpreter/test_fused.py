@@ -351,16 +351,15 @@ def test_a_copy_of_a_patched_model_is_its_own():
     asyncdiff_fast.unpatch(model)
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @torch.no_grad()
-def test_compiled_without_a_break(backend):
+def test_compiled_without_a_break():
     torch._dynamo.reset()
     for model, args, kwargs in ((unet(), unet_inputs(), {}), (tiny_denoisers.flux_transformer(), (), flux_inputs())):
         want = model(*args, **kwargs)[0]
         asyncdiff_fast.patch(model, kernels="triton")
         for module in list(model.modules()):
             if type(module).__name__ in ("ResnetBlock2D", *model._repeated_blocks):
-                module.compile(fullgraph=True, backend=backend)
+                module.compile(fullgraph=True, backend="aot_eager")
         assert relative(model(*args, **kwargs)[0], want) < TOLERANCE
         asyncdiff_fast.unpatch(model)
 

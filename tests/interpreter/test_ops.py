@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
+from asyncdiff_fast.kernels.kv_ring import KVRing
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from asyncdiff_fast import ops
@@ -68,8 +70,26 @@ def test_registration(op, layout, i):
     torch.library.opcheck(registered, (*args, "triton"), test_utils=("test_schema", "test_faketensor"))
 
 
+@pytest.mark.parametrize("kernel", ["torch", "flash", "triton"])
+def test_attention_reads_a_ring_in_place(kernel):
+    """As a patch calls it: queries (b, h, s, d) seen as (b, s, h, d), one segment that views all patches' parts."""
+    torch.manual_seed(0)
+    ring = KVRing((0, 9, 14, 21), 2, 3, 16, torch.float32, "cpu")
+    for part in range(3):
+        ring.part(part).copy_(torch.randn(ring.part(part).shape))
+    q = torch.randn(2, 3, 5, 16)
+    want = F.scaled_dot_product_attention(q, *(x.transpose(1, 2).contiguous() for x in (ring.key(), ring.value())))
+    args = (q.transpose(1, 2), [ring.key()], [ring.value()], 0.25, kernel)
+    with _Names() as names:
+        got = ops.attention(*args)
+    torch.testing.assert_close(got.transpose(1, 2), want, rtol=1e-5, atol=1e-5)
+    assert got.is_contiguous() and "aten::cat" not in names.seen
+    registered = torch.ops.asyncdiff_fast.attention.default
+    torch.library.opcheck(registered, args, test_utils=("test_schema", "test_faketensor"))
+
+
 def test_every_op_is_registered():
-    assert set(_inputs()) == set(ops.KERNELS)
+    assert set(_inputs()) | {"patch_statistics", "patch_group_norm", "patch_rows"} == set(ops.KERNELS)
     assert all(names[0] == "torch" and "triton" in names for names in ops.KERNELS.values())
 
 

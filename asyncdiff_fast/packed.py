@@ -1,0 +1,108 @@
+"""Convolutions on CPU whose weights stay in oneDNN's own layout for a generation.
+
+Otherwise oneDNN rearranges them in every call. On small pictures with many channels, as in a UNet's inner levels and in
+patches, that takes longer than the convolution, and it does not become less with more ranks.
+"""
+
+import functools
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+# Where packing pays: weights of this many elements at least, pixels of a batch at most.
+LEAST_WEIGHTS, MOST_PIXELS = 1 << 20, 512
+NUM_SAMPLES = 64
+
+
+class PackedConvs:
+    """Packed copies of a denoiser's weights, and with `install` the forwards that use them. `remove` undoes it all."""
+
+    def __init__(self, denoiser, active):
+        self.active = active and torch.backends.mkldnn.is_available()
+        self._copies, self._installed = {}, []
+        convs = (m for m in denoiser.modules() if type(m) is nn.Conv2d and "forward" not in vars(m))
+        for module in convs if self.active else ():
+            module.forward = functools.partial(self._forward, module)
+            self._installed.append((module, module.forward))
+
+    def forget(self):
+        """Drop the copies: weights may change between generations."""
+        self._copies.clear()
+
+    def remove(self):
+        """Restore every forward. One that somebody's hook lies upon stays, and runs the module's own."""
+        self.active = False
+        self.forget()
+        for module, forward in self._installed:
+            if vars(module).get("forward") is forward:
+                del module.forward
+        self._installed.clear()
+
+    def _forward(self, module, input):
+        # Whoever follows torch's functions must see this one; patches come back to `conv2d`.
+        if module.padding_mode != "zeros" or torch._C._len_torch_function_stack() > 0:
+            return nn.Conv2d.forward(module, input)
+        options = (module.stride, module.padding, module.dilation, module.groups)
+        return self.conv2d(input, module.weight, module.bias, *options)
+
+    def conv2d(self, input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
+        """As `torch.nn.functional.conv2d`, to rounding."""
+        if self._pays(input, weight, bias, padding, groups):
+            stride, padding, dilation = (
+                (x, x) if isinstance(x, int) else tuple(x) for x in (stride, padding, dilation)
+            )
+            packed = self._packed(weight, input.shape, padding, stride, dilation)
+            if packed is not None:
+                return torch.ops.mkldnn._convolution_pointwise(
+                    input, packed, bias, padding, stride, dilation, groups, "none", [], ""
+                )
+        return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
+
+    def _pays(self, input, weight, bias, padding, groups):
+        if not self.active or weight.numel() < LEAST_WEIGHTS or input.dim() != 4 or groups != 1:
+            return False
+        pixels = input.shape[0] * input.shape[2] * input.shape[3]
+        if pixels > MOST_PIXELS or weight.shape[-1] == 1 or isinstance(padding, str):
+            return False
+        tensors = [x for x in (input, weight, bias) if x is not None]
+        usual = all(type(x) in (torch.Tensor, nn.Parameter) and x.dtype == torch.float32 for x in tensors)
+        quiet = not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
+        followed = torch._C._len_torch_dispatch_stack() > 0 or torch.compiler.is_compiling()
+        return usual and quiet and not followed and all(x.device.type == "cpu" for x in tensors)
+
+    def _packed(self, weight, shape, padding, stride, dilation):
+        """The packed copy; None at the first use, and where shapes take turns."""
+        options = (shape, padding, stride, dilation)
+        known = self._copies.get(id(weight))
+        if known is None or known.options != options or not known.is_of(weight):
+            self._copies[id(weight)] = _Copy(weight, options)
+            return None
+        if known.packed is None:
+            known.packed = torch._C._nn.mkldnn_reorder_conv2d_weight(
+                weight.detach().to_mkldnn(), padding, stride, dilation, 1, shape
+            )
+        return known.packed
+
+
+class _Copy:
+    """What was packed, such that a change of the weight is noticed, also one that torch does not count."""
+
+    def __init__(self, weight, options):
+        self.weight, self.options, self.packed = weight, options, None
+        self._version, self._sample = _version(weight), _sample(weight).clone()
+
+    def is_of(self, weight):
+        """True if the weight is the same, with the same values."""
+        return (
+            weight is self.weight and _version(weight) == self._version and torch.equal(_sample(weight), self._sample)
+        )
+
+
+def _version(weight):
+    return None if weight.is_inference() else weight._version
+
+
+def _sample(weight):
+    flat = weight.detach().reshape(-1) if weight.is_contiguous() else weight.detach().permute(0, 2, 3, 1).reshape(-1)
+    return flat[:: max(1, flat.numel() // NUM_SAMPLES)]

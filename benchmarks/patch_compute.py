@@ -1,0 +1,147 @@
+"""What one rank of N computes in a call on its patch: one process, the other ranks' parts filled with recorded data.
+
+    python benchmarks/patch_compute.py --model sdxl --pixels 1024 2048 3840 --patches 1 2 4 8 --save
+    python benchmarks/patch_compute.py --device cpu --model sd15_width --patches 2
+
+No message travels: this is the compute side of the speed-up, and its limit. Whole picture and patch take turns; on CPU
+their processor time is compared, on a GPU the time until the device is done. `limit` is N.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+
+import measure
+import real_models
+import torch
+
+from asyncdiff_fast.bands import Bands
+from asyncdiff_fast.config import Config, parse_options
+from asyncdiff_fast.packed import PackedConvs
+from asyncdiff_fast.schedule import PatchMode
+from asyncdiff_fast.signature import CallSignature
+
+
+class NoExchange:
+    """Slots that go nowhere; what would have travelled is counted."""
+
+    kind = "none"
+
+    def __init__(self):
+        self.sent_bytes = 0
+
+    def slot(self, name, sends=(), recvs=(), depth=2):
+        """(bytes of a post, the tensors that would be received)."""
+        return sum(x.buffers[0].nbytes for x in sends), [x.buffers[0] for x in recvs]
+
+    def post(self, slot):
+        """Count the slot's bytes."""
+        self.sent_bytes += slot[0]
+
+    def nothing(self, *_):
+        """Neither waits nor compares."""
+
+    freeze = wait = acquire = drain = release = nothing
+
+
+def parse(argv):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--model", choices=("sd15_width", *real_models.MODELS), default="sd15_width")
+    parser.add_argument("--pixels", type=int, nargs="+", metavar="SIZE", help="default: the model's own size")
+    parser.add_argument("--patches", type=int, nargs="+", default=[2], metavar="N")
+    parser.add_argument("--rank", type=int, default=None, help="default: one with a neighbour on each side, if any")
+    parser.add_argument("--options", default="", help="options of patch(), such as group_norm=stale")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--profile", action="store_true", help="print where a patch's call spends its time")
+    parser.add_argument("--save", action="store_true", help="append rows to benchmarks/results/patch_compute.jsonl")
+    return parser.parse_args(argv)
+
+
+def load(name, device, pixels):
+    """(denoiser, inputs, the forward of a twin with the same weights that stays unpatched)."""
+    if name == "sd15_width":
+        denoiser, inputs = real_models.sd15_width()
+        denoiser.to(device)
+        inputs = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
+    else:
+        denoiser = real_models.build(name, device=device)
+        inputs = real_models.inputs(name, denoiser, device, pixels, pixels)
+    with torch.device("meta"):
+        twin = type(denoiser).from_config(denoiser.config)
+    twin.load_state_dict(denoiser.state_dict(), assign=True)
+    return denoiser.eval(), inputs, twin.eval()
+
+
+def seconds(call, device):
+    """Of one call: processor time of this thread, or time until the GPU is done."""
+    clock = time.perf_counter if device == "cuda" else time.thread_time
+    began = clock()
+    call()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return clock() - began
+
+
+def row(options, pixels, patches):
+    """The row of one size and number of patches."""
+    denoiser, inputs, plain = load(options.model, options.device, pixels)
+    config = Config.from_options({"num_patches": patches, **parse_options(options.options)})
+    rank = min(1, patches - 1) if options.rank is None else options.rank
+    common = {"model": options.model, "pixels": pixels, "patches": patches, "rank": rank, "options": options.options}
+    if patches == 1:
+        times = [seconds(lambda: plain(**inputs), options.device) for _ in range(options.rounds + 1)][1:]
+        return {**common, "whole": measure.summary(times), "patch": measure.summary(times), "speedup": 1.0}
+    exchange = NoExchange()
+    packed = PackedConvs(denoiser, active=config.kernels != "torch" and options.device == "cpu")
+    bands = Bands(denoiser, config, None, exchange, CallSignature(denoiser), packed)
+    plan, call = bands.emulate(rank, denoiser.forward, (), inputs)
+    # The rows of every buffer are this patch's own statistics, so that numbers stay finite.
+    call(PatchMode.SYNC)
+    call(PatchMode.DISPLACED)
+    call(PatchMode.DISPLACED)
+    exchange.sent_bytes = 0
+    rounds = []
+    for _ in range(options.rounds):
+        whole = seconds(lambda: plain(**inputs), options.device)
+        rounds.append((whole, seconds(lambda: call(PatchMode.DISPLACED), options.device)))
+    if options.profile:
+        show_profile(lambda: call(PatchMode.DISPLACED), lambda: plain(**inputs), options.device)
+    bands.forget(released=True)
+    return {
+        **common,
+        "whole": measure.summary([a for a, _ in rounds]),
+        "patch": measure.summary([b for _, b in rounds]),
+        "speedup": statistics.median(a / b for a, b in rounds),
+        "sent_bytes": exchange.sent_bytes / options.rounds,
+        "buffer_bytes": plan.memory_bytes(rank),
+    }
+
+
+def show_profile(patch, whole, device):
+    """Print the ops of one call on a patch and on the whole picture."""
+    for call in (patch, whole):
+        with torch.profiler.profile() as profile:
+            call()
+        key = "self_cuda_time_total" if device == "cuda" else "self_cpu_time_total"
+        print(profile.key_averages().table(sort_by=key, row_limit=18, max_name_column_width=50), file=sys.stderr)
+
+
+def main(argv):
+    options = parse(argv)
+    torch.set_grad_enabled(False)
+    if options.device == "cpu":
+        torch.set_num_threads(1)
+    for pixels in options.pixels or [None]:
+        for patches in options.patches:
+            made = row(options, pixels, patches)
+            print(json.dumps(made), flush=True)
+            if options.save:
+                measure.write_row("patch_compute", made)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,106 @@
+"""Convolutions with packed weights: equal to torch's, and never with weights of before."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import conv2d
+
+import asyncdiff_fast
+from asyncdiff_fast import packed
+
+
+@pytest.fixture(autouse=True)
+def small_weights(monkeypatch):
+    monkeypatch.setattr(packed, "LEAST_WEIGHTS", 1)
+    with torch.no_grad():
+        yield
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Conv2d(4, 6, 3, padding=1), nn.Conv2d(6, 4, 3, stride=2, padding=(1, 0))
+
+    def forward(self, sample, timestep):
+        return self.last(torch.relu(self.first(sample)))
+
+
+def _counted(monkeypatch):
+    calls = []
+    pack = torch._C._nn.mkldnn_reorder_conv2d_weight
+    monkeypatch.setattr(torch._C._nn, "mkldnn_reorder_conv2d_weight", lambda *args: calls.append(args) or pack(*args))
+    return calls
+
+
+@pytest.mark.parametrize("change", ["in place", "data", "replaced", "moved storage"])
+def test_a_changed_weight_is_packed_anew(monkeypatch, change):
+    packs = _counted(monkeypatch)
+    convs = packed.PackedConvs(nn.Module(), active=True)
+    weight, x = nn.Parameter(torch.randn(6, 4, 3, 3)), torch.randn(2, 4, 5, 5)
+    for _ in range(3):
+        torch.testing.assert_close(convs.conv2d(x, weight, padding=1), conv2d(x, weight, padding=1))
+    assert len(packs) == 1
+    if change == "in place":
+        weight.mul_(2)
+    elif change == "data":
+        weight.data += 0.5
+    elif change == "replaced":
+        weight = nn.Parameter(weight * 3)
+    else:
+        weight.data = weight.data * 2
+    for _ in range(3):
+        torch.testing.assert_close(convs.conv2d(x, weight, padding=1), conv2d(x, weight, padding=1))
+    assert len(packs) == 2
+
+
+@pytest.mark.parametrize("options", [{}, {"stride": 2}, {"padding": (1, 0)}, {"dilation": 2}, {"bias": True}])
+def test_options_of_a_convolution(options):
+    convs = packed.PackedConvs(nn.Module(), active=True)
+    options = {**options, "bias": torch.randn(6) if options.get("bias") else None}
+    weight, x = torch.randn(6, 4, 3, 3), torch.randn(2, 4, 7, 6)
+    for _ in range(3):
+        torch.testing.assert_close(convs.conv2d(x, weight, **options), conv2d(x, weight, **options))
+
+
+def test_shapes_that_take_turns_are_not_packed(monkeypatch):
+    packs = _counted(monkeypatch)
+    convs = packed.PackedConvs(nn.Module(), active=True)
+    weight = torch.randn(6, 4, 3, 3)
+    for size in (5, 6, 5, 6):
+        convs.conv2d(torch.randn(1, 4, size, size), weight)
+    assert not packs
+
+
+def test_one_device_patched_and_unpatched(monkeypatch):
+    packs = _counted(monkeypatch)
+    net = Net().eval()
+    x = torch.randn(1, 4, 8, 8)
+    exact = net(x, 5.0)
+    asyncdiff_fast.patch(net)
+    for step in range(4):
+        torch.testing.assert_close(net(x, 5.0 - step), exact)
+    assert len(packs) == 2
+    net.first.weight.data.mul_(2)
+    later = nn.Module.__call__(net, x, 5.0)
+    asyncdiff_fast.unpatch(net)
+    assert torch.equal(later, net(x, 5.0)) or torch.allclose(later, net(x, 5.0), atol=1e-5)
+    assert "forward" not in vars(net.first) and len(packs) >= 2
+
+
+def test_torch_kernels_pack_nothing(monkeypatch):
+    packs = _counted(monkeypatch)
+    net = Net().eval()
+    asyncdiff_fast.patch(net, kernels="torch")
+    for step in range(3):
+        net(torch.ones(1, 4, 8, 8), 5.0 - step)
+    asyncdiff_fast.unpatch(net)
+    assert not packs
+
+
+def test_gradients_take_torchs_own():
+    convs = packed.PackedConvs(nn.Module(), active=True)
+    weight, x = torch.randn(6, 4, 3, 3), torch.randn(2, 4, 5, 5, requires_grad=True)
+    with torch.enable_grad():
+        for _ in range(3):
+            convs.conv2d(x, weight).sum().backward()
+    assert x.grad is not None
