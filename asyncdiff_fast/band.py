@@ -6,6 +6,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from .patch_sites import make_state
 from .patch_state import messages
+from .prediction import Trend
 from .schedule import PatchMode
 from .sites import CONV, JOINS, KINDS, NORM, seen
 from .slots import Recv, Send
@@ -29,8 +30,17 @@ class Band:
         self._slots, self._groups, self._first_of, self._last_of = {}, [], {}, {}
         # Sites met by the first displaced call, whose own parts are sent at its end; the way of all later ones.
         self._met, self._way, self._cursor = [], None, 0
+        # With every patch that its neighbours read from, what travels across the picture is one call older.
+        self.trend = Trend(config.num_patches)
+        # Number of the next displaced exchange; whether a synchronous call leaves behind what a displaced one predicts from.
+        self.epoch, self.keep = 0, False
         self._result = self._latent = None
         self.restart()
+
+    @property
+    def weight(self):
+        """What the last change counts in a prediction."""
+        return self.trend.weight
 
     # What is met in a forward.
 
@@ -160,7 +170,7 @@ class Band:
         self._states = {}
         # Ordinary tensors, whatever mode the first call runs in: they are written in later ones too.
         with torch.inference_mode(False):
-            self._order = [make_state(site, self.patch, self.device) for site in plan.sites]
+            self._order = [make_state(site, self.patch, self.device, self.config.predicts_patches) for site in plan.sites]
         for index, (site, state) in enumerate(zip(plan.sites, self._order, strict=True)):
             self._states[(site.name, site.call), site.place] = (index, state)
             state.sample = samples.get(index)
@@ -180,12 +190,12 @@ class Band:
         """
         numbers = []
         for number, group in enumerate(self.plan.groups(self._way)):
-            pairs = [messages(self._order[i]) for i in group]
+            pairs = [messages(self._order[i], displaced=True) for i in group]
             sends, recvs = [s for p in pairs for s in p[0]], [r for p in pairs for r in p[1]]
             if not sends and not recvs:
                 continue
             self._first_of[group[0]] = self._last_of[group[-1]] = len(self._groups)
-            self._groups.append(self._exchange.slot(f"patches {number}", sends, recvs, depth=1))
+            self._groups.append(self._exchange.slot(f"patches {number}", sends, recvs, depth=2))
             numbers.append(number)
         self._exchange.freeze(f"{self.phase} displaced", numbers)
 
@@ -260,6 +270,7 @@ class Band:
             expected = len(self._order) if self.mode is PatchMode.SYNC else len(self._way)
             if self._cursor != expected:
                 self._lost(f"{expected - self._cursor} sites were not met")
+        self.epoch += self.mode is PatchMode.DISPLACED
         leaves, spec = tree_flatten(result)
         mine = [i for i, x in enumerate(leaves) if isinstance(x, torch.Tensor)]
         for i, (_, parts) in zip(mine, self._result, strict=True):

@@ -5,10 +5,12 @@ from torch.utils._pytree import tree_leaves
 
 from . import patch_plan, schedule, side_effects, sites
 from .band import Band
+from .clock import last_scheduler
 from .cutting import Cutter
 from .modules import Attachment
 from .packed import PackedConvs
 from .patch_plan import PatchPlan
+from .prediction import Instants
 from .schedule import PatchMode
 from .sites import JOINS, KINDS, Watch
 
@@ -21,11 +23,12 @@ KEPT_BANDS = 8
 class Bands:
     """`plan` is the latest plan (None before the first call)."""
 
-    def __init__(self, denoiser, config, world, exchange, signature, packed=None):
+    def __init__(self, denoiser, config, world, exchange, signature, scheduler=None, packed=None):
         self.denoiser, self.config, self.world, self.exchange = denoiser, config, world, exchange
         self.plan = self._active = None
         self._signature, self._packed = signature, packed or PackedConvs(denoiser, active=False)
         self._bands, self._hooks, self._phases = {}, {}, 0
+        self._scheduler = scheduler
         # {place of a band: step of its latest call in this generation}
         self._last_steps = {}
         # Whether the denoiser's own forward has sites outside its modules.
@@ -52,10 +55,18 @@ class Bands:
                 self._bands.pop(old).release()
             if tick.call == 0 or self.plan is None:
                 self.plan = self._bands[place].plan
-        mode = self._mode(place, tick.step)
+        band, mode = self._bands[place], self._mode(place, tick.step)
+        if place not in self._last_steps:
+            timestep = self._signature.timestep(args, kwargs)
+            band.trend.begin(Instants(self._scheduler or last_scheduler(), timestep, tick.step))
         self._last_steps[place] = tick.step
+        band.trend.weigh(tick.step)
+        band.keep = self.config.predicts_patches and tick.step >= self.config.warmup_steps - 2
         with self.exchange.step():
-            return self._on_patch(self._bands[place], mode, run, args, kwargs)
+            result = self._on_patch(band, mode, run, args, kwargs)
+        if band.keep:
+            band.trend.made(tick.step)
+        return result
 
     def begin_generation(self):
         """What an earlier generation left behind is not read again."""

@@ -137,6 +137,11 @@ class Config:
         self._check(ok, name, f"an integer of at least {least}")
 
     @property
+    def predicts_patches(self):
+        """True if patches carry on the trend of what they read of each other."""
+        return self.num_patches > 1 and self.exchange == "displaced" and self.predict != "none"
+
+    @property
     def stage_ranks(self):
         """Ranks that share the stages: one for each, and one more with stride 2."""
         return self.num_stages + self.stride - 1

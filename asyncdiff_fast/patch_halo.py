@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from .patch_state import State
+from .patch_state import Received, State
 from .schedule import PatchMode
 from .sites import conv_options
 
@@ -13,19 +13,17 @@ _CONV_NAMES = ("input", "weight", "bias", "stride", "padding", "dilation", "grou
 class HaloState(State):
     """A convolution of this patch's rows and those around them."""
 
-    def __init__(self, site, patch, device):
+    def __init__(self, site, patch, device, predicts=False):
         super().__init__(site, patch, device)
         self.buffers = {
             m: torch.zeros(site.rows_shape(m.source, m.stop - m.start), dtype=site.dtype, device=device)
             for m in site.messages
             if site.exchanges and device is not None and patch in (m.source, m.target)
         }
+        self.received = [Received(m.source, x, predicts) for m, x in self.buffers.items() if m.target == patch]
 
     def sends(self):
         return [(m.target, x) for m, x in self.buffers.items() if m.source == self.patch]
-
-    def recvs(self):
-        return [(m.source, x) for m, x in self.buffers.items() if m.target == self.patch]
 
     def run(self, func, args, kwargs, step):
         named = dict(zip(_CONV_NAMES, args, strict=False)) | kwargs
@@ -35,6 +33,7 @@ class HaloState(State):
         if step.mode is PatchMode.SYNC and self.buffers:
             self._leave(x)
             step.exchange(self)
+        self.arrived(step)
         named["input"] = self._around(x, step)
         if step.mode is PatchMode.DISPLACED:
             self._leave(x)

@@ -188,8 +188,11 @@ class PatchPlan:
         return sum(site.sent_bytes(patch) for site in wanted)
 
     def memory_bytes(self, patch):
-        """Bytes of a patch's long-lived buffers: halos, statistics, keys and values of all patches."""
-        total = 0
+        """Bytes of a patch's long-lived buffers: halos, statistics, keys and values of all patches.
+
+        What is predicted is received beside the place where it is read, into two buffers by turns.
+        """
+        total = 2 * self.predicted_bytes(patch)
         for site in self.sites:
             if isinstance(site, Ring):
                 tokens = site.tokens.extra + sum(site.tokens.count(p) for p in range(len(site.shapes)))
@@ -200,6 +203,18 @@ class PatchPlan:
                 sizes = [m for m in site.messages if patch in (m.source, m.target)]
                 total += sum(math.prod(site.rows_shape(m.source, m.stop - m.start)) for m in sizes) * site.item
         return total
+
+    def predicted_bytes(self, patch):
+        """Bytes of the keys, values and halos that a patch reads of others, if it predicts them, else 0."""
+        if not self.config.predicts_patches:
+            return 0
+        return sum(
+            math.prod(shape) * site.item
+            for site in self.sites
+            if site.exchanges and site.kind != NORM
+            for source in range(len(site.shapes))
+            for shape in site.sent(source).get(patch, ())
+        )
 
     def digest(self):
         """The same on ranks that have the same plan."""

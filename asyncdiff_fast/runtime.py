@@ -78,7 +78,7 @@ class Runtime:
         if halves.size > 1:
             self._halves = Halves(self.denoiser, halves, self._exchange(halves), self._signature)
         if patches.size > 1:
-            self._bands = Bands(*common, patches, self._exchange(patches), self._signature, self._packed)
+            self._bands = Bands(*common, patches, self._exchange(patches), self._signature, self._scheduler, self._packed)
         if stages.size > 1:
             self._stages = StageCalls(*common, stages, self._exchange(stages), self._signature, self._scheduler)
         self._parts = [part for part in (self._halves, self._bands, self._stages) if part is not None]
