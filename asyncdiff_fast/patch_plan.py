@@ -182,10 +182,14 @@ class PatchPlan:
         return [g for g in groups if g]
 
     def sent_bytes(self, patch, kind=None):
-        """Bytes that a patch sends in one displaced call, in all or of one kind of site; without the result."""
+        """Bytes that a patch sends in one displaced call, in all or of one kind of site; without the result.
+
+        In all, the worst error of predictions is among them where they are checked.
+        """
         local = self.config.group_norm == "local"
         wanted = [s for s in self.sites if kind in (None, s.kind) and not (local and s.kind == NORM)]
-        return sum(site.sent_bytes(patch) for site in wanted)
+        errors = 4 * (len(self.rows.held) - 1) if kind is None and self.config.checks else 0
+        return sum(site.sent_bytes(patch) for site in wanted) + errors
 
     def memory_bytes(self, patch):
         """Bytes of a patch's long-lived buffers: halos, statistics, keys and values of all patches.

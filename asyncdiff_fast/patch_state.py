@@ -21,9 +21,18 @@ class Received:
         self._turns = (torch.zeros_like(place), torch.zeros_like(place)) if predicts else None
 
     @property
+    def predicts(self):
+        """Whether displaced calls read the trend of it carried on."""
+        return self._turns is not None
+
+    @property
     def buffers(self):
         """Where displaced calls receive it: the number of the exchange chooses among them."""
         return self._turns or (self.place, self.place)
+
+    def latest(self, epoch):
+        """The value received last, in one dimension, before the exchange of number `epoch`."""
+        return self._turns[(epoch - 1) % 2].view(-1)
 
     def learn(self, epoch):
         """Keep what a synchronous call has received, before the exchange of number `epoch`."""
@@ -58,9 +67,11 @@ class State:
         """What a synchronous call has received, or a displaced one reads, is in its place after this."""
         for part in self.received:
             if step.mode is PatchMode.DISPLACED:
+                step.note(part)
                 part.predict(step.epoch, step.weight)
             elif step.keep:
                 part.learn(step.epoch)
+                step.note(part)
 
     def run(self, func, args, kwargs, step):
         """The function's result on this patch; `step`, the `Band`, has the call's mode and what sites share."""

@@ -6,8 +6,6 @@ fastest change, one that turns at every call, with 1 + 2 * weight; over a chain 
 the sampler feeds a share of the outcome, its interval, back into the next call. `damping` bounds that loop.
 """
 
-import torch
-
 from .timesteps import Timesteps
 
 # Largest gain of a chain of stale hops, for each step of the generation: found by comparing, see the README.
@@ -67,7 +65,7 @@ class Trend:
 
     def __init__(self, hops, stride=1):
         self._hops, self._stride = hops, stride
-        self.weight = 0.0
+        self.weight = self.weight_before = 0.0
         self.begin(Instants(None, None, 0))
 
     def begin(self, instants):
@@ -81,7 +79,8 @@ class Trend:
         self._last, self._before = self._instants.at(step), self._last
 
     def weigh(self, step):
-        """Set `weight` for values that are read for a step; 0 is reuse."""
+        """Set `weight` for values that are read for a step; 0 is reuse. The last call's is kept in `weight_before`."""
+        self.weight_before = self.weight
         self.weight = self._damping * ratio(self._instants.at(step), self._last, self._before)
 
 

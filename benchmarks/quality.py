@@ -71,7 +71,9 @@ def parse_configuration(name):
     steps, _, sampler = rest.partition("/")
     if not at or not steps.isdigit() or (sampler or "euler") not in SAMPLERS:
         names = " or ".join(SAMPLERS)
-        raise ValueError(f"a configuration is exact@STEPS or OPTIONS@STEPS, then / and {names} or nothing: got {name!r}")
+        raise ValueError(
+            f"a configuration is exact@STEPS or OPTIONS@STEPS, then / and {names} or nothing: got {name!r}"
+        )
     return (None if options == "exact" else parse_options(options)), int(steps)
 
 
