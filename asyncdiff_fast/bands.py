@@ -56,7 +56,10 @@ class Bands:
                 self._bands.pop(old).release()
             if tick.call == 0 or self.plan is None:
                 self.plan = self._bands[place].plan
-        band, mode = self._bands[place], self._mode(place, tick.step)
+        band = self._bands[place]
+        if tick.call == 0:
+            self._pace.before(tick.step, band.check)
+        mode = self._mode(place, tick.step)
         if mode is PatchMode.DISPLACED and self._pace.resyncs(band.report):
             mode = PatchMode.SYNC
         if place not in self._last_steps:
@@ -69,8 +72,6 @@ class Bands:
         band.keep = self.config.predicts_patches and late
         with self.exchange.step():
             result = self._on_patch(band, mode, run, args, kwargs)
-        if mode is PatchMode.SYNC and tick.call == 0:
-            self._pace.after_exact(tick.step, band.check)
         if band.keep:
             band.trend.made(tick.step)
         return result

@@ -55,8 +55,8 @@ class Config:
         predict: what another rank's values of the step before stand for: "linear" carries their last change forward by
             the sampler's intervals; "none" takes them as they are, as published.
         tolerance: the relative error of predictions at which warmup_steps="auto" ends; not checked otherwise.
-        resync: the relative error of a prediction beyond which the next call is exact, as after a change of the prompt;
-            0 for never. Patches of stages have neither.
+        resync: the next call is exact if the relative error of a prediction has come to more than this, and to several
+            times what it was before, as after a change of the prompt; 0 for never. Patches of stages have neither.
     Raises: ValueError that names the option, the value and the allowed values.
     Source: AsyncDiff (Chen et al., 2024), sections 3.2 to 3.4; DistriFusion (Li et al., 2024), section 4.
     """
@@ -78,7 +78,7 @@ class Config:
     kernels: str = "auto"
     predict: str = "linear"
     tolerance: float = 0.05
-    resync: float = 0.5
+    resync: float = 0.2
 
     def __post_init__(self):
         if self.stages is not None:

@@ -10,6 +10,8 @@ import torch
 
 # Numbers looked at in each tensor.
 SAMPLE = 1024
+# A spike is this many times the usual error.
+SPIKE = 3.0
 
 
 class SelfCheck:
@@ -69,7 +71,11 @@ class Report:
         self.forget()
 
     def forget(self):
-        """No call was made yet."""
+        """A generation begins."""
+        self._given, self.usual = [], 0.0
+
+    def drop(self):
+        """What was given is not of the next call."""
         self._given = []
 
     def give(self, worst):
@@ -109,18 +115,25 @@ class Pace:
         self.config = dataclasses.replace(self._options, warmup_steps=self.NEVER) if auto else self._options
         self.warming = auto
 
-    def after_exact(self, step, check):
-        """End warm-up after `step` if predictions of its values would have been within the tolerance. Collective."""
-        if not self.warming:
+    def before(self, step, check):
+        """End warm-up before `step` if the values of the step before were predictable within the tolerance. Collective.
+
+        Not right after that step: what ends a generation must not be a wait for other ranks.
+        """
+        if not self.warming or step == 0:
             return
         mine = float(check.worst) if check.judged else float("inf")
         if max(self._world.gather(mine, "the error of predictions")) <= self._options.tolerance:
-            self.config = dataclasses.replace(self._options, warmup_steps=step + 1)
+            self.config = dataclasses.replace(self._options, warmup_steps=step)
             self.warming = False
 
     def resyncs(self, report):
-        """True if the next asynchronous call must be exact instead."""
-        if not self._options.resync or report.take() <= self._options.resync:
+        """True if the next asynchronous call must be exact instead: the error is large, and much larger than usual."""
+        error, usual = report.take() if self._options.resync else 0.0, report.usual
+        if not error:
             return False
-        report.forget()
+        report.usual = (usual + error) / 2 if usual else error
+        if not usual or error <= max(self._options.resync, SPIKE * usual):
+            return False
+        report.drop()
         return True

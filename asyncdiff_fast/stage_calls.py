@@ -76,6 +76,8 @@ class StageCalls:
 
     def _carry_out(self, current, tick, planning, forward, args, kwargs):
         timestep = self._signature.timestep(args, kwargs)
+        if tick.call == 0:
+            self._pace.before(tick.step, current.check)
         config = self._pace.config
         mode = schedule.mode(config, tick.step, current.last_step == tick.step - 1)
         if mode is Mode.COMPUTE and self._pace.resyncs(current.report):
@@ -98,8 +100,6 @@ class StageCalls:
                 result = current.end(forward(*args, **kwargs))
             finally:
                 self._active = None
-            if mode is Mode.EXACT and tick.call == 0:
-                self._pace.after_exact(tick.step, current.check)
             if keep:
                 current.trend.made(tick.step + (self._offset(current, 0) if mode is Mode.COMPUTE else 0))
         current.previous_timestep = timestep
