@@ -284,6 +284,13 @@ class Band:
 
     # One call.
 
+    def begin_generation(self, instants):
+        """Nothing that an earlier generation left is predicted from or compared with."""
+        self.trend.begin(instants)
+        self.report.forget()
+        if self.check is not None:
+            self.check.restart()
+
     def begin(self, signature, mode, args, kwargs, exact=False):
         """(args, kwargs) of this patch. With `exact` the result is the unpatched denoiser's, whatever the options."""
         self.mode, self._latent = mode, signature.latent(args, kwargs)

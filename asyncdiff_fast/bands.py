@@ -64,8 +64,7 @@ class Bands:
             mode = PatchMode.SYNC
         if place not in self._last_steps:
             timestep = self._signature.timestep(args, kwargs)
-            band.report.forget()
-            band.trend.begin(Instants(self._scheduler or last_scheduler(), timestep, tick.step))
+            band.begin_generation(Instants(self._scheduler or last_scheduler(), timestep, tick.step))
         self._last_steps[place] = tick.step
         band.trend.weigh(tick.step)
         late = self._pace.warming or tick.step >= self._pace.config.warmup_steps - 3

@@ -3,6 +3,8 @@
 import torch
 
 DEPTH = 2
+# Numbers that can be multiplied and added: no integers, no truth values, no 8-bit floats.
+PREDICTABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def _dense_strides(ref):
@@ -25,7 +27,7 @@ class Buffer:
             self.flat = tuple(torch.zeros(numel, dtype=getattr(torch, ref.dtype), device=device) for _ in range(depth))
             strides = _dense_strides(ref)
             self._views = tuple(flat.as_strided(ref.shape, strides) for flat in self.flat)
-        self.predictable = getattr(torch, ref.dtype).is_floating_point
+        self.predictable = getattr(torch, ref.dtype) in PREDICTABLE
 
     def view(self, epoch):
         """The tensor of one epoch."""

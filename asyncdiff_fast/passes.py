@@ -90,6 +90,12 @@ class Pass:
             self._buffers[number, value] = Buffer(ref, self._device, self._received_depth if stale else DEPTH)
         return self._buffers[number, value]
 
+    def begin_generation(self, instants):
+        """Nothing that an earlier generation left is predicted from or compared with."""
+        self.trend.begin(instants)
+        if self.check is not None:
+            self.check.restart()
+
     # One forward, in order: begin, run_unit for each unit, end.
 
     def begin(self, mode, keep):

@@ -84,7 +84,7 @@ class StageCalls:
             mode = Mode.EXACT
         offset = self._follow_timesteps(current, mode, tick, planning, timestep)
         if current.last_step < 0:
-            current.trend.begin(Instants(self._scheduler or last_scheduler(), timestep, tick.step))
+            current.begin_generation(Instants(self._scheduler or last_scheduler(), timestep, tick.step))
         current.last_step = tick.step
         if mode is Mode.REPEAT:
             result = current.repeat()

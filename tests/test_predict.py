@@ -265,6 +265,26 @@ def test_auto_warm_up_ends_within_the_tolerance(tolerance, exact_calls):
     assert torch.equal(found[0][2][0], found[0][2][1])
 
 
+def _all_exact_then_auto(rank):
+    """What a generation of exact calls saw does not end the warm-up of the next one."""
+    model = Bare()
+    options = {"num_stages": 2, "stages": STAGES, "warmup_steps": "auto", "tolerance": 1e6, "resync": 0}
+    runtime = asyncdiff_fast.patch(model, timeout_s=40, **options)
+    counts = []
+    for times in (TIMES[:3], TIMES[:3], TIMES):
+        runtime.clear_stats()
+        with torch.no_grad():
+            for t in times:
+                model(noise(), t / 10)
+        counts.append(runtime.stats()["exact_calls"])
+    asyncdiff_fast.unpatch(model)
+    return counts
+
+
+def test_auto_warm_up_begins_with_each_generation():
+    assert ranks.run(2, _all_exact_then_auto) == [[3, 3, 3]] * 2
+
+
 def test_auto_warm_up_of_patches():
     (exact, _, pictures), other = ranks.run(
         2, _auto_patches, {"num_patches": 2, "warmup_steps": "auto", "tolerance": 1e6, "resync": 0}
