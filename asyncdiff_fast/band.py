@@ -7,9 +7,16 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from .fused_layers import exact
 from .patch_sites import make_state
 from .patch_state import messages
+from .prediction import Trend
 from .schedule import PatchMode
+from .self_check import Report, SelfCheck
 from .sites import CONV, JOINS, KINDS, NORM, seen
 from .slots import Recv, Send
+
+# Sites whose predictions are looked at, at most.
+CHECKED_SITES = 16
+# Within one call what is stale goes through many layers: that counts like this many hops, beside one for each patch.
+LAYER_HOPS = 2
 
 
 class Band:
@@ -30,9 +37,37 @@ class Band:
         self._slots, self._groups, self._first_of, self._last_of = {}, [], {}, {}
         # Sites met by the first displaced call, whose own parts are sent at its end; the way of all later ones.
         self._met, self._way, self._cursor = [], None, 0
+        self.trend = Trend(config.num_patches + LAYER_HOPS)
+        # Number of the next displaced exchange; whether a call's values may be predicted from later.
+        self.epoch, self.keep = 0, False
+        self.check, self.report = None, Report()
+        self._notes = self._was_exact = False
         self._result = self._latent = None
         self.displaced_calls = 0
         self.restart()
+
+    def note(self, part):
+        """Let the check see what a part's latest value is."""
+        row = self._rows.get(id(part)) if self._notes else None
+        if row is not None:
+            self.check.note(row, part.latest(self.epoch))
+
+    def _bind_check(self):
+        """Of each site that predicts one part is looked at, of many sites some."""
+        pairs = [
+            (s.label, state.received[0])
+            for s, state in zip(self.plan.sites, self._order, strict=True)
+            if state.received
+        ]
+        pairs = [(label, part) for label, part in pairs if part.predicts]
+        pairs = pairs[:: max(1, -(-len(pairs) // CHECKED_SITES))]
+        self._rows = {id(part): row for row, (_, part) in enumerate(pairs)}
+        self.check = SelfCheck([label for label, _ in pairs], self.device)
+
+    @property
+    def weight(self):
+        """What the last change counts in a prediction."""
+        return self.trend.weight
 
     # What is met in a forward.
 
@@ -153,6 +188,7 @@ class Band:
         for i in (index, reader):
             if i in self._first_of:
                 self._exchange.wait(self._groups[self._first_of[i]])
+        halo.arrived(self)
         y = state.fused(x, norm.weight, norm.bias, norm.eps, self.group_norm, self, silu=True, **borders, **added)
         if index in self._last_of:
             self._exchange.post(self._groups[self._last_of[index]])
@@ -197,10 +233,14 @@ class Band:
         self._states = {}
         # Ordinary tensors, whatever mode the first call runs in: they are written in later ones too.
         with torch.inference_mode(False):
-            self._order = [make_state(site, self.patch, self.device) for site in plan.sites]
+            self._order = [
+                make_state(site, self.patch, self.device, self.config.predicts_patches) for site in plan.sites
+            ]
         for index, (site, state) in enumerate(zip(plan.sites, self._order, strict=True)):
             self._states[(site.name, site.call), site.place] = (index, state)
             state.sample = samples.get(index)
+        if self.config.predicts_patches:
+            self._bind_check()
         for norms in (False, True):
             numbers = []
             for index, (site, state) in enumerate(zip(plan.sites, self._order, strict=True)):
@@ -217,12 +257,12 @@ class Band:
         """
         numbers = []
         for number, group in enumerate(self.plan.groups(self._way)):
-            pairs = [messages(self._order[i]) for i in group]
+            pairs = [messages(self._order[i], displaced=True) for i in group]
             sends, recvs = [s for p in pairs for s in p[0]], [r for p in pairs for r in p[1]]
             if not sends and not recvs:
                 continue
             self._first_of[group[0]] = self._last_of[group[-1]] = len(self._groups)
-            self._groups.append(self._exchange.slot(f"patches {number}", sends, recvs, depth=1))
+            self._groups.append(self._exchange.slot(f"patches {number}", sends, recvs, depth=2))
             numbers.append(number)
         self._exchange.freeze(f"{self.phase} displaced", numbers)
 
@@ -252,6 +292,12 @@ class Band:
                     sends += [Send(t, (part,)) for t in range(len(parts)) if t != patch]
                 else:
                     recvs.append(Recv(patch, (part,)))
+        if self.config.checks:
+            with torch.inference_mode(False):
+                self._reports = torch.zeros(self.config.num_patches, 1, device=self.device)
+            others = [p for p in range(self.config.num_patches) if p != self.patch]
+            sends += [Send(p, (self._reports[self.patch],)) for p in others]
+            recvs += [Recv(p, (self._reports[p],)) for p in others]
         self._slots["result"] = exchange.slot("result", sends, recvs, depth=1)
         exchange.freeze(f"{phase} result")
 
@@ -276,11 +322,24 @@ class Band:
 
     # One call.
 
+    def begin_generation(self, instants):
+        """Nothing that an earlier generation left is predicted from or compared with."""
+        self.trend.begin(instants)
+        self.report.forget()
+        if self.check is not None:
+            self.check.restart()
+
     def begin(self, signature, mode, args, kwargs, exact=False):
         """(args, kwargs) of this patch. With `exact` the result is the unpatched denoiser's, whatever the options."""
         self.mode, self._latent = mode, signature.latent(args, kwargs)
         self.bessel = self.config.bessel and not exact
-        if mode is PatchMode.SYNC and self._way is not None:
+        sync = mode is PatchMode.SYNC
+        if sync and not self._was_exact and self.check is not None:
+            self.check.restart()
+        # A displaced call sees what the call before made: of a synchronous one, that was seen already.
+        self._notes = self.keep and self.check is not None and (sync or not self._was_exact)
+        self._was_exact = sync
+        if sync and self._way is not None:
             # What displaced steps of an earlier generation have under way must not come later than what is sent now.
             self._exchange.drain({f"{self.phase} displaced"})
         return self.cutter.cut(signature, args, kwargs)
@@ -298,12 +357,19 @@ class Band:
             expected = len(self._order) if self.mode is PatchMode.SYNC else len(self._way)
             if self._cursor != expected:
                 self._lost(f"{expected - self._cursor} sites were not met")
+        self.epoch += self.mode is PatchMode.DISPLACED
         leaves, spec = tree_flatten(result)
         mine = [i for i, x in enumerate(leaves) if isinstance(x, torch.Tensor)]
         for i, (_, parts) in zip(mine, self._result, strict=True):
             parts[self.patch].copy_(leaves[i])
+        if self._notes:
+            self.check.judge(self.trend.weight_before if self.mode is PatchMode.DISPLACED else self.trend.weight)
+        if self.config.checks:
+            self._reports[self.patch].copy_(self.check.worst)
         self._exchange.post(self._slots["result"])
         self._exchange.wait(self._slots["result"])
+        if self.config.checks:
+            self.report.give(self._reports.amax(0))
         for i, (dim, parts) in zip(mine, self._result, strict=True):
             leaves[i] = torch.cat(parts, dim)
         return tree_unflatten(leaves, spec)

@@ -7,11 +7,14 @@ from torch.utils._pytree import tree_leaves
 
 from . import schedule, side_effects, site_rows, sites
 from .band import Band
+from .clock import last_scheduler
 from .cutting import Cutter
 from .modules import Attachment
 from .packed import PackedConvs
 from .patch_plan import PatchPlan
+from .prediction import Instants
 from .schedule import PatchMode
+from .self_check import Pace
 from .sites import JOINS, KINDS, Watch
 
 # How far the patches' synchronous result may be from the whole picture's, of its largest element.
@@ -23,12 +26,13 @@ KEPT_BANDS = 8
 class Bands:
     """`plan` is the latest plan (None before the first call)."""
 
-    def __init__(self, denoiser, config, world, exchange, signature, packed=None, choice=None):
+    def __init__(self, denoiser, config, world, exchange, signature, scheduler=None, packed=None, choice=None):
         self.denoiser, self.config, self.world, self.exchange = denoiser, config, world, exchange
         self.plan = self._active = None
         self._signature, self._packed = signature, packed or PackedConvs(denoiser, active=False)
         self._choice, self._names = choice, {}
         self._bands, self._hooks, self._phases = {}, {}, 0
+        self._scheduler, self._pace = scheduler, Pace(config, world)
         # {place of a band: step of its latest call in this generation}
         self._last_steps = {}
         # Whether the denoiser's own forward has sites outside its modules.
@@ -55,21 +59,40 @@ class Bands:
                 self._bands.pop(old).release()
             if tick.call == 0 or self.plan is None:
                 self.plan = self._bands[place].plan
-        mode = self._mode(place, tick.step)
-        self._last_steps[place] = tick.step
         band = self._bands[place]
+        if tick.call == 0:
+            self._pace.before(tick.step, band.check)
+        mode = self._mode(place, tick.step)
+        if mode is PatchMode.DISPLACED and self._pace.resyncs(band.report):
+            mode = PatchMode.SYNC
+        if place not in self._last_steps:
+            timestep = self._signature.timestep(args, kwargs)
+            band.begin_generation(Instants(self._scheduler or last_scheduler(), timestep, tick.step))
+        self._last_steps[place] = tick.step
+        band.trend.weigh(tick.step)
+        late = self._pace.warming or tick.step >= self._pace.config.warmup_steps - 3
+        band.keep = self.config.predicts_patches and late
         with self.exchange.step(), self._learning(mode is PatchMode.DISPLACED and band.displaced_calls < 2):
-            return self._on_patch(band, mode, run, args, kwargs)
+            result = self._on_patch(band, mode, run, args, kwargs)
+        if band.keep:
+            band.trend.made(tick.step)
+        return result
+
+    @property
+    def mode(self):
+        """`PatchMode` of the call under way."""
+        return self._active.mode
 
     def begin_generation(self):
         """What an earlier generation left behind is not read again."""
         self._last_steps.clear()
+        self._pace.begin_generation()
 
     def _mode(self, place, step):
         """The scheduled mode, but synchronous where the call was not made at the step before: the second of two calls
         may be left out at some steps, and what displaced patches would read is then of long ago.
         """
-        mode, last = schedule.patch_mode(self.config, step), self._last_steps.get(place)
+        mode, last = schedule.patch_mode(self._pace.config, step), self._last_steps.get(place)
         missing = {PatchMode.DISPLACED: last != step - 1, PatchMode.FROZEN: last is None}
         return PatchMode.SYNC if missing.get(mode) else mode
 
@@ -82,6 +105,15 @@ class Bands:
         """See `Band.norm_before`; of modules."""
         names = self._names.get(norm), self._names.get(conv)
         return None if self._active is None else self._active.norm_before(names, norm, x, **added)
+
+    def errors(self):
+        """{site: its prediction's relative error, and that of reuse}, of the latest calls."""
+        found = {}
+        for (call, *_), band in self._bands.items():
+            if band.check is not None:
+                prefix = f"call {call}, " if call else ""
+                found |= {prefix + name: error for name, error in band.check.summary().items()}
+        return found
 
     def counted(self, forward):
         """The denoiser's forward, such that the calls of its modules are counted from its beginning."""

@@ -3,6 +3,8 @@
 import torch
 
 DEPTH = 2
+# Numbers that can be multiplied and added: no integers, no truth values, no 8-bit floats.
+PREDICTABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def _dense_strides(ref):
@@ -16,19 +18,20 @@ def _dense_strides(ref):
 
 
 class Buffer:
-    """`DEPTH` copies of one tensor. `flat` is what travels; `view(epoch)` has the shape and strides of the original."""
+    """`depth` copies of one tensor. `flat` is what travels; `view(epoch)` has the shape and strides of the original."""
 
-    def __init__(self, ref, device):
+    def __init__(self, ref, device, depth=DEPTH):
         numel = ref.nbytes // getattr(torch, ref.dtype).itemsize
         # Ordinary tensors, whatever mode the first call runs in: they are written in later ones too.
         with torch.inference_mode(False):
-            self.flat = tuple(torch.zeros(numel, dtype=getattr(torch, ref.dtype), device=device) for _ in range(DEPTH))
+            self.flat = tuple(torch.zeros(numel, dtype=getattr(torch, ref.dtype), device=device) for _ in range(depth))
             strides = _dense_strides(ref)
             self._views = tuple(flat.as_strided(ref.shape, strides) for flat in self.flat)
+        self.predictable = getattr(torch, ref.dtype) in PREDICTABLE
 
     def view(self, epoch):
         """The tensor of one epoch."""
-        return self._views[epoch % DEPTH]
+        return self._views[epoch % len(self._views)]
 
 
 class Placeholders:

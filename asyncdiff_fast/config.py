@@ -22,6 +22,7 @@ _CHOICES = {
     "stride_phase": ("warmup", "odd"),
     "balance": ("flops", "time"),
     "kernels": ("auto", "triton", "torch"),
+    "predict": ("linear", "none"),
 }
 
 
@@ -32,7 +33,8 @@ class Config:
     Args:
         num_stages: how many ranks share one call of the denoiser (AsyncDiff's N).
         stride: 1 computes at every step; 2 computes at every other step and uses one rank more.
-        warmup_steps: first steps of each generation, exact; at least 1.
+        warmup_steps: first steps of each generation, exact; at least 1. "auto" ends them, after three or more, when
+            predictions of what they made would have been within `tolerance`.
         time_shift: asynchronous steps use the timestep of the step before.
         stages: module names of each stage, instead of the search; modules not named run on every rank.
         stride_phase: with stride 2, "warmup" computes at the first step after warm-up and every other one from there;
@@ -50,13 +52,18 @@ class Config:
         timeout_s: seconds to wait for another rank before failing.
         kernels: "auto" replaces layers by fused kernels where they were measured to be no slower, on a GPU with Triton;
             "triton" wherever they can run; "torch" nowhere.
+        predict: what another rank's values of the step before stand for: "linear" carries their last change forward by
+            the sampler's intervals; "none" takes them as they are, as published.
+        tolerance: the relative error of predictions at which warmup_steps="auto" ends; not checked otherwise.
+        resync: the next call is exact if the relative error of a prediction has come to more than this, and to several
+            times what it was before, as after a change of the prompt; 0 for never. Patches of stages have neither.
     Raises: ValueError that names the option, the value and the allowed values.
     Source: AsyncDiff (Chen et al., 2024), sections 3.2 to 3.4; DistriFusion (Li et al., 2024), section 4.
     """
 
     num_stages: int = 1
     stride: int = 1
-    warmup_steps: int = 4
+    warmup_steps: int | str = 4
     time_shift: bool = False
     num_patches: int = 1
     cfg_parallel: bool = False
@@ -69,6 +76,9 @@ class Config:
     balance: str = "flops"
     timeout_s: float = 120.0
     kernels: str = "auto"
+    predict: str = "linear"
+    tolerance: float = 0.05
+    resync: float = 0.2
 
     def __post_init__(self):
         if self.stages is not None:
@@ -77,13 +87,15 @@ class Config:
                 object.__setattr__(self, "num_stages", len(self.stages))
         self._check_integer("num_stages", 1)
         self._check_integer("num_patches", 1)
-        self._check_integer("warmup_steps", 0)
+        if self.warmup_steps != "auto":
+            self._check_integer("warmup_steps", 0)
         for name, allowed in _CHOICES.items():
             quoted = [f'"{a}"' for a in allowed]
             self._check(getattr(self, name) in allowed, name, f"{', '.join(quoted[:-1])} or {quoted[-1]}")
         for name in ("cfg_parallel", "bessel", "time_shift"):
             self._check(isinstance(getattr(self, name), bool), name, "True or False")
         self._check_patches()
+        self._check_predictions()
         self._check(type(self.stride) is int and self.stride in (1, 2), "stride", "1 or 2")
         number = isinstance(self.timeout_s, int | float) and not isinstance(self.timeout_s, bool)
         self._check(number and 0 < self.timeout_s < 1e9, "timeout_s", "a positive number of seconds")
@@ -118,6 +130,24 @@ class Config:
                 'exchange="displaced" with group_norm "corrected", "stale" or "local", or num_stages=1'
             )
 
+    def _check_predictions(self):
+        for name in ("tolerance", "resync"):
+            value = getattr(self, name)
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            self._check(number and 0 <= value < 1e9, name, "a number of at least 0")
+        if self.warmup_steps == "auto" and not self.checks:
+            raise ValueError(
+                f'warmup_steps="auto" needs predictions to judge by: got num_stages={self.num_stages}, '
+                f"num_patches={self.num_patches}, exchange={self.exchange!r}, predict={self.predict!r}; pass a number, "
+                'or predict="linear" with either stages or displaced patches'
+            )
+
+    @property
+    def checks(self):
+        """True if ranks tell each other how far predictions were from what came."""
+        shared = self.predicts_patches if self.num_patches > 1 else self.num_stages > 1 and self.predict != "none"
+        return shared and 1 in (self.num_stages, self.num_patches)
+
     @property
     def naive(self):
         """True if patches know nothing of each other."""
@@ -131,6 +161,11 @@ class Config:
         value = getattr(self, name)
         ok = isinstance(value, int) and not isinstance(value, bool) and value >= least
         self._check(ok, name, f"an integer of at least {least}")
+
+    @property
+    def predicts_patches(self):
+        """True if patches carry on the trend of what they read of each other."""
+        return self.num_patches > 1 and self.exchange == "displaced" and self.predict != "none"
 
     @property
     def stage_ranks(self):

@@ -8,7 +8,9 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from .buffers import DEPTH, Buffer
 from .cutset import NEXT_PREDICTION, PREDICTION
+from .prediction import Trend, extrapolate
 from .schedule import Mode
+from .self_check import Report, SelfCheck
 from .slots import Recv, Send
 
 _TENSOR = object()
@@ -28,6 +30,11 @@ class Pass:
         self.program = plan.program(rank)
         self.last_step = -1
         self.previous_timestep = self.timesteps = None
+        # A received value is predicted where the one before the last lies, so that takes a place of its own.
+        self._predicts = config.predict != "none"
+        self._received_depth = DEPTH + self._predicts
+        self.trend, self.report = Trend(plan.division.hops[1], config.stride), Report()
+        self._was_exact = False
         self.intact = True
         self._device, self._placeholders = device, placeholders
         self._index = {unit.key: i for i, unit in enumerate(plan.graph.units)}
@@ -55,23 +62,50 @@ class Pass:
                     if target == self.rank
                 ]
             if sends or recvs:
-                self._slots[number] = exchange.slot(transfer.name, sends, recvs, DEPTH)
+                depth = len((*sends, *recvs)[0].buffers)
+                self._slots[number] = exchange.slot(transfer.name, sends, recvs, depth)
                 self._order.append(number)
         exchange.freeze(phase, self._order)
+        checked = [key for number in self.program.receives.values() for key in self._predicted(number)]
+        self._rows = {key: row for row, key in enumerate(checked)}
+        self.check = SelfCheck([self._label(*key) for key in checked], self._device) if self._predicts else None
+
+    def _predicted(self, number):
+        """[(number, value)] of a transfer's values that are predicted here."""
+        if not self._predicts:
+            return []
+        return [key for key, buffer in self._buffers.items() if key[0] == number and buffer.predictable]
+
+    def _label(self, number, value):
+        transfer = self.plan.transfers[number]
+        place = transfer.values.index(value)
+        return transfer.name if place == 0 else f"{transfer.name}.{place}"
 
     def _buffer(self, number, value):
         """The buffer of one value in one transfer; made when first asked for."""
         if (number, value) not in self._buffers:
             transfer = self.plan.transfers[number]
-            ref = self.plan.outputs[value] if transfer.unit < 0 else self.plan.graph.values[value].ref
-            self._buffers[number, value] = Buffer(ref, self._device)
+            stale = transfer.unit >= 0 and transfer.source != self.rank
+            ref = self.plan.graph.values[value].ref if transfer.unit >= 0 else self.plan.outputs[value]
+            self._buffers[number, value] = Buffer(ref, self._device, self._received_depth if stale else DEPTH)
         return self._buffers[number, value]
+
+    def begin_generation(self, instants):
+        """Nothing that an earlier generation left is predicted from or compared with."""
+        self.trend.begin(instants)
+        if self.check is not None:
+            self.check.restart()
 
     # One forward, in order: begin, run_unit for each unit, end.
 
     def begin(self, mode, keep):
         """Start a forward; with `keep`, an exact one leaves behind what a stale step will read."""
-        self._mode, self._keep = mode, keep
+        self._mode, self._keep, self._ready = mode, keep, set()
+        if mode is Mode.EXACT and not self._was_exact and self.check is not None:
+            self.check.restart()
+        # An asynchronous call sees what the call before made: of an exact one, that was seen already.
+        self._notes = keep and self.check is not None and not (mode is Mode.COMPUTE and self._was_exact)
+        self._was_exact = mode is Mode.EXACT
         self._ordinals, self._seen, self._cursor = {}, 0, 0
         if mode is Mode.COMPUTE:
             self._post_receives()
@@ -111,20 +145,28 @@ class Pass:
         if self._seen != len(self._index):
             self._lost(f"{len(self._index) - self._seen} units of the traced forward were not called")
         tensors = [x for x in tree_leaves(result) if isinstance(x, torch.Tensor)]
+        if self._notes:
+            self.check.judge(self.trend.weight if self._mode is Mode.EXACT else self.trend.weight_before)
         if self._mode is Mode.EXACT:
             self._result_structure = _structure(result)
             if self._keep and self.config.stride == 2:
                 self._next = [x.clone() for x in tensors]
             return result
-        self._next = None
+        self._next, results = None, tensors
+        if self.config.checks:
+            tensors = [*results, self.check.worst]
         if self.config.stride == 2 and self.rank == self.config.num_stages - 1:
             self._send(self._numbers[NEXT_PREDICTION], tensors)
-            self._next = tensors
+            self._next = results
         if self.rank == self.config.stage_ranks - 1:
             self._send(self._numbers[PREDICTION], tensors)
         self._post_receives()
         self.epoch += 1
-        return result if self.rank == self.config.stage_ranks - 1 else self._received(PREDICTION)
+        if self.rank != self.config.stage_ranks - 1:
+            result = self._received(PREDICTION)
+        elif self.config.checks:
+            self.report.give(self.check.worst)
+        return result
 
     def repeat(self):
         """The prediction that was computed for this step at the step before."""
@@ -161,13 +203,22 @@ class Pass:
         if self._keep and number is not None:
             for v, x in self._tensors(index, result, args, kwargs).items():
                 if (number, v) in self._buffers:
-                    self._buffers[number, v].view(self.epoch - 1).copy_(x)
+                    buffer = self._buffers[number, v]
+                    if self._predicts:
+                        buffer.view(self.epoch - 2).copy_(buffer.view(self.epoch - 1))
+                    buffer.view(self.epoch - 1).copy_(x)
+                    self._note((number, v), buffer)
+
+    def _note(self, key, buffer):
+        """Let the check see the latest value of a buffer."""
+        if self._notes and key in self._rows:
+            self.check.note(self._rows[key], buffer.flat[(self.epoch - 1) % len(buffer.flat)])
 
     def _replay(self, index, args, kwargs):
         """A unit's result from the step before where this rank reads it, placeholders elsewhere."""
         unit, values = self.plan.graph.units[index], self.plan.graph.values
         number = self.program.receives.get(index)
-        stale = {v: b.view(self.epoch - 1) for (n, v), b in self._buffers.items() if n == number}
+        stale = {v: b.view(self._stale_epoch(b)) for (n, v), b in self._buffers.items() if n == number}
         arguments = (
             tree_leaves((args, kwargs)) if unit.writes or any(x and x[0] == "argument" for x in unit.leaves) else ()
         )
@@ -212,17 +263,35 @@ class Pass:
         self._post_receives()
 
     def _wait_stale(self, number):
-        """Wait for the epoch before this call's; it is the latest, or one back if this call's was posted already."""
+        """Wait for the epoch before this call's; it is the latest, or one back if this call's was posted already.
+
+        Predictions are then made where the values of the epoch before that lie, which nothing reads any more.
+        """
         slot = self._slots[number]
         self.exchange.wait(slot, slot.epoch - self.epoch)
+        if not self._predicts or number in self._ready:
+            return
+        self._ready.add(number)
+        for key in self._predicted(number):
+            buffer = self._buffers[key]
+            self._note(key, buffer)
+            last, before = (buffer.flat[(self.epoch - back) % len(buffer.flat)] for back in (1, 2))
+            extrapolate(before, last, self.trend.weight)
+
+    def _stale_epoch(self, buffer):
+        """Where a replayed value is read: the last received, or its prediction."""
+        return self.epoch - 1 - (self._predicts and buffer.predictable)
 
     def _received(self, name):
         number = self._numbers[name]
         self.exchange.wait(self._slots[number])
+        views = [self._buffers[number, i].view(self.epoch - 1) for i in range(len(self.plan.outputs))]
+        if self.config.checks:
+            worst = views.pop()
+            if name == PREDICTION:
+                self.report.give(worst)
         # Copies: a scheduler may keep a prediction for longer than the buffer keeps it.
-        return self._result(
-            [self._buffers[number, i].view(self.epoch - 1).clone() for i in range(len(self.plan.outputs))]
-        )
+        return self._result([view.clone() for view in views])
 
     def _result(self, tensors):
         leaves, spec = self._result_structure

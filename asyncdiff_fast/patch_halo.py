@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from . import patch_ops
-from .patch_state import State, dense
+from .patch_state import Received, State, dense
 from .schedule import PatchMode
 from .sites import conv_options
 
@@ -17,7 +17,7 @@ _CONV_NAMES = ("input", "weight", "bias", "stride", "padding", "dilation", "grou
 class HaloState(State):
     """A convolution of this patch's rows and those around them."""
 
-    def __init__(self, site, patch, device):
+    def __init__(self, site, patch, device, predicts=False):
         super().__init__(site, patch, device)
         self.buffers = {
             m: torch.zeros(site.rows_shape(m.source, m.stop - m.start), dtype=site.dtype, device=device)
@@ -26,12 +26,10 @@ class HaloState(State):
         }
         # Address and shape of an input that has the rows around it already.
         self.ready = None
+        self.received = [Received(m.source, x, predicts) for m, x in self.buffers.items() if m.target == patch]
 
     def sends(self):
         return [(m.target, x) for m, x in self.buffers.items() if m.source == self.patch]
-
-    def recvs(self):
-        return [(m.source, x) for m, x in self.buffers.items() if m.target == self.patch]
 
     def run(self, func, args, kwargs, step):
         named = dict(zip(_CONV_NAMES, args, strict=False)) | kwargs
@@ -42,6 +40,7 @@ class HaloState(State):
         if ready == (x.data_ptr(), x.shape):
             named["input"] = x
         elif step.mode is PatchMode.DISPLACED and self._by_kernel(x, step):
+            self.arrived(step)
             named["input"] = self._op(x, "triton")
         else:
             named["input"] = self._gathered(x, step)
@@ -54,6 +53,7 @@ class HaloState(State):
         if step.mode is PatchMode.SYNC and self.buffers:
             self._leave(x)
             step.exchange(self)
+        self.arrived(step)
         rows = self._around(x, step)
         if step.mode is PatchMode.DISPLACED:
             self._leave(x)

@@ -5,23 +5,22 @@ import math
 import torch
 
 from . import patch_ops
-from .patch_state import State, dense
+from .patch_state import Received, State, dense
 from .schedule import PatchMode
 
 
 class NormState(State):
     """A GroupNorm with the statistics of all patches, merged in fp32 from (mean, biased variance) of each."""
 
-    def __init__(self, site, patch, device):
+    def __init__(self, site, patch, device, predicts=False):
         super().__init__(site, patch, device)
         self.parts = torch.zeros(len(site.shapes), *site.message_shape(), device=device)
+        # A prediction of a variance may be negative, and of what is corrected brings nothing.
+        self.received = [Received(s, x, False) for s, x in enumerate(self.parts) if s != patch]
         self.weights = torch.tensor(site.weights, device=device).view(-1, 1, 1)
 
     def sends(self):
         return [(t, self.parts[self.patch]) for t in range(len(self.parts)) if t != self.patch]
-
-    def recvs(self):
-        return [(s, self.parts[s]) for s in range(len(self.parts)) if s != self.patch]
 
     def run(self, func, args, kwargs, step):
         how = "sync" if step.mode is PatchMode.SYNC else step.group_norm

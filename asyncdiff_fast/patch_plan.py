@@ -42,10 +42,14 @@ class PatchPlan:
         return [g for g in groups if g]
 
     def sent_bytes(self, patch, kind=None):
-        """Bytes that a patch sends in one displaced call, in all or of one kind of site; without the result."""
+        """Bytes that a patch sends in one displaced call, in all or of one kind of site; without the result.
+
+        In all, the worst error of predictions is among them where they are checked.
+        """
         local = self.config.group_norm == "local"
         wanted = [s for s in self.sites if kind in (None, s.kind) and not (local and s.kind == NORM)]
-        return sum(site.sent_bytes(patch) for site in wanted)
+        errors = 4 * (len(self.rows.held) - 1) if kind is None and self.config.checks else 0
+        return sum(site.sent_bytes(patch) for site in wanted) + errors
 
     def sent_result_bytes(self, patch):
         """Bytes of its part of the denoiser's result that a patch sends in one call, whole rows of them."""
@@ -59,8 +63,11 @@ class PatchPlan:
         return sum(self.sent_bytes(patch) + self.sent_result_bytes(patch) for patch in patches)
 
     def memory_bytes(self, patch):
-        """Bytes of a patch's long-lived buffers: halos, statistics, keys and values of all patches."""
-        total = 0
+        """Bytes of a patch's long-lived buffers: halos, statistics, keys and values of all patches.
+
+        What is predicted is received beside the place where it is read, into two buffers by turns.
+        """
+        total = 2 * self.predicted_bytes(patch)
         for site in self.sites:
             if isinstance(site, Ring):
                 tokens = site.tokens.extra + sum(site.tokens.count(p) for p in range(len(site.shapes)))
@@ -71,6 +78,18 @@ class PatchPlan:
                 sizes = [m for m in site.messages if patch in (m.source, m.target)]
                 total += sum(math.prod(site.rows_shape(m.source, m.stop - m.start)) for m in sizes) * site.item
         return total
+
+    def predicted_bytes(self, patch):
+        """Bytes of the keys, values and halos that a patch reads of others, if it predicts them, else 0."""
+        if not self.config.predicts_patches:
+            return 0
+        return sum(
+            math.prod(shape) * site.item
+            for site in self.sites
+            if site.exchanges and site.kind != NORM
+            for source in range(len(site.shapes))
+            for shape in site.sent(source).get(patch, ())
+        )
 
     def digest(self):
         """The same on ranks that have the same plan."""

@@ -6,7 +6,7 @@ import torch
 
 from . import ops
 from .kernels.checks import suits_attention
-from .patch_state import State
+from .patch_state import Received, State
 from .schedule import PatchMode
 
 _ATTENTION_NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
@@ -16,15 +16,16 @@ class RingState(State):
     """Self-attention: this patch's queries, keys and values of all patches, which lie in one buffer.
 
     `ring` is (tokens, b, features), tokens of the picture in order of patches, each part in one piece, so that it is
-    received where it is read.
+    received, or predicted, where it is read.
     """
 
-    def __init__(self, site, patch, device):
+    def __init__(self, site, patch, device, predicts=False):
         super().__init__(site, patch, device)
         counts = [site.tokens.count(p) for p in range(len(site.shapes))]
         self.picture, extra = sum(counts), site.tokens.extra
         self.ring = torch.zeros(self.picture + extra, site.key[0], site.features, dtype=site.dtype, device=device)
         self.parts = self.ring[: self.picture].split(counts)
+        self.received = [Received(s, x, predicts) for s, x in enumerate(self.parts) if s != patch and len(x)]
         # True if the others come first; told at the first synchronous step.
         self.extra_first = None
         self.sample = None
@@ -32,9 +33,6 @@ class RingState(State):
     def sends(self):
         mine = self.parts[self.patch]
         return [(t, mine) for t in range(len(self.parts)) if t != self.patch and len(mine)]
-
-    def recvs(self):
-        return [(s, x) for s, x in enumerate(self.parts) if s != self.patch and len(x)]
 
     def run(self, func, args, kwargs, step):
         if step.mode is PatchMode.LOCAL:
@@ -46,6 +44,7 @@ class RingState(State):
         self._write(named["key"], named["value"])
         if step.mode is PatchMode.SYNC:
             step.exchange(self)
+        self.arrived(step)
         if named.get("attn_mask") is not None:
             named["attn_mask"] = self._mask(named["attn_mask"])
             if one_head:

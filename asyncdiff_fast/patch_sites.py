@@ -9,6 +9,6 @@ from .patch_state import State
 KINDS = {Halo: HaloState, Norm: NormState, Ring: RingState, Resize: ResizeState}
 
 
-def make_state(site, patch, device):
-    """The `State` of a site."""
-    return KINDS.get(type(site), State)(site, patch, device)
+def make_state(site, patch, device, predicts=False):
+    """The `State` of a site; with `predicts` it carries on the trend of what it receives."""
+    return KINDS.get(type(site), State)(site, patch, device, predicts)

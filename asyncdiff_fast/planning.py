@@ -9,14 +9,16 @@ from .schedule import stage_of
 
 # A later call of the same step keeps to the first one's division if no more than this share of it falls outside.
 KEPT_GLUE = 0.05
+# What travels beside the denoiser's result where predictions are checked: their worst error.
+WORST_ERROR = TensorRef(-1, (1,), "float32", 4, ("strided", (1,)))
 
 
 @dataclass(frozen=True)
 class Plan:
     """Everything that is decided before the first asynchronous call, for one signature of inputs.
 
-    `outputs` are the tensors of the denoiser's result; `weight_bytes` the parameters of each stage's units, its last
-    entry those of the glue, which every rank needs.
+    `outputs` are the tensors of the denoiser's result, and the worst error of predictions where they are checked;
+    `weight_bytes` the parameters of each stage's units, its last entry those of the glue, which every rank needs.
     """
 
     config: object
@@ -33,6 +35,17 @@ class Plan:
     def sent_bytes(self):
         """{(source, target, name): bytes} of one asynchronous call."""
         return cutset.bytes_per_call(self.graph, self.transfers, [ref.nbytes for ref in self.outputs])
+
+    def buffer_bytes(self, rank):
+        """Bytes of a rank's long-lived buffers: two of what it sends, and of what it receives, one more to predict."""
+        total, values = 0, self.graph.values
+        for transfer in self.transfers:
+            refs = self.outputs if transfer.unit < 0 else {v: values[v].ref for v in transfer.values}
+            predicted = transfer.unit >= 0 and self.config.predict != "none"
+            mine = {v for target, found in transfer.targets if target == rank for v in found}
+            total += sum(2 * refs[v].nbytes for v in transfer.values if transfer.source == rank)
+            total += sum((2 + predicted) * refs[v].nbytes for v in mine)
+        return total
 
     @property
     def bytes_per_call(self):
@@ -58,11 +71,12 @@ class Plan:
             f"{(self.bytes_per_call - self.cut_bytes) / 1e6:.2f} MB predictions per call, stale hops "
             f"{self.division.hops[0]} to {self.division.hops[1]}, glue on every rank {self.graph.glue_cost / total:.1%}"
         )
-        rows = [("rank", "stage", "share", "weights MB", "units")]
+        rows = [("rank", "stage", "share", "weights MB", "buffers MB", "units")]
         for rank in range(self.config.stage_ranks):
             stage = stage_of(self.config, rank)
             share = f"{self.division.costs[stage] / total:.1%}"
-            rows.append((str(rank), str(stage), share, f"{self.weight_bytes[stage] / 1e6:.1f}", self._ranges(stage)))
+            sizes = (f"{n / 1e6:.1f}" for n in (self.weight_bytes[stage], self.buffer_bytes(rank)))
+            rows.append((str(rank), str(stage), share, *sizes, self._ranges(stage)))
         sends = [("from", "to", "MB", "tensors of")]
         sends += [(str(s), str(t), f"{n / 1e6:.3f}", name) for (s, t, name), n in self.sent_bytes().items()]
         return "\n".join([head, "", *_aligned(rows), "", *_aligned(sends)])
@@ -103,6 +117,8 @@ def make_plan(denoiser, forward, args, kwargs, config, world=None, stage_of_unit
     if division is None:
         traced, division = _decide(denoiser, forward, args, kwargs, config, recording)
     outputs = tuple(ref for ref in recording.output if ref is not None)
+    if config.checks:
+        outputs += (WORST_ERROR,)
     if world is not None and world.size > 1:
         traced, division = _as_rank_0(world, recording, traced, division)
     transfers = cutset.transfers(traced, division, config, len(outputs))

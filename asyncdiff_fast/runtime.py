@@ -10,7 +10,7 @@ import logging
 import torch
 from torch.utils._pytree import tree_leaves
 
-from . import fingerprint, schedule
+from . import fingerprint
 from .bands import Bands
 from .clock import Clock, unwatch_schedulers, watch_schedulers
 from .exchange import open_exchange
@@ -79,7 +79,15 @@ class Runtime:
         if halves.size > 1:
             self._halves = Halves(self.denoiser, halves, self._exchange(halves), self._signature)
         if patches.size > 1:
-            self._bands = Bands(*common, patches, self._exchange(patches), self._signature, self._packed, self._choice)
+            self._bands = Bands(
+                *common,
+                patches,
+                self._exchange(patches),
+                self._signature,
+                self._scheduler,
+                self._packed,
+                self._choice,
+            )
         self._choice.patches = self._bands
         if stages.size > 1:
             self._stages = StageCalls(*common, stages, self._exchange(stages), self._signature, self._scheduler)
@@ -134,10 +142,9 @@ class Runtime:
 
     def _on_stages(self, tick, forward, args, kwargs):
         """This call, shared by the stages: of the whole picture, or of this rank's patch."""
-        mode = schedule.mode(self.config, tick.step)
         if self._stages is None:
-            result = forward(*args, **kwargs)
-            if self._bands is not None and schedule.patch_mode(self.config, tick.step) is not PatchMode.SYNC:
+            result, mode = forward(*args, **kwargs), Mode.EXACT
+            if self._bands is not None and self._bands.mode is not PatchMode.SYNC:
                 mode = Mode.COMPUTE
         else:
             planning = functools.partial(self._planning, forward, learning=self._bands is None and self._halves is None)
@@ -241,9 +248,14 @@ class Runtime:
         return any(x.requires_grad for x in (*tensors, *self.denoiser.parameters()))
 
     def stats(self):
-        """Dict: calls by mode, bytes sent and time waited by this rank, since `clear_stats`; kernels in use."""
+        """Dict: calls by mode, bytes sent and time waited by this rank, since `clear_stats`; kernels in use; and the
+        latest relative errors of what was predicted, and of reuse, by what it is (waits for the device).
+        """
         calls = {f"{mode.name.lower()}_calls": n for mode, n in self._calls.items()}
         calls["kernels"] = self._fusion.summary()
+        calls["prediction"] = {}
+        for part in (self._bands, self._stages):
+            calls["prediction"] |= part.errors() if part is not None else {}
         found = [part.exchange.stats() for part in self._parts]
         waits = {name: wait for s in found for name, wait in s["wait_s_by_slot"].items()}
         names = [name for name, number in found[0].items() if not isinstance(number, dict)] if found else []

@@ -42,7 +42,7 @@ def mode(config, step, has_state=True):
     Args:
         has_state: False if the values of the step before are missing; the call is then exact.
     """
-    if step < config.warmup_steps or config.num_stages == 1 or not has_state:
+    if config.num_stages == 1 or not has_state or step < config.warmup_steps:
         return Mode.EXACT
     if config.stride == 1:
         return Mode.COMPUTE

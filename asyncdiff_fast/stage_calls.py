@@ -11,7 +11,9 @@ from .clock import last_scheduler
 from .modules import Attachment
 from .passes import Pass
 from .planning import make_plan
+from .prediction import Instants
 from .schedule import Mode
+from .self_check import Pace
 from .timesteps import Timesteps
 
 log = logging.getLogger(__name__)
@@ -27,11 +29,14 @@ class StageCalls:
         self.plan = self._active = None
         self._signature, self._scheduler = signature, scheduler
         self._passes, self._units, self._placeholders, self._phases = {}, {}, {}, 0
+        self._pace = Pace(config, world)
 
     def begin_generation(self):
         """What an earlier generation left behind is not read again."""
         for current in self._passes.values():
             current.last_step = -1
+            current.report.forget()
+        self._pace.begin_generation()
 
     def call(self, tick, key, planning, forward, args, kwargs):
         """(the denoiser's result, how it was computed: a `Mode`). Collective over the stages.
@@ -50,6 +55,15 @@ class StageCalls:
             self.forget()
         return result, mode
 
+    def errors(self):
+        """{received tensor: its prediction's relative error, and that of reuse}, of the latest calls."""
+        found = {}
+        for (call, _), current in self._passes.items():
+            if current.check is not None:
+                prefix = f"call {call}, " if call else ""
+                found |= {prefix + name: error for name, error in current.check.summary().items()}
+        return found
+
     def forget(self, released=False):
         """Drop all plans, buffers and hooks; the slots too, unless they are `released`."""
         for current in () if released else self._passes.values():
@@ -62,28 +76,39 @@ class StageCalls:
 
     def _carry_out(self, current, tick, planning, forward, args, kwargs):
         timestep = self._signature.timestep(args, kwargs)
-        mode = schedule.mode(self.config, tick.step, current.last_step == tick.step - 1)
+        if tick.call == 0:
+            self._pace.before(tick.step, current.check)
+        config = self._pace.config
+        mode = schedule.mode(config, tick.step, current.last_step == tick.step - 1)
+        if mode is Mode.COMPUTE and self._pace.resyncs(current.report):
+            mode = Mode.EXACT
         offset = self._follow_timesteps(current, mode, tick, planning, timestep)
+        if current.last_step < 0:
+            current.begin_generation(Instants(self._scheduler or last_scheduler(), timestep, tick.step))
         current.last_step = tick.step
         if mode is Mode.REPEAT:
             result = current.repeat()
         else:
             if mode is Mode.COMPUTE:
                 args, kwargs = self._retimed(current, offset, timestep, args, kwargs)
-            # After warm-up every exact call leaves behind what the next one may read.
-            current.begin(mode, keep=tick.step >= self.config.warmup_steps - 1)
+            # The last exact calls of a warm-up leave behind what the next ones may read.
+            keep = self._pace.warming or tick.step >= config.warmup_steps - (1 if config.predict == "none" else 3)
+            current.trend.weigh(tick.step + offset)
+            current.begin(mode, keep)
             self._active = current
             try:
                 result = current.end(forward(*args, **kwargs))
             finally:
                 self._active = None
+            if keep:
+                current.trend.made(tick.step + (self._offset(current, 0) if mode is Mode.COMPUTE else 0))
         current.previous_timestep = timestep
         return result, mode
 
     def _follow_timesteps(self, current, mode, tick, planning, timestep):
         """Keep the place in the scheduler's list up to date; returns the offset this rank computes with."""
         if self.config.stride == 1:
-            return schedule.timestep_offset(self.config, self.world.rank, False)
+            return self._offset(current, self.world.rank)
         if mode is Mode.EXACT:
             with planning():
                 if tick.step == 0 or current.timesteps is None:
@@ -91,7 +116,11 @@ class StageCalls:
                 current.timesteps.see(timestep)
         else:
             current.timesteps.skip()
-        return schedule.timestep_offset(self.config, self.world.rank, current.timesteps.is_last)
+        return self._offset(current, self.world.rank)
+
+    def _offset(self, current, rank):
+        is_last = self.config.stride == 2 and current.timesteps.is_last
+        return schedule.timestep_offset(self.config, rank, is_last)
 
     def _retimed(self, current, offset, timestep, args, kwargs):
         if offset == 0:

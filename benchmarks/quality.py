@@ -4,7 +4,8 @@
     python benchmarks/quality.py --preset patches
     python benchmarks/quality.py exact@50 exact@25 num_stages=2,stride=1,warmup_steps=3@50
 
-A configuration is `exact` or options of `asyncdiff_fast.patch`, then @ and the number of steps. All configurations of
+A configuration is `exact` or options of `asyncdiff_fast.patch`, then @ and the number of steps, then, if it is not the
+model's own, / and a sampler: `exact@25/euler`. All configurations of
 one world size run under one launch of torchrun, which this script starts; finished ones are kept until `--fresh`.
 The first `exact` configuration is the reference: PSNR and SSIM compare with it picture by picture, and obedience and
 Frechet distance are given with their difference from it over the same pictures. Patches with the corrected GroupNorm
@@ -14,11 +15,14 @@ are compared, picture by picture, with every other way of as many patches and as
 import argparse
 import hashlib
 import itertools
+import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import diffusers
 import measure
 import numpy as np
 import torch
@@ -58,13 +62,18 @@ PRESETS = {
 FILES = {"patches": "quality_patches"}
 ASPECTS = ("all", "colour", "shape", "background")
 NUM_RENDERED = 4096
+SAMPLERS = {"euler": diffusers.EulerDiscreteScheduler, "dpm++": diffusers.DPMSolverMultistepScheduler}
 
 
 def parse_configuration(name):
-    """`exact@25` -> (None, 25); `num_stages=2@50` -> ({"num_stages": 2}, 50). Raises: ValueError, TypeError."""
-    options, at, steps = name.rpartition("@")
-    if not at or not steps.isdigit():
-        raise ValueError(f"a configuration is exact@STEPS or OPTIONS@STEPS: got {name!r}")
+    """`exact@25` -> (None, 25); `num_stages=2@50/euler` -> ({"num_stages": 2}, 50). Raises: ValueError, TypeError."""
+    options, at, rest = name.rpartition("@")
+    steps, _, sampler = rest.partition("/")
+    if not at or not steps.isdigit() or (sampler or "euler") not in SAMPLERS:
+        names = " or ".join(SAMPLERS)
+        raise ValueError(
+            f"a configuration is exact@STEPS or OPTIONS@STEPS, then / and {names} or nothing: got {name!r}"
+        )
     return (None if options == "exact" else parse_options(options)), int(steps)
 
 
@@ -104,7 +113,7 @@ def picture_file(name, args):
     digest = hashlib.sha256(f"{args.prompts} {args.seeds} {args.guidance} {args.batch_size}".encode())
     for weights in sorted(args.model.rglob("*.safetensors")):
         digest.update(weights.read_bytes())
-    return args.work / digest.hexdigest()[:12] / f"{name}.npy"
+    return args.work / digest.hexdigest()[:12] / f"{name.replace('/', ' ')}.npy"
 
 
 def draw_configurations(args):
@@ -112,8 +121,12 @@ def draw_configurations(args):
     torch.set_num_threads(1)
     pipe = load(args.model).to(asyncdiff_fast.device())
     captions, seeds = captions_and_seeds(args)
+    own = pipe.scheduler
     for name in args.configurations:
         options, steps = parse_configuration(name)
+        sampler = SAMPLERS.get(name.rpartition("@")[2].partition("/")[2])
+        pipe.scheduler = sampler.from_config(own.config) if sampler else own
+        began = time.perf_counter()
         if options is not None:
             asyncdiff_fast.patch(pipe, **options)
         pictures = draw(pipe, captions, seeds, steps, args.guidance, args.batch_size)
@@ -124,11 +137,13 @@ def draw_configurations(args):
             path.parent.mkdir(parents=True, exist_ok=True)
             np.save(path.with_suffix(".tmp.npy"), pictures.cpu().numpy())
             path.with_suffix(".tmp.npy").replace(path)
+            seconds = (time.perf_counter() - began) / (steps * -(-len(captions) // args.batch_size))
+            path.with_suffix(".json").write_text(json.dumps({"s_per_step": seconds, "date": measure.facts()["date"]}))
             print(f"drawn: {name}", flush=True)
 
 
 def launch_missing(args):
-    """Draw what is not there yet, one launch for each world size."""
+    """Draw what is not there yet, one launch for each world size; an interrupted run goes on where it was."""
     missing = [name for name in args.configurations if args.fresh or not picture_file(name, args).exists()]
     for size in sorted({world_size(name) for name in missing}):
         names = [name for name in missing if world_size(name) == size]

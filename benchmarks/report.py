@@ -7,6 +7,7 @@ import sys
 
 import goals
 import measure
+import quality_predict_tables
 import roofline
 
 WARMUP = re.compile(r"\bwarmup_steps=(\d+)")
@@ -123,6 +124,16 @@ def patch_tables(result):
     return f"{title}\n\n{closeness}\n\nPSNR gained, picture by picture, with 95 % intervals over prompts:\n\n{gains}"
 
 
+def quality_of_predictions():
+    """What prediction gains, and what exact sampling gives in the same time, of the rows that are there."""
+    path = measure.RESULTS / "quality_predict.json"
+    if not path.exists():
+        return "Not measured yet: `python benchmarks/quality_predict.py`."
+    result = json.loads(path.read_text())
+    parts = (quality_predict_tables.gains(result["rows"]), quality_predict_tables.equal_latency(result["rows"]))
+    return "\n\n".join([result["title"], *("\n".join(lines) for lines in parts)])
+
+
 def _place_and_way(name):
     """((patches, warm-up steps), the other options) of a configuration of patches."""
     options = name.rpartition("@")[0]
@@ -208,6 +219,7 @@ def readme():
     """The README with every table as the committed results have it."""
     text = README.read_text()
     makers = {"plans": plans, "end_to_end": end_to_end, "quality": quality, "quality patches": quality_of_patches}
+    makers["quality predict"] = quality_of_predictions
     makers |= {"kernels": kernels, "exchange": exchange}
     for name, make in makers.items():
         text = filled(text, name, make())

@@ -96,6 +96,7 @@ def _run_cases(rank, names):
             warmup_steps=case["warm_up"],
             time_shift=case["time_shift"],
             stride_phase="odd",
+            predict="none",
             timeout_s=60,
         )
         if case.get("second_run"):

@@ -41,7 +41,7 @@ def _run_cases(rank, names):
     for name in names:
         case, inputs, _ = load.load_case(FOLDER / name)
         model = load.build_model(case["model"], case["weight_seed"])
-        asyncdiff_fast.patch(model, timeout_s=60, **_options(case))
+        asyncdiff_fast.patch(model, timeout_s=60, predict="none", **_options(case))
         if case.get("second_run"):
             load.denoise(case, model, load.make_inputs({**case, "input_seed": case["input_seed"] + 999}))
         latents, noises, _ = load.denoise(case, model, inputs)

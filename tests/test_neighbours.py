@@ -31,14 +31,14 @@ def _same(a, b):
 
 def _adapter_before(pipe):
     _add_adapter(pipe.unet, ["to_q", "to_v"])
-    runtime = asyncdiff_fast.patch(pipe, num_stages=2, warmup_steps=1)
+    runtime = asyncdiff_fast.patch(pipe, num_stages=2, warmup_steps=1, predict="none")
     picture = tiny_pipelines.generate(pipe, "sd15")
     return _same(picture, _rule(pipe, runtime))
 
 
 def _adapter_after(pipe):
     """Also on the first and last convolution, which PEFT wraps: the wrapper is the unit from then on."""
-    runtime = asyncdiff_fast.patch(pipe, num_stages=2, warmup_steps=1)
+    runtime = asyncdiff_fast.patch(pipe, num_stages=2, warmup_steps=1, predict="none")
     without = tiny_pipelines.generate(pipe, "sd15")
     _add_adapter(pipe.unet, ["to_q", "conv_in", "conv_out"])
     with_it = tiny_pipelines.generate(pipe, "sd15")
@@ -52,7 +52,7 @@ def _adapter_after(pipe):
 
 def _fused_projections(pipe):
     pipe.unet.fuse_qkv_projections()
-    runtime = asyncdiff_fast.patch(pipe, num_stages=2, warmup_steps=1)
+    runtime = asyncdiff_fast.patch(pipe, num_stages=2, warmup_steps=1, predict="none")
     picture = tiny_pipelines.generate(pipe, "sd15")
     return _same(picture, _rule(pipe, runtime))
 
@@ -66,7 +66,7 @@ def _hook_removed_under_ours(pipe):
     """diffusers removes hooks rightly in reverse order only: ours is lost with it, which the next call must notice."""
     registry = HookRegistry.check_if_exists_or_initialize(pipe.unet.conv_out)
     registry.register_hook(_Doubling(), "doubling")
-    runtime = asyncdiff_fast.patch(pipe, num_stages=2, warmup_steps=1)
+    runtime = asyncdiff_fast.patch(pipe, num_stages=2, warmup_steps=1, predict="none")
     doubled = tiny_pipelines.generate(pipe, "sd15")
     registry.remove_hook("doubling")
     picture = tiny_pipelines.generate(pipe, "sd15")
@@ -79,7 +79,7 @@ def _hook_removed_under_ours(pipe):
 
 def _hook_put_on_ours(pipe):
     plain = tiny_pipelines.generate(pipe, "sd15")
-    asyncdiff_fast.patch(pipe, num_stages=2, warmup_steps=1)
+    asyncdiff_fast.patch(pipe, num_stages=2, warmup_steps=1, predict="none")
     tiny_pipelines.generate(pipe, "sd15")
     registry = HookRegistry.check_if_exists_or_initialize(pipe.unet)
     registry.register_hook(_Doubling.__base__(), "idle")
@@ -92,7 +92,7 @@ def _hook_put_on_ours(pipe):
 
 def _inference_mode(pipe):
     """Pictures drawn in inference mode, without it, and under autocast, in turn."""
-    runtime = asyncdiff_fast.patch(pipe, num_stages=2, warmup_steps=1)
+    runtime = asyncdiff_fast.patch(pipe, num_stages=2, warmup_steps=1, predict="none")
     with torch.inference_mode():
         first = tiny_pipelines.generate(pipe, "sd15")
     second = tiny_pipelines.generate(pipe, "sd15")

@@ -85,7 +85,7 @@ def _patched(rank, cases):
     found = []
     for name, num_patches, warmup_steps, options in cases:
         model = MODELS[name][0]()
-        options = options | dict(num_patches=num_patches, warmup_steps=warmup_steps, timeout_s=60)
+        options = options | dict(num_patches=num_patches, warmup_steps=warmup_steps, timeout_s=60, predict="none")
         runtime = asyncdiff_fast.patch(model, **options)
         found.append((predictions(name)(model), runtime.plan.rows.held))
         asyncdiff_fast.unpatch(model)

@@ -24,7 +24,7 @@ def _family(name, num_stages):
     exact = tiny_pipelines.generate(pipe, name)
     asyncdiff_fast.unpatch(pipe)
 
-    runtime = asyncdiff_fast.patch(pipe, num_stages=num_stages, warmup_steps=2, timeout_s=60)
+    runtime = asyncdiff_fast.patch(pipe, num_stages=num_stages, warmup_steps=2, timeout_s=60, predict="none")
     first = tiny_pipelines.generate(pipe, name)
     # Another seed and size in between, and no reset.
     tiny_pipelines.generate(pipe, name, seed=1)
