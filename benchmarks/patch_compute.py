@@ -96,7 +96,7 @@ def row(options, pixels, patches):
         return {**common, "whole": measure.summary(times), "patch": measure.summary(times), "speedup": 1.0}
     exchange = NoExchange()
     packed = PackedConvs(denoiser, active=config.kernels != "torch" and options.device == "cpu")
-    bands = Bands(denoiser, config, None, exchange, CallSignature(denoiser), packed)
+    bands = Bands(denoiser, config, None, exchange, CallSignature(denoiser), packed=packed)
     plan, call = bands.emulate(rank, denoiser.forward, (), inputs)
     # The rows of every buffer are this patch's own statistics, so that numbers stay finite.
     call(PatchMode.SYNC)

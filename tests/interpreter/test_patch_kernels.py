@@ -67,7 +67,7 @@ def displaced(build, kernels, patch, patches, group_norm, watch=None):
     config = Config(num_patches=patches, group_norm=group_norm, kernels=kernels)
     choice = KernelChoice(kernels, World((0,), 10))
     fusion = Fusion(denoiser, choice, patches=True)
-    bands = Bands(denoiser, config, None, exchange, CallSignature(denoiser), None, choice)
+    bands = Bands(denoiser, config, None, exchange, CallSignature(denoiser), choice=choice)
     choice.patches = bands
     with torch.no_grad():
         _, call = bands.emulate(patch, denoiser.forward, (), inputs(build))
