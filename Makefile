@@ -6,7 +6,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 CPP := $(wildcard csrc/*.cpp csrc/*.hpp)
-BENCHES := $(wildcard benchmarks/bench_*.py benchmarks/end_to_end.py)
+# Those of single kernels need a GPU.
+KERNEL_BENCHES := $(addprefix benchmarks/bench_,attention.py group_norm.py pointwise.py)
+BENCHES := $(filter-out $(if $(wildcard /dev/nvidiactl),,$(KERNEL_BENCHES)),$(wildcard benchmarks/bench_*.py benchmarks/end_to_end.py))
 
 .PHONY: install demo test test-slow lint bench clean
 

@@ -4,6 +4,7 @@ import torch
 from torch.nn import functional as F
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
+from .fused_layers import exact
 from .patch_sites import make_state
 from .patch_state import messages
 from .prediction import Trend
@@ -24,8 +25,8 @@ class Band:
     While it is `probing` there is no plan yet: every patch works for itself, and `found` collects what it meets.
     """
 
-    def __init__(self, config, cutter, patch, device, packed):
-        self._packed = packed
+    def __init__(self, config, cutter, patch, device, packed, choice):
+        self._packed, self._choice = packed, choice
         self.config, self.cutter, self.patch, self.device = config, cutter, patch, device
         self.mode, self.group_norm, self.bessel = PatchMode.LOCAL, config.group_norm, config.bessel
         self.plan = None
@@ -42,6 +43,7 @@ class Band:
         self.check, self.report = None, Report()
         self._notes = self._was_exact = False
         self._result = self._latent = None
+        self.displaced_calls = 0
         self.restart()
 
     def note(self, part):
@@ -123,6 +125,8 @@ class Band:
             return state.run(func, args, kwargs, self)
         if index in self._first_of:
             self._exchange.wait(self._groups[self._first_of[index]])
+        if getattr(state, "ready", None) is None:
+            state.arrived(self)
         result = state.run(func, args, kwargs, self)
         if index in self._last_of:
             self._exchange.post(self._groups[self._last_of[index]])
@@ -157,6 +161,43 @@ class Band:
         if slot is not None:
             self._exchange.post(slot)
             self._exchange.wait(slot)
+            state.arrived(self)
+
+    def pick(self, op, x, facts, run):
+        """Name of the implementation of an op on this patch, see `KernelChoice.pick`."""
+        if self._choice is None or exact(self._choice, x):
+            return "torch"
+        return self._choice.pick(op, x, facts, run)
+
+    def norm_before(self, names, norm, x, **added):
+        """GroupNorm, SiLU and the rows around the result in one pass, at a displaced step.
+
+        Args:
+            names: of the norm's module and of the convolution's that reads the result.
+            added: as `patch_ops.patch_group_norm` takes it.
+        Returns: what that module is to be called with; None where this must be done one by one.
+        """
+        places = [((name, self._calls.get(name, -1) + 1), 0) for name in names]
+        if self.mode is not PatchMode.DISPLACED or self._way is None or any(p not in self._states for p in places):
+            return None
+        (index, state), (reader, halo) = (self._states[p] for p in places)
+        borders = getattr(halo, "borders", None)
+        if borders is None or state.site.kind != NORM or self.group_norm in ("sync", "local"):
+            return None
+        if not state.by_kernel(x, self.group_norm, self, ("silu", *borders["halo"], *sorted(added))):
+            return None
+        self.enter(names[0])
+        self._follow(index)
+        for i in (index, reader):
+            if i in self._first_of:
+                self._exchange.wait(self._groups[self._first_of[i]])
+        halo.arrived(self)
+        y = state.fused(x, norm.weight, norm.bias, norm.eps, self.group_norm, self, silu=True, **borders, **added)
+        if index in self._last_of:
+            self._exchange.post(self._groups[self._last_of[index]])
+        self.leave()
+        halo.ready = (y.data_ptr(), y.shape)
+        return y
 
     def convolve(self, func, named):
         """The result of a convolution with named arguments."""
@@ -309,6 +350,7 @@ class Band:
     def end(self, result):
         """The result for the whole picture, in new tensors."""
         self._latent = None
+        self.displaced_calls += self.mode is PatchMode.DISPLACED
         if self.mode is PatchMode.DISPLACED and self._way is None:
             self._way = tuple(self._met)
             self._bind_groups()

@@ -1,9 +1,11 @@
 """The patches of one denoiser, seen from one rank: plans them at the first call, then carries out each call."""
 
+import contextlib
+
 import torch
 from torch.utils._pytree import tree_leaves
 
-from . import patch_plan, schedule, side_effects, sites
+from . import schedule, side_effects, site_rows, sites
 from .band import Band
 from .clock import last_scheduler
 from .cutting import Cutter
@@ -24,10 +26,11 @@ KEPT_BANDS = 8
 class Bands:
     """`plan` is the latest plan (None before the first call)."""
 
-    def __init__(self, denoiser, config, world, exchange, signature, scheduler=None, packed=None):
+    def __init__(self, denoiser, config, world, exchange, signature, scheduler=None, packed=None, choice=None):
         self.denoiser, self.config, self.world, self.exchange = denoiser, config, world, exchange
         self.plan = self._active = None
         self._signature, self._packed = signature, packed or PackedConvs(denoiser, active=False)
+        self._choice, self._names = choice, {}
         self._bands, self._hooks, self._phases = {}, {}, 0
         self._scheduler, self._pace = scheduler, Pace(config, world)
         # {place of a band: step of its latest call in this generation}
@@ -69,7 +72,7 @@ class Bands:
         band.trend.weigh(tick.step)
         late = self._pace.warming or tick.step >= self._pace.config.warmup_steps - 3
         band.keep = self.config.predicts_patches and late
-        with self.exchange.step():
+        with self.exchange.step(), self._learning(mode is PatchMode.DISPLACED and band.displaced_calls < 2):
             result = self._on_patch(band, mode, run, args, kwargs)
         if band.keep:
             band.trend.made(tick.step)
@@ -96,6 +99,16 @@ class Bands:
                 prefix = f"call {call}, " if call else ""
                 found |= {prefix + name: error for name, error in band.check.summary().items()}
         return found
+
+    def _learning(self, first):
+        """Kernels are chosen at the `first` call of a kind, if all ranks are patches and so make the same calls."""
+        able = first and self._choice is not None and self.config.world_size == self.world.size
+        return self._choice.learning() if able else contextlib.nullcontext()
+
+    def norm_before(self, norm, conv, x, **added):
+        """See `Band.norm_before`; of modules."""
+        names = self._names.get(norm), self._names.get(conv)
+        return None if self._active is None else self._active.norm_before(names, norm, x, **added)
 
     def counted(self, forward):
         """The denoiser's forward, such that the calls of its modules are counted from its beginning."""
@@ -145,7 +158,9 @@ class Bands:
             band.bind(plan, self.exchange, phase, _samples(plan, recorder))
         band.bind_result(self.exchange, phase)
         if not self.config.naive:
-            self._verify(self._on_patch(band, PatchMode.SYNC, run, args, kwargs, exact=True), whole)
+            with self._learning(True):
+                joined = self._on_patch(band, PatchMode.SYNC, run, args, kwargs, exact=True)
+            self._verify(joined, whole)
         return band
 
     def plan_alone(self, forward, args, kwargs):
@@ -201,7 +216,8 @@ class Bands:
         if not isinstance(latent, torch.Tensor) or latent.dim() not in (3, 4, 5):
             kind = tuple(latent.shape) if isinstance(latent, torch.Tensor) else type(latent).__name__
             raise ValueError(f"num_patches needs a latent of 3, 4 or 5 dimensions as the denoiser's input: got {kind}")
-        with side_effects.restored(self.denoiser):
+        paused = contextlib.nullcontext() if self._choice is None else self._choice.paused()
+        with side_effects.restored(self.denoiser), paused:
             whole, recorder = sites.record(self.denoiser, forward, latent, args, kwargs)
         if recorder.steered_by:
             raise ValueError(
@@ -214,7 +230,7 @@ class Bands:
         """A band without a plan, ready for a first look."""
         latent = self._signature.latent(args, kwargs)
         cutter = Cutter.of(recorder, latent, self._signature.latent_name, self.config, patch, axis)
-        band = Band(self.config, cutter, patch, latent.device, self._packed)
+        band = Band(self.config, cutter, patch, latent.device, self._packed, self._choice)
         band.prepare(*_beforehand(recorder, cutter, self.config.naive))
         self._attach(recorder, band)
         return band
@@ -225,7 +241,7 @@ class Bands:
         if not self.config.naive:
             seen, sees_latent = zip(*everyone, strict=True)
             frames = cutter.grid.outer if cutter.grid is not None else 1
-            found = patch_plan.make_sites(recorder, cutter.levels, cutter.rows.size, seen, all(sees_latent), frames)
+            found = site_rows.make_sites(recorder, cutter.levels, cutter.rows.size, seen, all(sees_latent), frames)
         nbytes = sum(x.nbytes for x in tree_leaves(whole) if isinstance(x, torch.Tensor))
         return PatchPlan(self.config, cutter.rows, cutter.levels, found, nbytes)
 
@@ -264,6 +280,7 @@ class Bands:
 
     def _attach(self, recorder, band):
         modules = dict(self.denoiser.named_modules())
+        self._names = {module: name for name, module in modules.items()}
         wanted = {name for name, _ in recorder.sites} | band.constant_modules
         # What the modules inside a joining one do must not be taken for its own.
         wanted |= {n for outer in band.joining_modules for n in modules if n == outer or n.startswith(f"{outer}.")}
@@ -302,10 +319,10 @@ def _samples(plan, recorder):
 
 def _beforehand(recorder, cutter, naive):
     """(sites, {key: result}, {(key, place): [(argument, tensor)]}) that follow from the whole picture alone."""
-    probes = () if naive else patch_plan.resampling_sites(recorder, cutter.levels)
+    probes = () if naive else site_rows.resampling_sites(recorder, cutter.levels)
     constants = {}
     for key, result in recorder.constants.items():
-        cut = cutter.positions(result)
+        cut = cutter.positions(result, {i for *place, i in recorder.beside if tuple(place) == key})
         if cut is not None:
             constants[key] = cut
     joins = {}

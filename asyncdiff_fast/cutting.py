@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch.utils._pytree import tree_flatten_with_path, tree_map_only, tree_unflatten
 
-from . import layout, patch_plan
+from . import layout, site_rows
 from .sites import CONV
 
 # Inputs with these in their names speak of the prompt, whatever their sizes are.
@@ -55,11 +55,11 @@ class Cutter:
         sequence = latent.dim() == 3
         dim = 1 if sequence else latent.dim() + axis
         size = latent.shape[dim]
-        factor = patch_plan.factor_of(recorder, size, axis)
+        factor = site_rows.factor_of(recorder, size, axis)
         aligned = config.naive or _tiling(recorder) is not None
         rows = layout.split(size, config.num_patches, factor, aligned)
-        levels = patch_plan.levels_of(recorder, rows, axis)
-        pictures = {tuple(latent.shape[-2:])} | {s.result[-2:] for s in patch_plan.resamplings(recorder)}
+        levels = site_rows.levels_of(recorder, rows, axis)
+        pictures = {tuple(latent.shape[-2:])} | {s.result[-2:] for s in site_rows.resamplings(recorder)}
         sizes = {} if sequence else {hw: levels[hw[axis]] for hw in pictures if hw[axis] in levels}
         grid = Grid(rows, 1, 1) if sequence else _tokens(recorder, levels)
         if axis == -1 and grid is not None:
@@ -94,12 +94,16 @@ class Cutter:
         start, stop = rows.held[self.patch]
         return x.narrow(dim, start, stop - start)
 
-    def positions(self, tree):
-        """A module's result that follows from positions alone, for this patch; None if it has no rows in it."""
+    def positions(self, tree, beside=()):
+        """A module's result that follows from positions alone, for this patch; None if it has no rows in it.
+
+        Args:
+            beside: numbers of those of its tensors whose rows are not the picture's.
+        """
         found = []
 
         def cut(x):
-            dim = self.position_dim(x, x.shape)
+            dim = None if len(found) in beside else self.position_dim(x, x.shape)
             found.append(dim)
             return x if dim is None else self._position(x, dim)
 
@@ -129,7 +133,7 @@ class Cutter:
 
 def _tiling(recorder):
     """The first convolution if its kernel is its stride, so that it makes tokens of the latent; else None."""
-    first = next(iter(patch_plan.resamplings(recorder)), None)
+    first = next(iter(site_rows.resamplings(recorder)), None)
     if first is None or first.kind != CONV:
         return None
     kernel, stride, *_ = first.options[len(first.shape) - 4]

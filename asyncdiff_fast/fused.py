@@ -12,22 +12,26 @@ import inspect
 import logging
 from collections import Counter
 
-from . import fused_blocks, fused_layers, fused_unet
+from . import fused_blocks, fused_layers, fused_patches, fused_unet
 
 log = logging.getLogger(__name__)
 ROWS = {row.kind: row for row in (*fused_unet.ROWS, *fused_layers.ROWS, *fused_blocks.ROWS)}
 
 
+PATCH_ROWS = {kind: row for kind, row in ROWS.items() if not row.across_rows}
+PATCH_ROWS |= {row.kind: row for row in fused_patches.ROWS}
+
+
 class Fusion:
     """The replaced layers of one denoiser. `remove` gives them their own forwards back.
 
-    Without `across_rows`, layers in which the rows of a picture meet are left alone: patches have their own for them.
+    With `patches`, layers in which the rows of a picture meet have forwards of their own, or are left to patches.
     """
 
-    def __init__(self, denoiser, choice, across_rows=True):
+    def __init__(self, denoiser, choice, patches=False):
         self.choice = choice
         self._installed = []
-        for module, row in _fitting(denoiser, across_rows) if choice.active else ():
+        for module, row in _fitting(denoiser, PATCH_ROWS if patches else ROWS) if choice.active else ():
             forward = functools.partial(row.run, module, choice)
             module.forward = forward
             self._installed.append((module, forward))
@@ -51,15 +55,15 @@ class Fusion:
         self._installed.clear()
 
 
-def _fitting(denoiser, across_rows):
+def _fitting(denoiser, rows):
     """(module, row) of the modules to replace."""
     owned = set()
     # Outer modules come before what is inside them.
     for module in denoiser.modules():
-        row = ROWS.get(type(module))
+        row = rows.get(type(module))
         if row is None or id(module) in owned or "forward" in vars(module):
             continue
-        if (row.across_rows and not across_rows) or not _written_for(row) or not row.fits(module):
+        if not _written_for(row) or not row.fits(module):
             continue
         owned.update(id(part) for part in row.takes_over(module))
         yield module, row

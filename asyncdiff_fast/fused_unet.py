@@ -26,7 +26,7 @@ def _resnet_block_2d(self, choice, input_tensor, temb, *args, **kwargs):
     h, bias = _convolved(self.conv2, choice, self.dropout(h))
     if self.conv_shortcut is not None:
         input_tensor = self.conv_shortcut(input_tensor)
-    return _summed(choice, h, input_tensor, bias, self.output_scale_factor)
+    return summed(choice, h, input_tensor, bias, self.output_scale_factor)
 
 
 def _temporal_resnet_block(self, choice, input_tensor, temb):
@@ -42,7 +42,7 @@ def _temporal_resnet_block(self, choice, input_tensor, temb):
     h, bias = _convolved(self.conv2, choice, self.dropout(h))
     if self.conv_shortcut is not None:
         input_tensor = self.conv_shortcut(input_tensor)
-    return _summed(choice, h, input_tensor, bias, 1.0)
+    return summed(choice, h, input_tensor, bias, 1.0)
 
 
 def _convolved(conv, choice, x):
@@ -51,7 +51,7 @@ def _convolved(conv, choice, x):
     return (conv._conv_forward(x, conv.weight, None), conv.bias) if apart else (conv(x), None)
 
 
-def _summed(choice, h, shortcut, bias, divisor):
+def summed(choice, h, shortcut, bias, divisor):
     """(shortcut + h + bias) / divisor."""
 
     def run(kernel):
@@ -69,12 +69,12 @@ def _norms(block):
     return block.norm1, block.norm2
 
 
-def _usual(block):
+def usual(block):
     """True for a residual block as UNets have them: with a time embedding, and no resampling inside."""
     return block.upsample is None and block.downsample is None and block.time_emb_proj is not None
 
 
 ROWS = (
-    Row(resnet.ResnetBlock2D, _resnet_block_2d, _usual, _norms, across_rows=True),
+    Row(resnet.ResnetBlock2D, _resnet_block_2d, usual, _norms, across_rows=True),
     Row(resnet.TemporalResnetBlock, _temporal_resnet_block, takes_over=_norms, across_rows=True),
 )

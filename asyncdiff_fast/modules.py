@@ -51,6 +51,18 @@ class Attachment:
                 del self.module._diffusers_hook
 
 
+def is_plain(module, kind):
+    """True if a module is of a class exactly, and its forward is its class's own but for hooks of ours."""
+    if type(module) is not kind or module._forward_hooks or module._forward_pre_hooks:
+        return False
+    if "forward" not in vars(module):
+        return True
+    hooks = list(getattr(getattr(module, "_diffusers_hook", None), "hooks", {}).values())
+    if not hooks or not all(isinstance(hook, ForwardHook) for hook in hooks):
+        return False
+    return getattr(hooks[0].fn_ref.original_forward, "__func__", None) is kind.forward
+
+
 # What diffusers and PEFT change in a module that stays: its attention processor, FreeU's factors, which adapters run.
 _SETTINGS = ("processor", "s1", "s2", "b1", "b2", "_disable_adapters", "_active_adapter", "merged_adapters")
 

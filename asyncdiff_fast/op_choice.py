@@ -71,6 +71,8 @@ class KernelChoice:
         self._known = everyone[0][1]
         self._picked = {}
         self._sum = None
+        # What shares a picture out as patches (`Bands`), if that is done.
+        self.patches = None
 
     def __deepcopy__(self, memo):
         return self
@@ -116,6 +118,15 @@ class KernelChoice:
             yield
         finally:
             self._learning = self.alone
+
+    @contextlib.contextmanager
+    def paused(self):
+        """While it is open, all modules run their own forwards: who follows tensors through torch sees no kernels."""
+        active, self.active = self.active, False
+        try:
+            yield
+        finally:
+            self.active = active
 
     def summary(self):
         """Dict: the mode, and for each op how many of the shapes seen use which implementation."""

@@ -1,12 +1,16 @@
 """Convolutions and interpolations on one patch: the rows of its neighbours around its own."""
 
+import functools
+
 import torch
 import torch.nn.functional as F
 
-from .patch_state import Received, State
+from . import patch_ops
+from .patch_state import Received, State, dense
 from .schedule import PatchMode
 from .sites import conv_options
 
+SIDES = ("above", "below", "top", "bottom")
 _CONV_NAMES = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 
 
@@ -21,6 +25,8 @@ class HaloState(State):
             if site.exchanges and device is not None and patch in (m.source, m.target)
         }
         self.received = [Received(m.source, x, predicts) for m, x in self.buffers.items() if m.target == patch]
+        # Address and shape of an input that has the rows around it already.
+        self.ready = None
 
     def sends(self):
         return [(m.target, x) for m, x in self.buffers.items() if m.source == self.patch]
@@ -30,16 +36,60 @@ class HaloState(State):
         if self.site.plain:
             return step.convolve(func, named)
         x = named["input"]
-        if step.mode is PatchMode.SYNC and self.buffers:
-            self._leave(x)
-            step.exchange(self)
-        self.arrived(step)
-        named["input"] = self._around(x, step)
-        if step.mode is PatchMode.DISPLACED:
-            self._leave(x)
+        ready, self.ready = self.ready, None
+        if ready == (x.data_ptr(), x.shape):
+            named["input"] = x
+        elif step.mode is PatchMode.DISPLACED and self._by_kernel(x, step):
+            named["input"] = self._op(x, "triton")
+        else:
+            named["input"] = self._gathered(x, step)
         options = enumerate(conv_options(**named))
         named["padding"] = tuple(0 if i == x.dim() - 4 else option[2] for i, option in options)
         return step.convolve(func, named)
+
+    def _gathered(self, x, step):
+        """This patch's rows and those around them; the own ones are left to be sent."""
+        if step.mode is PatchMode.SYNC and self.buffers:
+            self._leave(x)
+            step.exchange(self)
+        rows = self._around(x, step)
+        if step.mode is PatchMode.DISPLACED:
+            self._leave(x)
+        return rows
+
+    @functools.cached_property
+    def borders(self):
+        """What kernels add and pack at a displaced step; None where rows come and go in more pieces than they know.
+
+        A dict: halo, the numbers of rows above and below; above, below, what comes there, None for zeros; top, bottom,
+        the own border rows to be sent, or None.
+        """
+        window, (start, stop) = self.site.windows[self.patch], self.site.before.held[self.patch]
+        if not self.buffers or self.site.before.owned[self.patch] != (start, stop) or len(self.site.shapes[0]) != 4:
+            return None
+        sides = {"above": [], "below": [], "top": [], "bottom": []}
+        for m, buffer in self.buffers.items():
+            if m.target == self.patch:
+                sides["above" if m.start < start else "below"].append(buffer)
+            else:
+                sides["top" if m.target < self.patch else "bottom"].append(buffer)
+                if (m.start != start) if m.target < self.patch else (m.stop != stop):
+                    return None
+        rows = (start - window.needs[0], window.needs[1] - stop)
+        mixed = any(n and zeros for n, zeros in zip(rows, window.zeros, strict=True))
+        if mixed or min(rows) < 0 or any(len(found) > 1 for found in sides.values()):
+            return None
+        halo = [n + zeros for n, zeros in zip(rows, window.zeros, strict=True)]
+        return {"halo": halo, **{side: found[0] if found else None for side, found in sides.items()}}
+
+    def _by_kernel(self, x, step):
+        if self.borders is None or not dense(x):
+            return False
+        facts = (*self.borders["halo"], *(self.borders[side] is not None for side in SIDES))
+        return step.pick("patch_rows", x, facts, lambda kernel: self._op(x, kernel)) == "triton"
+
+    def _op(self, x, kernel):
+        return patch_ops.patch_rows(x, self.borders["halo"], *(self.borders[side] for side in SIDES), 1, kernel)
 
     def _leave(self, x):
         start = self.site.before.held[self.patch][0]

@@ -4,7 +4,8 @@ import math
 
 import torch
 
-from .patch_state import Received, State
+from . import patch_ops
+from .patch_state import Received, State, dense
 from .schedule import PatchMode
 
 
@@ -27,6 +28,9 @@ class NormState(State):
             return func(*args, **kwargs)
         named = dict(zip(("input", "num_groups", "weight", "bias", "eps"), args, strict=False)) | kwargs
         x = named["input"]
+        weight, bias, eps = named.get("weight"), named.get("bias"), named.get("eps", 1e-5)
+        if self.by_kernel(x, how, step):
+            return self.fused(x, weight, bias, eps, how, step)
         fresh, guard = self._statistics(x), step.group_norm == "corrected"
         if how == "corrected":
             mean, var = merge(self.parts, self.weights, fresh, self.parts[self.patch], guard)
@@ -39,7 +43,36 @@ class NormState(State):
         if step.bessel:
             count = math.prod(x.shape[1:]) // self.site.num_groups
             var = var * (count / (count - 1))
-        return normalise(x, mean, var, named.get("weight"), named.get("bias"), named.get("eps", 1e-5))
+        return normalise(x, mean, var, weight, bias, eps)
+
+    def by_kernel(self, x, how, step, fused=()):
+        """True if the norm runs as one op on this patch's rows; `fused` tells what else is done in its passes."""
+        if self.site.rows.held[self.patch] != self.site.rows.owned[self.patch] or not dense(x):
+            return False
+        facts = (self.site.num_groups, len(self.parts), how, *fused)
+
+        def trial(kernel):
+            return self._op(x, None, None, 1e-5, how, step.bessel, kernel)
+
+        return step.pick("patch_group_norm", x, facts, trial) == "triton"
+
+    def fused(self, x, weight, bias, eps, how, step, **around):
+        """The norm by its kernel; `around` as `patch_ops.patch_group_norm` takes it."""
+        if how == "sync":
+            added = (around.get("conv_bias"), around.get("temb"))
+            around["partials"], own = patch_ops.patch_statistics(x, self.site.num_groups, *added, "triton")
+            self.parts[self.patch].copy_(own)
+            step.exchange(self)
+        y, own = self._op(x, weight, bias, eps, how, step.bessel, "triton", **around)
+        self.parts[self.patch].copy_(own)
+        return y
+
+    def _op(self, x, weight, bias, eps, how, bessel, kernel, **around):
+        """(result, own statistics)."""
+        return patch_ops.patch_group_norm(
+            x, weight, bias, self.site.num_groups, eps, kernel, combine=how, parts=self.parts, own=self.patch,
+            shares=self.weights.view(-1), bessel=bessel, **around,
+        )  # fmt: skip
 
     def _statistics(self, x):
         """(n, groups, 2): mean and biased variance of the rows that this patch owns."""

@@ -4,6 +4,8 @@ import math
 
 import torch
 
+from . import ops
+from .kernels.checks import suits_attention
 from .patch_state import Received, State
 from .schedule import PatchMode
 
@@ -42,13 +44,30 @@ class RingState(State):
         self._write(named["key"], named["value"])
         if step.mode is PatchMode.SYNC:
             step.exchange(self)
-        self.arrived(step)
         if named.get("attn_mask") is not None:
             named["attn_mask"] = self._mask(named["attn_mask"])
             if one_head:
                 named["attn_mask"] = named["attn_mask"].unsqueeze(-3)
         named["key"], named["value"] = self.key_value()
-        return func(**named).squeeze(1) if one_head else func(**named)
+        result = self._attended(func, named, step)
+        return result.squeeze(1) if one_head else result
+
+    def _attended(self, func, named, step):
+        """Attention over the ring where it lies, by the kernel chosen for these shapes."""
+        query, scale = named["query"], named.get("scale")
+        usual = not any(named.get(option) for option in ("dropout_p", "is_causal", "enable_gqa"))
+        if usual and named.get("attn_mask") is None:
+            q, k, v = (named[name].transpose(1, 2) for name in ("query", "key", "value"))
+            if q.shape[2:] == k.shape[2:] == v.shape[2:] and all(map(suits_attention, (q, k, v))):
+                scale = query.shape[-1] ** -0.5 if scale is None else scale
+
+                def run(kernel):
+                    return ops.attention(q, [k], [v], scale, kernel)
+
+                kernel = step.pick("attention", q, ((k.shape[1],),), run)
+                if kernel != "torch":
+                    return run(kernel).transpose(1, 2)
+        return func(**named)
 
     def _split(self, x, dim=-2):
         """(picture, others) of this patch's tokens."""

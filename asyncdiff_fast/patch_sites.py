@@ -2,8 +2,8 @@
 
 from .patch_halo import HaloState, ResizeState
 from .patch_norm import NormState
-from .patch_plan import Halo, Norm, Resize, Ring
 from .patch_ring import RingState
+from .patch_site import Halo, Norm, Resize, Ring
 from .patch_state import State
 
 KINDS = {Halo: HaloState, Norm: NormState, Ring: RingState, Resize: ResizeState}

@@ -24,7 +24,8 @@ def patch(target, *, mesh=None, scheduler=None, **options):
 
     Args:
         target: a diffusers pipeline, or its UNet or DiT (any `torch.nn.Module`) for a sampling loop of your own.
-        mesh: a `DeviceMesh` with a dimension "stage" (or one dimension only); default: all ranks of torchrun.
+        mesh: a `DeviceMesh` with some of the dimensions "cfg", "patch" and "stage" (or one dimension only); default:
+            all ranks of torchrun.
         scheduler: the sampling loop's scheduler, if it is not one of diffusers'.
         options: see `Config`.
     Returns: the `Runtime` (a list of them if the pipeline has several denoisers): `.plan`, `.stats()`.
@@ -39,7 +40,7 @@ def patch(target, *, mesh=None, scheduler=None, **options):
     timeout_s = config.timeout_s if config else Config.timeout_s
     start_process_group(timeout_s)
     try:
-        world = World(_ranks(mesh), timeout_s)
+        world = World(_ranks(mesh, config), timeout_s)
         _agree(world, config, found, problem)
         _share_seeds(world)
         for denoiser in found:
@@ -107,17 +108,28 @@ def is_patched(denoiser):
     return _ATTRIBUTE in vars(denoiser)
 
 
-def _ranks(mesh):
-    """torch.distributed ranks that share a call."""
+def _ranks(mesh, config):
+    """torch.distributed ranks that share a call, in the order of `Config.mesh`."""
     dist = torch.distributed
     if mesh is None:
         return range(dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0,)
+    wanted = config.mesh if config else None
+    sizes = {"cfg": wanted and wanted.halves, "patch": wanted and wanted.patches, "stage": wanted and wanted.stages}
     names = mesh.mesh_dim_names or ()
-    if "stage" in names:
-        mesh = mesh["stage"]
-    elif mesh.ndim != 1:
-        raise ValueError(f'a mesh needs one dimension, or one named "stage": got dimensions {names or mesh.ndim}')
-    ranks = mesh.mesh.flatten().tolist()
+    known = tuple(name for name in names if name in sizes)
+    if known:
+        numbers = mesh[known].mesh.permute([known.index(name) for name in sizes if name in known])
+        found = dict(zip((name for name in sizes if name in known), numbers.shape, strict=True))
+        needed = {name: sizes[name] for name in found}
+        if config and len(known) > 1 and found != needed:
+            raise ValueError(f"the mesh must have the sizes of the options, {needed}: got {found}; change one of them")
+    elif mesh.ndim == 1:
+        numbers = mesh.mesh
+    else:
+        raise ValueError(
+            f'a mesh needs one dimension, or some named "cfg", "patch" and "stage": got dimensions {names or mesh.ndim}'
+        )
+    ranks = numbers.flatten().tolist()
     if dist.get_rank() not in ranks:
         raise ValueError(
             f"only the ranks of the mesh call patch(): got rank {dist.get_rank()}, the mesh has ranks {ranks}"

@@ -45,12 +45,13 @@ class Runtime:
         self._worlds = {axis: World(self._along(axis), world.timeout_s) for axis in ("half", "patch", "stage")}
         self._device_type = _device_type(denoiser)
         self._packed = PackedConvs(denoiser, active=config.kernels != "torch" and self._device_type == "cpu")
+        self._choice = KernelChoice(config.kernels, world)
         self._open()
         # The denoiser may call itself.
         self._inside = self._interrupted = False
         self._calls = dict.fromkeys(Mode, 0)
         # Beneath every hook of ours.
-        self._fusion = Fusion(denoiser, KernelChoice(config.kernels, world), across_rows=config.num_patches == 1)
+        self._fusion = Fusion(denoiser, self._choice, patches=config.num_patches > 1)
         watch_schedulers()
         self._undo_end = on_pipeline_end(denoiser, self._clock.end)
         self._root = Attachment(denoiser, self._call)
@@ -78,9 +79,10 @@ class Runtime:
         if halves.size > 1:
             self._halves = Halves(self.denoiser, halves, self._exchange(halves), self._signature)
         if patches.size > 1:
-            self._bands = Bands(
-                *common, patches, self._exchange(patches), self._signature, self._scheduler, self._packed
-            )
+            patch_exchange = self._exchange(patches)
+            uses = self._signature, self._scheduler, self._packed, self._choice
+            self._bands = Bands(*common, patches, patch_exchange, *uses)
+        self._choice.patches = self._bands
         if stages.size > 1:
             self._stages = StageCalls(*common, stages, self._exchange(stages), self._signature, self._scheduler)
         self._parts = [part for part in (self._halves, self._bands, self._stages) if part is not None]
@@ -158,7 +160,7 @@ class Runtime:
                 raise
 
         try:
-            with self._fusion.choice.learning() if learning else contextlib.nullcontext():
+            with self._choice.learning() if learning else contextlib.nullcontext():
                 yield quiet
         except (ValueError, TypeError) as error:
             if self.on_refused is not None and error is not self._forward_error:
@@ -225,6 +227,9 @@ class Runtime:
                 part.exchange.close()
             except ExchangeError as error:
                 failures.append(error)
+                # Nobody need be waited for twice.
+                for other in self._parts:
+                    other.exchange.abort(str(error))
         if failures:
             raise failures[0]
 
@@ -258,11 +263,14 @@ class Runtime:
         """Take every hook off and free every buffer; the denoiser is as it was."""
         self._root.remove()
         self._undo_end()
-        self._fusion.remove()
-        self._packed.remove()
         unwatch_schedulers()
-        self._shut("interrupted" if self._interrupted else None)
-        self._parts = []
+        try:
+            self._shut("interrupted" if self._interrupted else None)
+        finally:
+            self._parts = []
+            # These lie beneath the hooks.
+            self._fusion.remove()
+            self._packed.remove()
 
 
 def _device_type(denoiser):

@@ -128,20 +128,24 @@ class Recorder(TorchFunctionMode):
 
     `sites`: {(module, call): [Seen]}. `order`: their keys as first seen. `constants`: {(module, call): result} of
     modules whose results follow from no input. `joins`: {(module, call): [(place, argument, tensor, shape of the
-    result)]} of functions that join an activation with such a tensor. `steered_by`: modules where a number read from
-    the picture's activations steers Python.
+    result)]} of functions that join an activation with such a tensor. `beside`: {(module, call, leaf of its constant
+    result)} that runs along something that is not made of the picture, such as text of as many tokens. `steered_by`:
+    modules where a number read from the picture's activations steers Python.
     """
 
     def __init__(self, latent, inputs):
         super().__init__()
         self.sites, self.order, self.constants, self.joins, self.steered_by = {}, [], {}, {}, []
         self._inputs, self._picture = _Followed(inputs), _Followed(latent)
+        # {(module, call, leaf): that leaf, and what follows from it and other constants alone}, until it is first used.
+        self.beside, self._unused = set(), {}
         self._stack, self._calls, self._places = [("", 0)], {}, {}
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         leaves = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        self._note_use(leaves, result)
         if func not in _SHAPE_ONLY:
             name = getattr(func, "__name__", "")
             changed = args[:1] if name in _IN_PLACE or (name.endswith("_") and not name.endswith("__")) else ()
@@ -159,12 +163,29 @@ class Recorder(TorchFunctionMode):
             self.steered_by.append(key[0] or "the forward itself")
         return result
 
+    def _note_use(self, leaves, result):
+        """See whether a constant first meets the picture or something else that it runs along."""
+        others = [x for x in leaves if x in self._inputs and not any(x in f for f in self._unused.values())]
+        for tag, followed in list(self._unused.items()):
+            mine = [x for x in leaves if x in followed]
+            if not mine:
+                continue
+            if not others:
+                followed.add(result)
+            elif self._picture.any(others) or _along(mine[0], others):
+                del self._unused[tag]
+                if not self._picture.any(others):
+                    self.beside.add(tag)
+
     def _note_join(self, key, args, leaves, result):
         place = self._places[key] = self._places.get(key, -1) + 1
         if not self._inputs.any(leaves):
             return
+        others = [x for x in leaves if x in self._inputs]
         for i, x in enumerate(args[:2]):
             if isinstance(x, torch.Tensor) and x not in self._inputs and x.dim() > 1:
+                if not self._picture.any(others) and _along(x, others):
+                    continue
                 self.joins.setdefault(key, []).append((place, i, x.detach(), tuple(result.shape)))
 
     def watch(self, denoiser):
@@ -183,12 +204,19 @@ class Recorder(TorchFunctionMode):
                 tensors = [x for x in tree_leaves(output) if isinstance(x, torch.Tensor)]
                 if tensors and not self._inputs.any(tensors):
                     self.constants[key] = output
+                    self._unused |= {(*key, i): _Followed(x) for i, x in enumerate(tensors)}
                     # What is made of it needs no care of its own: the module's result will be a patch's.
                     self._inputs.add(output)
 
             handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
             handles.append(module.register_forward_hook(leave, with_kwargs=True))
         return handles
+
+
+def _along(x, others):
+    """True if a tensor has a dimension, other than features, that some of the others have too."""
+    sizes = set(x.shape[:-1]) - {1}
+    return any(sizes & set(other.shape[:-1]) for other in others)
 
 
 def record(denoiser, forward, latent, args, kwargs):

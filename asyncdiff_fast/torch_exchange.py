@@ -172,12 +172,14 @@ class TorchExchange:
 
     def close(self):
         """Wait for what is under way, if the exchange is whole, and drop group and buffers."""
-        if self._broken is None:
-            self.drain()
-        self._broken = self._broken or "the exchange is closed"
-        self._slots, self._unfrozen, self._phases = [], [], {}
-        if dist.is_initialized():
-            dist.destroy_process_group(self.group)
+        try:
+            if self._broken is None:
+                self.drain()
+        finally:
+            self._broken = self._broken or "the exchange is closed"
+            self._slots, self._unfrozen, self._phases = [], [], {}
+            if dist.is_initialized():
+                dist.destroy_process_group(self.group)
 
 
 def slot_device(slot):

@@ -180,23 +180,28 @@ def exchange():
         "post": "post_us",
         "acquire, post, wait": "cycle_us",
         "the same calls by ctypes": "ctypes_us",
-        "`batch_isend_irecv` and its waits": "c10d_us",
+        "torch.distributed, `batch_isend_irecv` and its waits": "c10d_us",
+        "the same, its list of operations made once": "c10d_prebuilt_us",
     }
     body = [[kind, *(f"{row[name]:.2f}" for row in host)] for kind, name in kinds.items()]
-    body.append(["so many times faster than torch.distributed", *(f"{row['speedup']:.0f}×" for row in host)])
+    ratios = (f"{row['speedup']:.0f}× and {row['speedup_prebuilt']:.1f}×" for row in host)
+    body.append(["these two over acquire, post, wait", *ratios])
     text = table(header, body)
+    first = next(iter(latest.values()))
+    facts = ", ".join(str(first[name]) for name in ("device", "torch", "date"))
+    load = max(row["load_average"] for row in latest.values())
+    text = (
+        f"On {facts}, with a load average of up to {load:g} from other work. Host: the least of many short bursts,\n"
+        f"on a CUDA and NCCL that return at once, against torch.distributed's fake process group.\n\n{text}\n\n"
+    )
+    if not shm:
+        return text + "Shared memory against gloo is not measured on a quiet machine yet."
     header = ["two processes, both ways", "µs", "gloo, µs", "ratio (paired median)", "CPU µs", "gloo, CPU µs"]
-    body = [
-        [
-            _bytes(row["bytes"]),
-            *(f"{row[name]:.0f}" for name in ("shm_us", "gloo_us")),
-            f"{row['latency_ratio']:.2f}",
-            *(f"{row[name]:.0f}" for name in ("shm_cpu_us", "gloo_cpu_us")),
-        ]
-        for row in sorted(shm, key=lambda row: row["bytes"])
-    ]
-    facts = ", ".join(str(next(iter(latest.values()))[name]) for name in ("device", "torch", "date"))
-    return f"On {facts}.\n\n{text}\n\n{table(header, body)}"
+    body = []
+    for row in sorted(shm, key=lambda row: row["bytes"]):
+        figures = [f"{row[name]:.0f}" for name in ("shm_us", "gloo_us", "shm_cpu_us", "gloo_cpu_us")]
+        body.append([_bytes(row["bytes"]), *figures[:2], f"{row['latency_ratio']:.2f}", *figures[2:]])
+    return text + table(header, body)
 
 
 def _bytes(n):

@@ -4,7 +4,7 @@
 #
 #   benchmarks/run_on_gpu.sh [--quick] [--out FOLDER] [PART ...]
 #
-# PART is one of build, tests, pipelines, single, kernels, report (default: all). Each part's log lands in FOLDER (default
+# PART is one of build, tests, pipelines, single, patches, kernels, report (default: all). Each part's log lands in FOLDER (default
 # build/gpu), with a copy of the rows and a summary, which is also the last thing printed. Without a GPU the tests are
 # skipped by themselves and the benchmarks run as far as a CPU goes. PYTHON chooses the interpreter.
 set -uo pipefail
@@ -15,12 +15,12 @@ while (($#)); do
     case $1 in
         --quick) quick=--quick ;;
         --out) out=${2:?--out needs a folder} && shift ;;
-        build | tests | pipelines | single | kernels | report) parts+=("$1") ;;
+        build | tests | pipelines | single | patches | kernels | report) parts+=("$1") ;;
         *) sed -n '2,9s/^# \{0,1\}//p' "$0" >&2 && exit 2 ;;
     esac
     shift
 done
-((${#parts[@]})) || parts=(build tests pipelines single kernels report)
+((${#parts[@]})) || parts=(build tests pipelines single patches kernels report)
 python=${PYTHON:-python3}
 mkdir -p "$out"
 out=$(realpath "$out")
@@ -63,7 +63,10 @@ for name in "${parts[@]}"; do
             build
             part doctor 120 "$python" -P -m asyncdiff_fast.cli doctor
             ;;
-        tests) tests tests_kernels 900 tests/test_gpu_kernels.py ;;
+        tests)
+            tests tests_kernels 900 tests/test_gpu_kernels.py
+            tests tests_exchange 300 tests/test_gpu_exchange.py
+            ;;
         pipelines) tests tests_pipelines 900 tests/test_gpu_pipelines.py ;;
         single)
             if [[ $gpu ]]; then
@@ -72,6 +75,16 @@ for name in "${parts[@]}"; do
                 done
             else
                 part single_tiny 300 "$python" benchmarks/single_device.py --device cpu --tiny
+            fi
+            ;;
+        patches)
+            # The compute side of patches: one process in the place of one rank, its kernels on and off.
+            if [[ $gpu ]]; then
+                sizes=${quick:+1024} && sizes=${sizes:-1024 2048 3840}
+                for kernels in auto torch; do
+                    part "patches_$kernels" 1200 "$python" benchmarks/patch_compute.py --model sdxl --pixels $sizes \
+                        --patches 1 2 4 8 --options "kernels=$kernels" --save
+                done
             fi
             ;;
         kernels)

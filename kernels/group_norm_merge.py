@@ -177,7 +177,8 @@ def group_norm_merge(
         partials, weight, bias, conv_bias, temb, scale, shift, parts, shares, affine, stats,
         *(0 if t is None else t.stride(0) for t in (temb, scale, shift)),
         c, num_pixels, chunk, triton.cdiv(num_pixels, chunk), num_chunks, num_groups, num_parts, own,
-        float(c // num_groups * frames * num_pixels), eps,
+        # A patch without rows has mean and variance 0 and, with its share of 0, no part in the image's.
+        float(max(1, c // num_groups * frames * num_pixels)), eps,
         MODE=mode, BESSEL=bessel, GROUP_CHANNELS=c // num_groups,
         BLOCK_K=max(16, 2048 // block_c), BLOCK_C=block_c, BLOCK_PARTS=triton.next_power_of_2(max(1, num_parts)),
     )  # fmt: skip

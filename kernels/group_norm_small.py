@@ -35,7 +35,8 @@ def _small_kernel(
     offs_s = tl.arange(0, SHIFT_PIXELS)
     mask_s = (offs_s < num_pixels)[:, None] & mask_c[None, :]
     sample = load_tile(x_ptr, None, None, 1.0, x_strides, None, n, n * 0, offs_s, offs_c, mask_s, X_UNIT)
-    shift = tl.sum(tl.where(mask_s, sample, 0.0), axis=0) / tl.minimum(num_pixels, SHIFT_PIXELS).to(tl.float32)
+    sampled = tl.maximum(tl.minimum(num_pixels, SHIFT_PIXELS), 1).to(tl.float32)
+    shift = tl.sum(tl.where(mask_s, sample, 0.0), axis=0) / sampled
     first = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
     second = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
     for frame in range(0, num_frames):
@@ -97,7 +98,7 @@ def group_norm_small(
         x, above, below, y, top, bottom, weight, bias, conv_bias, temb, scale, shift, parts, shares, stats, *arguments,
         *(0 if t is None else t.stride(0) for t in (temb, scale, shift)),
         view.frames, view_y.height * view_y.width, num_groups, num_parts, own,
-        float(x[0].numel() // num_groups), eps,
+        float(max(1, x[0].numel() // num_groups)), eps,
         MODE=mode, BESSEL=bessel, GROUP_CHANNELS=c // num_groups, SILU=act == "silu", UPSAMPLE=upsample, **constants,
         BLOCK_P=max(16, tuning.GROUP_NORM_SMALL_TILE // block_c), BLOCK_C=block_c,
         BLOCK_PARTS=triton.next_power_of_2(max(1, num_parts)), num_warps=tuning.GROUP_NORM_SMALL_WARPS,

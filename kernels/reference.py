@@ -42,6 +42,8 @@ def group_norm_partials_reference(x):
     frames, count = pixels.frames_and_pixels(x.shape[2:])
     chunk = pixels.chunk_pixels(frames, count)
     flat = x.to(_accumulator(x)).flatten(2).unflatten(2, (frames, count))
+    if not count:
+        return flat.new_zeros((*flat.shape[:1], 0, 2, flat.shape[1]))
     moments = torch.stack([_moments(piece) for piece in flat.split(chunk, dim=3)])
     # (chunks, 2, n, c, frames) → (n, frames × chunks, 2, c)
     return moments.permute(2, 4, 0, 1, 3).flatten(1, 2).contiguous()
@@ -130,7 +132,9 @@ def _spread(per_channel, x):
 
 
 def _moments(flat):
-    """(2, ...): mean and m2 over the last axis."""
+    """(2, ...): mean and m2 over the last axis; zeros of nothing."""
+    if not flat.shape[-1]:
+        return flat.new_zeros((2, *flat.shape[:-1]))
     mean = flat.mean(dim=-1, keepdim=True)
     return torch.stack((mean.squeeze(-1), (flat - mean).square_().sum(dim=-1)))
 
@@ -167,7 +171,7 @@ def _merged(
 def _group_moments(partials, counts, add, num_groups):
     """Mean and biased variance (n, num_groups): chunks merged to channels, `add` put on, channels merged to groups."""
     mean, m2 = partials.unbind(2)  # (n, num_chunks, c)
-    total = sum(counts)
+    total = max(1, sum(counts))
     if len(counts) == 1:
         channel_mean, channel_m2 = mean.squeeze(1), m2.squeeze(1)
     else:

@@ -131,6 +131,23 @@ def check_modes_agree(ops, rows, width, groups, group_channels, layout, seed):
             assert_near(y, want[:, :, first : first + rows[own]], torch.float32)
 
 
+def check_no_rows(ops):
+    """A patch without rows sends finite statistics, which count for nothing, and still gets its neighbours' rows."""
+    image = torch.randn(2, 12, 5, 7, generator=torch.Generator().manual_seed(7))
+    empty, row = image[:, :, :0], image[:, :, :1]
+    partials = ops.group_norm_partials(empty)
+    for y, stats in (
+        ops.group_norm(empty, None, None, 3, EPS, halo=(1, 1), above=row),
+        (None, ops.group_norm_merge(partials, (0, 7), None, None, 3, EPS)[1]),
+    ):
+        assert not stats.any()
+        assert y is None or (torch.equal(y[:, :, :1], row) and not y[:, :, 1:].any() and y.shape[2] == 2)
+    parts = torch.stack((stats_of(image, 3), torch.zeros(2, 3, 2)))
+    shares = torch.tensor((1.0, 0.0))
+    y, _ = ops.group_norm(image, None, None, 3, EPS, mode="sync", parts=parts, shares=shares)
+    assert_near(y, F.group_norm(image.double(), 3, eps=EPS), torch.float32)
+
+
 def check_negative_variance(ops):
     """A correction that would make the variance negative leaves the own fresh one."""
     x = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(4))

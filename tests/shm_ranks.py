@@ -8,7 +8,7 @@ from multiprocessing.connection import wait
 
 import building
 
-PATIENCE_S = 60
+PATIENCE_S = 240
 
 
 class Buffers:

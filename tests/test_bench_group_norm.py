@@ -51,6 +51,7 @@ def test_baselines_compute_the_norm(bench):
     torch.testing.assert_close(baselines.torch_ops(*around)[0], want, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_norms_are_those_of_sdxl(bench):
     """Every norm of a residual block of the published configuration, by its level."""
     unet = importlib.import_module("real_models").build("sdxl", device="meta")

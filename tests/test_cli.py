@@ -112,7 +112,7 @@ def test_options_survive_the_environment():
 def test_doctor(capsys):
     assert cli.main(["doctor", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
-    assert set(facts) == {"versions", "devices", "transports", "pipeline", "use"}
+    assert set(facts) == {"versions", "devices", "transports", "kernels", "pipeline", "use"}
     assert facts["versions"]["torch"] == torch.__version__ and facts["pipeline"] == str(folder.shapes_folder())
     assert facts["use"]["processes"] == 2
     assert cli.main(["doctor"]) == 0

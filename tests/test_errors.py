@@ -19,6 +19,7 @@ from torch.distributed import distributed_c10d as c10d
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import asyncdiff_fast
+from asyncdiff_fast import patching
 from asyncdiff_fast.config import EXCHANGE_VARIABLE
 
 DOWN = [900, 700, 500, 300, 100, 50]
@@ -530,15 +531,38 @@ def _part_of_the_ranks(rank):
     dist.barrier()
     wrong = _attempt(model, mesh=init_device_mesh("cpu", (3, 1), mesh_dim_names=("a", "b")), num_stages=2)
     dist.barrier()
+    sizes = _attempt(model, mesh=init_device_mesh("cpu", (3, 1), mesh_dim_names=("stage", "cfg")), num_stages=2)
+    dist.barrier()
     dist.destroy_process_group()
-    return picture, outside, wrong
+    return picture, outside, wrong, sizes
 
 
 def test_mesh_over_two_of_three_ranks():
     results = ranks.run(3, _part_of_the_ranks)
     assert torch.equal(results[0][0], results[2][0])
     _assert_refused([results[1][1]], "mesh", "rank 1")
-    _assert_refused([wrong for _, _, wrong in results], "mesh", "stage")
+    _assert_refused([wrong for _, _, wrong, _ in results], "mesh", "stage")
+    _assert_refused([sizes for _, _, _, sizes in results], "mesh", "'stage': 2", "'stage': 3")
+
+
+def _mesh_of_patches_and_stages(rank):
+    """The ranks of a mesh whose dimensions are named in another order than ours."""
+    _start_group(rank, 4)
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("stage", "patch"))
+    config = asyncdiff_fast.Config(num_patches=2, num_stages=2)
+    found = patching._ranks(mesh, config)
+    runtime = asyncdiff_fast.patch(Bare(), mesh=mesh, num_patches=2, num_stages=2, timeout_s=30)
+    along = {axis: runtime._along(axis) for axis in ("patch", "stage")}
+    asyncdiff_fast.unpatch(runtime.denoiser)
+    dist.barrier()
+    dist.destroy_process_group()
+    return found, along
+
+
+def test_a_mesh_may_name_its_dimensions_in_any_order():
+    for rank, (found, along) in enumerate(ranks.run(4, _mesh_of_patches_and_stages)):
+        assert found == [0, 2, 1, 3]
+        assert along["stage"] == [rank % 2, rank % 2 + 2] and along["patch"] == [rank - rank % 2, rank - rank % 2 + 1]
 
 
 def _two_pipelines(rank):

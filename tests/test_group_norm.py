@@ -65,6 +65,10 @@ def test_modes_agree(drawn):
     checks.check_modes_agree(OPS, **drawn)
 
 
+def test_no_rows():
+    checks.check_no_rows(OPS)
+
+
 def test_negative_variance():
     checks.check_negative_variance(OPS)
 

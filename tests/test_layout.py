@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from asyncdiff_fast import layout, patch_plan
+from asyncdiff_fast import layout, site_rows
 from asyncdiff_fast.layout import Mesh, Rows, Tokens
-from asyncdiff_fast.patch_plan import Halo, Norm, Resize, Ring
+from asyncdiff_fast.patch_site import Halo, Norm, Resize, Ring
 from asyncdiff_fast.patch_sites import make_state
 from asyncdiff_fast.sites import ATTENTION, CONV, NORM, RESIZE, Seen
 
@@ -128,8 +128,8 @@ def _recorder(network):
 def _sites(network, num_patches):
     rows = layout.split(network[0][1], num_patches)
     recorder = _recorder(network)
-    levels = patch_plan.levels_of(recorder, rows)
-    return patch_plan.resampling_sites(recorder, levels)
+    levels = site_rows.levels_of(recorder, rows)
+    return site_rows.resampling_sites(recorder, levels)
 
 
 class Step:

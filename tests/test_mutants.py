@@ -1,7 +1,9 @@
 """Each ordering edge of the exchange, left out, is reported: every time, with the accesses that it kept apart."""
 
 import ctypes
+import os
 import re
+import subprocess
 import sys
 
 import building
@@ -124,6 +126,23 @@ def test_every_edge_has_a_case():
     cases = [_case(edge["number"]) for edge in _edges()]
     assert all(callable(getattr(sys.modules[__name__], case)) for case in cases)
     assert len(set(cases)) == len(cases) and _case(len(cases)) is None
+
+
+@pytest.mark.parametrize("added", [False, True])
+def test_an_edge_without_a_case_does_not_compile(tmp_path, added):
+    for name in ("csrc/edges.hpp", "tests/fake_gpu/mutants.cpp", "tests/fake_gpu/exports.hpp"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        text = (building.ROOT / name).read_text()
+        if added:
+            text = text.replace("  Count,\n", "  Another,\n  Count,\n")
+            text = text.replace(
+                '"nccl,shm"},\n}};', '"nccl,shm"},\n    {Edge::Another, "Another", "none", "nccl"},\n}};'
+            )
+        (tmp_path / name).write_text(text)
+    command = ["c++", "-std=c++17", "-fsyntax-only", str(tmp_path / "tests/fake_gpu/mutants.cpp")]
+    environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert (done.returncode != 0) == ("kMutants must name a test case for every Edge" in done.stderr) == added
 
 
 @pytest.mark.parametrize("name", _names())

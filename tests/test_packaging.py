@@ -51,6 +51,18 @@ def sdist(sources, tmp_path):
     return archive
 
 
+@pytest.fixture
+def python(tmp_path):
+    """The interpreter of an environment of its own, which sees the packages of this one, but not what is editable."""
+    folder = tmp_path / "environment"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True, capture_output=True)
+    found = folder / "bin" / "python"
+    packages = _run(found, "-c", "import sysconfig; print(sysconfig.get_paths()['purelib'])").strip()
+    seen = [path for path in sys.path if path.endswith("site-packages")]
+    pathlib.Path(packages, "of_the_tests.pth").write_text("\n".join([*seen, ""]))
+    return found
+
+
 def _wheel(folder, *arguments, **environment):
     output = _pip("wheel", "--no-deps", "-w", str(folder), *arguments, **environment)
     (wheel,) = pathlib.Path(folder).glob("*.whl")
@@ -87,25 +99,20 @@ def test_a_wheel_in_isolation(sources, tmp_path):
     assert EXTENSION in wheel.namelist()
 
 
-def test_without_a_compiler_the_package_installs_and_says_so(sources, tmp_path):
+def test_without_a_compiler_the_package_installs_and_says_so(sources, tmp_path, python):
     wheel, output = _wheel(tmp_path, "-v", "--no-build-isolation", str(sources), PATH="/nowhere")
     assert "_C is not built: no C++ compiler was found; exchanges will run on torch.distributed" in output
     assert EXTENSION not in wheel.namelist() and "asyncdiff_fast/engine.py" in wheel.namelist()
     wheel.extractall(tmp_path / "installed")
     script = "from asyncdiff_fast import engine; print(engine.missing())"
-    said = _run(sys.executable, "-c", script, PYTHONPATH=str(tmp_path / "installed"))
+    said = _run(python, "-c", script, PYTHONPATH=str(tmp_path / "installed"))
     assert "asyncdiff_fast._C is not built" in said and "install a C++ compiler" in said
 
 
 @pytest.mark.parametrize("isolation", [(), ("--no-build-isolation",)])
-def test_an_editable_installation(sources, tmp_path, isolation):
-    """In an environment of its own, which sees the packages of this one."""
-    checkout, environment = tmp_path / "checkout", tmp_path / "environment"
+def test_an_editable_installation(sources, tmp_path, python, isolation):
+    checkout = tmp_path / "checkout"
     shutil.copytree(sources, checkout)
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", environment], check=True, capture_output=True)
-    python = environment / "bin" / "python"
-    folder = pathlib.Path(_run(python, "-c", "import sysconfig; print(sysconfig.get_paths()['purelib'])").strip())
-    (folder / "of_the_tests.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
     _pip("--python", str(python), "install", "--no-deps", *isolation, "-e", str(checkout))
     script = "from asyncdiff_fast import _C, kernels; print(_C.__file__); print(kernels.__file__)"
     found = [pathlib.Path(line).resolve() for line in _run(python, "-c", script).splitlines()]

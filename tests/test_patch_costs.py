@@ -80,6 +80,13 @@ def _memory(x):
     return x.untyped_storage().data_ptr()
 
 
+def _buffers(band):
+    """What the sites of a band send, receive and read."""
+    for state in band._order:
+        for x in (*state.sends(), *state.recvs()):
+            yield x[1]
+
+
 def _counter():
     """Counts attention on the CPU too, which torch's own counter leaves out."""
 
@@ -93,7 +100,9 @@ def _counter():
 
 @torch.no_grad()
 def _displaced(rank, name, num_patches):
-    """(share of the unpatched FLOPs, shapes allocated, bytes sent by stats, by posts and by plan) of one call."""
+    """Of one call: share of the unpatched FLOPs; shapes allocated; shape of the result; bytes sent by stats, by posts
+    and by plan; of buffers, bytes and those planned; the plan.
+    """
     make, call, _ = MODELS[name]
     model = make()
     with _counter() as whole:
@@ -116,12 +125,15 @@ def _displaced(rank, name, num_patches):
     runtime.clear_stats()
     call(model, 400)
     sent_bytes, plan = runtime.stats()["sent_bytes"], runtime.plan
+    (band,) = runtime._bands._bands.values()
+    buffers = {_memory(x): x.untyped_storage().nbytes() for x in _buffers(band)}
     start, stop = plan.rows.held[rank]
     of_result = result.nbytes * (stop - start) // plan.rows.size * (num_patches - 1)
     planned = plan.sent_bytes(rank) + of_result
     asyncdiff_fast.unpatch(model)
     share = mine.get_total_flops() / whole.get_total_flops()
-    return share, allocated.shapes, tuple(result.shape), sent_bytes, sum(posted), planned
+    memory_bytes = sum(buffers.values()), plan.memory_bytes(rank)
+    return share, allocated.shapes, tuple(result.shape), sent_bytes, sum(posted), planned, memory_bytes, str(plan)
 
 
 CASES = [("unet", 2), ("unet", 4), ("pixart", 2), ("pixart", 4), ("flux", 2)]
@@ -154,8 +166,32 @@ def test_nothing_of_the_whole_picture_is_allocated(name, num_patches):
 
 @cases
 def test_the_plan_says_what_is_sent(name, num_patches):
-    for sent_bytes, posted, planned in (rank[3:] for rank in displaced(name, num_patches)):
+    for sent_bytes, posted, planned in (rank[3:6] for rank in displaced(name, num_patches)):
         assert sent_bytes == posted == planned > 0
+
+
+@cases
+def test_the_plan_says_what_is_kept(name, num_patches):
+    for held, planned in (rank[6] for rank in displaced(name, num_patches)):
+        # Whole storages: of a ring, also the keys and values of the text.
+        assert held == pytest.approx(planned, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_plan_needs_no_ranks(name):
+    make, call, _ = MODELS[name]
+    model, found = make(), []
+    model.register_forward_pre_hook(lambda _, args, kwargs: found.append((args, kwargs)), with_kwargs=True)
+    with torch.no_grad():
+        plain = call(model, 900)
+        args, kwargs = found[0]
+        names = (
+            "hidden_states" if name != "unet" else "sample",
+            "timestep" if name == "unet" else "encoder_hidden_states",
+        )
+        plan = asyncdiff_fast.plan(model, dict(zip(names, args, strict=False)) | kwargs, num_patches=2)
+        assert str(plan) == displaced(name, 2)[0][7]
+        assert torch.equal(call(model, 900), plain)
 
 
 # SDXL at real sizes, on the meta device: pixels: MB of keys and values, and of an inner patch's halos, in fp16 for one

@@ -5,12 +5,16 @@ import functools
 import numpy as np
 import pytest
 import ranks
+import tiny_denoisers
 import tiny_pipelines
+import torch
 from sequences import quick
 
 import asyncdiff_fast
 
 HALVES = ("sd15", "sdxl", "sdxl_controlnet", "svd", "animatediff", "sd3", "pixart", "hunyuandit", "wan", "qwenimage")
+# torch gives half a batch 1e-6 (of the largest element) otherwise than the whole. Guidance and steps multiply that; for
+# SVD the sampler's first standard deviation of 700 does.
 TOLERANCE = {"svd": 3e-4}
 
 
@@ -46,7 +50,7 @@ FEW = ("sd15", "wan")
 def test_halves_give_the_unpatched_picture(name):
     results = [rank[name] for rank in halves(FEW if name in FEW else tuple(n for n in HALVES if n not in FEW))]
     assert_same_everywhere(results)
-    assert max(results[0][1]) <= TOLERANCE.get(name, 2e-6)
+    assert max(results[0][1]) <= TOLERANCE.get(name, 3e-5)
     # One call of two, or half a batch, and nothing else.
     assert all(stats["sent_bytes"] > 0 for *_, stats in results)
 
@@ -74,3 +78,26 @@ def test_mesh(name):
     assert all(np.isfinite(picture).all() for picture in pictures)
     for error in errors:
         assert error <= 2e-5 if exact else 1e-5 < error < 0.5, f"{error:.1e} from the unpatched picture"
+
+
+@torch.no_grad()
+def _half_predictions(rank):
+    """Largest difference of a few predictions, of the largest element: of CFG halves, and of torch on half a batch."""
+    model = tiny_denoisers.sd15_unet()
+    x, text = (torch.randn(*s, generator=torch.Generator().manual_seed(1)) for s in ((2, 4, 16, 8), (2, 5, 32)))
+
+    def call(t, rows=slice(None)):
+        return model(x[rows], t, encoder_hidden_states=text[rows]).sample
+
+    times = (900, 500, 100)
+    plain = torch.stack([call(t) for t in times])
+    alone = torch.stack([torch.cat([call(t, slice(i, i + 1)) for i in (0, 1)]) for t in times])
+    asyncdiff_fast.patch(model, cfg_parallel=True, timeout_s=60)
+    found = torch.stack([call(t) for t in times])
+    asyncdiff_fast.unpatch(model)
+    return float((found - plain).abs().max() / plain.abs().max()), torch.equal(found, alone)
+
+
+def test_halves_are_what_half_the_batch_gives():
+    for error, same in ranks.run(2, _half_predictions):
+        assert same and error <= 2e-6

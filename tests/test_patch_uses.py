@@ -300,3 +300,27 @@ def _conditioned(rank):
 def test_what_adapters_add_is_cut_with_the_picture():
     for errors in ranks.run(2, _conditioned):
         assert all(isinstance(error, float) and error <= 1e-5 for error in errors), errors
+
+
+@torch.no_grad()
+def _turns(rank):
+    """Two models that take turns within a loop, as base and refiner or two experts do, beside each alone."""
+    models, alone = (attending(), attending()), []
+    models[1].last.weight.mul_(0.5)
+    options = dict(num_patches=2, warmup_steps=1, timeout_s=60)
+    for model in models:
+        alone.append(outcome(model, lambda model=model: predictions(model), **options))
+    for model in models:
+        asyncdiff_fast.patch(model, **options)
+    x, found = [torch.randn(1, 4, 16, 8, generator=torch.Generator().manual_seed(0))] * 2, ([], [])
+    for t in TIMES:
+        for i, model in enumerate(models):
+            found[i].append(model(x[i], t))
+            x[i] = x[i] - 0.2 * found[i][-1]
+    for model in models:
+        asyncdiff_fast.unpatch(model)
+    return [all(map(torch.equal, a, b)) for a, b in zip(found, alone, strict=True)]
+
+
+def test_two_models_take_turns():
+    assert ranks.run(2, _turns) == [[True, True]] * 2

@@ -162,6 +162,10 @@ SIZES = {
 }
 
 
+# Unpatched, fp32 is 4e-5 from fp64 here: the norms of its lowest level see one pixel of each frame.
+ROUNDING = {("svd", (3, 4, 4)): 2e-4}
+
+
 @torch.no_grad()
 def _odd_sizes(rank, num_patches):
     errors = {}
@@ -182,4 +186,66 @@ def _odd_sizes(rank, num_patches):
 @pytest.mark.parametrize("num_patches", [pytest.param(n, marks=[pytest.mark.slow] * (n != 3)) for n in (2, 3, 4)])
 def test_odd_sizes(num_patches):
     for errors in ranks.run(num_patches, _odd_sizes, num_patches, timeout=200):
-        assert not {size: error for size, error in errors.items() if not error <= 2e-5}
+        assert not {case: error for case, error in errors.items() if not error <= ROUNDING.get(case, 2e-5)}
+
+
+def _sd3(model, n, height, width, length):
+    numbers = dict(pooled_projections=_random(n, 64), timestep=torch.full((n,), 500.0))
+    return model(_random(n, 4, height, width), _random(n, length, 32), **numbers).sample
+
+
+def _qwen(model, n, height, width, length):
+    x, text = _random(n, height * width // 4, 16), _random(n, length, 32)
+    mask, shapes = torch.ones(n, length, dtype=torch.bool), [[(1, height // 2, width // 2)]] * n
+    return model(x, text, mask, torch.full((n,), 0.5), shapes).sample
+
+
+def _long_flux(model, n, height, width, length):
+    ids = torch.zeros(height * width // 4, 3)
+    ids[:, 1], ids[:, 2] = torch.arange(len(ids)) // (width // 2), torch.arange(len(ids)) % (width // 2)
+    numbers = dict(timestep=torch.full((n,), 0.5), guidance=torch.full((n,), 3.0), pooled_projections=_random(n, 32))
+    text = dict(encoder_hidden_states=_random(n, length, 32), txt_ids=torch.zeros(length, 3))
+    return model(_random(n, len(ids), 16), img_ids=ids, **numbers, **text).sample
+
+
+def _long_pixart(model, n, height, width, length):
+    conditions = {"resolution": None, "aspect_ratio": None}
+    text, timestep = _random(n, length, 32), torch.full((n,), 500.0)
+    return model(_random(n, 4, height, width), text, timestep=timestep, added_cond_kwargs=conditions).sample
+
+
+def _long_wan(model, n, height, width, length):
+    return model(_random(n, 16, 1, height, width), torch.full((n,), 500.0), _random(n, length, 32)).sample
+
+
+JOINT = {
+    "sd3": (tiny_denoisers.sd3_transformer, _sd3),
+    "qwen": (tiny_denoisers.qwenimage_transformer, _qwen),
+    "flux": (tiny_denoisers.flux_transformer, _long_flux),
+    "pixart": (tiny_denoisers.pixart_transformer, _long_pixart),
+    "wan": (tiny_denoisers.wan_transformer, _long_wan),
+}
+
+
+@torch.no_grad()
+def _long_text(rank, num_patches):
+    """Text of as many tokens as the picture, as one of its rows, as the height."""
+    errors = {}
+    for name, (make, call) in JOINT.items():
+        model = make()
+        for length in (32, 4, 16):
+            plain = call(model, 1, 16, 8, length)
+            try:
+                asyncdiff_fast.patch(model, num_patches=num_patches, exchange="sync", timeout_s=100)
+                patched = call(model, 1, 16, 8, length)
+                errors[name, length] = float((patched - plain).abs().max() / plain.abs().max())
+            except ValueError as error:
+                errors[name, length] = str(error)
+            if "_asyncdiff_fast" in vars(model):
+                asyncdiff_fast.unpatch(model)
+    return errors
+
+
+def test_text_as_long_as_the_picture():
+    for errors in ranks.run(2, _long_text, 2, timeout=200):
+        assert not {k: e for k, e in errors.items() if not (isinstance(e, float) and e <= 2e-5)}

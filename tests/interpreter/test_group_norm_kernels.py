@@ -55,6 +55,11 @@ def test_modes_agree(drawn):
 
 
 @pytest.mark.usefixtures("launches")
+def test_no_rows():
+    checks.check_no_rows(OPS)
+
+
+@pytest.mark.usefixtures("launches")
 def test_negative_variance():
     checks.check_negative_variance(OPS)
 
