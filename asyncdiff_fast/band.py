@@ -125,6 +125,8 @@ class Band:
             return state.run(func, args, kwargs, self)
         if index in self._first_of:
             self._exchange.wait(self._groups[self._first_of[index]])
+        if getattr(state, "ready", None) is None:
+            state.arrived(self)
         result = state.run(func, args, kwargs, self)
         if index in self._last_of:
             self._exchange.post(self._groups[self._last_of[index]])
@@ -159,6 +161,7 @@ class Band:
         if slot is not None:
             self._exchange.post(slot)
             self._exchange.wait(slot)
+            state.arrived(self)
 
     def pick(self, op, x, facts, run):
         """Name of the implementation of an op on this patch, see `KernelChoice.pick`."""

@@ -44,7 +44,6 @@ class RingState(State):
         self._write(named["key"], named["value"])
         if step.mode is PatchMode.SYNC:
             step.exchange(self)
-        self.arrived(step)
         if named.get("attn_mask") is not None:
             named["attn_mask"] = self._mask(named["attn_mask"])
             if one_head:

@@ -79,15 +79,9 @@ class Runtime:
         if halves.size > 1:
             self._halves = Halves(self.denoiser, halves, self._exchange(halves), self._signature)
         if patches.size > 1:
-            self._bands = Bands(
-                *common,
-                patches,
-                self._exchange(patches),
-                self._signature,
-                self._scheduler,
-                self._packed,
-                self._choice,
-            )
+            patch_exchange = self._exchange(patches)
+            uses = self._signature, self._scheduler, self._packed, self._choice
+            self._bands = Bands(*common, patches, patch_exchange, *uses)
         self._choice.patches = self._bands
         if stages.size > 1:
             self._stages = StageCalls(*common, stages, self._exchange(stages), self._signature, self._scheduler)

@@ -85,6 +85,8 @@ def _buffers(band):
     for state in band._order:
         for x in (*state.sends(), *state.recvs()):
             yield x[1]
+        for part in state.received:
+            yield from part.buffers
 
 
 def _counter():
