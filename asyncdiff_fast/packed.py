@@ -21,8 +21,7 @@ class PackedConvs:
     def __init__(self, denoiser, active):
         self.active = active and torch.backends.mkldnn.is_available()
         self._copies, self._installed = {}, []
-        convs = (m for m in denoiser.modules() if type(m) is nn.Conv2d and "forward" not in vars(m))
-        for module in convs if self.active else ():
+        for module in filter(_may_pay, denoiser.modules() if self.active else ()):
             module.forward = functools.partial(self._forward, module)
             self._installed.append((module, module.forward))
 
@@ -41,7 +40,7 @@ class PackedConvs:
 
     def _forward(self, module, input):
         # Whoever follows torch's functions must see this one; patches come back to `conv2d`.
-        if module.padding_mode != "zeros" or torch._C._len_torch_function_stack() > 0:
+        if torch._C._len_torch_function_stack() > 0:
             return nn.Conv2d.forward(module, input)
         options = (module.stride, module.padding, module.dilation, module.groups)
         return self.conv2d(input, module.weight, module.bias, *options)
@@ -83,6 +82,12 @@ class PackedConvs:
                 weight.detach().to_mkldnn(), padding, stride, dilation, 1, shape
             )
         return known.packed
+
+
+def _may_pay(module):
+    """True for a convolution of more than one pixel with many weights, whose forward is its own."""
+    usual = type(module) is nn.Conv2d and "forward" not in vars(module) and module.padding_mode == "zeros"
+    return usual and max(module.kernel_size) > 1 and module.weight.numel() >= LEAST_WEIGHTS
 
 
 class _Copy:

@@ -40,7 +40,6 @@ class HaloState(State):
         if ready == (x.data_ptr(), x.shape):
             named["input"] = x
         elif step.mode is PatchMode.DISPLACED and self._by_kernel(x, step):
-            self.arrived(step)
             named["input"] = self._op(x, "triton")
         else:
             named["input"] = self._gathered(x, step)
@@ -53,7 +52,6 @@ class HaloState(State):
         if step.mode is PatchMode.SYNC and self.buffers:
             self._leave(x)
             step.exchange(self)
-        self.arrived(step)
         rows = self._around(x, step)
         if step.mode is PatchMode.DISPLACED:
             self._leave(x)

@@ -39,7 +39,11 @@ def test_a_failed_part_does_not_end_the_script(tmp_path):
     done = _run_on_gpu("--out", tmp_path, "report", "tests", python="false")
     assert done.returncode == 1
     lines = (tmp_path / "summary.txt").read_text().splitlines()
-    assert [line.split()[:2] for line in lines] == [["report", "FAILED"], ["tests_kernels", "FAILED"]]
+    assert [line.split()[:2] for line in lines] == [
+        ["report", "FAILED"],
+        ["tests_kernels", "FAILED"],
+        ["tests_exchange", "FAILED"],
+    ]
     assert (tmp_path / "results" / "plans.json").exists() and (tmp_path / "report.log").exists()
 
 
