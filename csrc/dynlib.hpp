@@ -35,14 +35,13 @@ struct NcclUniqueId {
 };
 
 // ncclConfig_t, in the order of nccl.h.
-#define ADF_NCCL_CONFIG_FIELDS(X)                                                                                  \
-  X(size)                                                                                                          \
-  X(magic)                                                                                                         \
-  X(version)                                                                                                       \
-  X(blocking) X(cgaClusterSize) X(minCTAs) X(maxCTAs) X(netName) X(splitShare) X(trafficClass) X(commName)         \
-      X(collnetEnable) X(CTAPolicy) X(shrinkShare) X(nvlsCTAs) X(nChannelsPerNetPeer) X(nvlinkCentricSched)        \
-          X(graphUsageMode) X(numRmaCtx) X(maxP2pPeers) X(graphStreamOrdering) X(launchOrderImplicit) X(numRmaSig) \
-              X(rmaEagerInit) X(hostCftMode) X(nvlsHostMode)
+// clang-format off
+#define ADF_NCCL_CONFIG_FIELDS(X) \
+  X(size) X(magic) X(version) X(blocking) X(cgaClusterSize) X(minCTAs) X(maxCTAs) X(netName) X(splitShare) \
+  X(trafficClass) X(commName) X(collnetEnable) X(CTAPolicy) X(shrinkShare) X(nvlsCTAs) X(nChannelsPerNetPeer) \
+  X(nvlinkCentricSched) X(graphUsageMode) X(numRmaCtx) X(maxP2pPeers) X(graphStreamOrdering) \
+  X(launchOrderImplicit) X(numRmaSig) X(rmaEagerInit) X(hostCftMode) X(nvlsHostMode)
+// clang-format on
 
 struct NcclConfig {
   size_t size = sizeof(NcclConfig);
