@@ -76,7 +76,7 @@ class Config:
     balance: str = "flops"
     timeout_s: float = 120.0
     kernels: str = "auto"
-    predict: str = "linear"
+    predict: str = "none"
     tolerance: float = 0.05
     resync: float = 0.2
 

@@ -17,6 +17,8 @@ from asyncdiff_fast.self_check import Report, SelfCheck
 STAGES = [["first", "blocks.0", "blocks.1", "blocks.2"], ["blocks.3", "blocks.4", "blocks.5", "last"]]
 TIMES = [900, 800, 700, 600, 500, 400, 300, 200, 100]
 
+LINEAR = {"predict": "linear"}
+
 
 def test_one_hop_carries_the_whole_change_and_more_hops_less():
     shares = [damping(hops, 50) for hops in (1, 2, 3, 4, 8)]
@@ -203,7 +205,7 @@ def _ramp(rank, options, whole):
     model, x = Ramp(), noise(size=16)
     with torch.no_grad():
         exact = [model(x, t) for t in Listed.timesteps]
-        runtime = asyncdiff_fast.patch(model, timeout_s=40, warmup_steps=2, scheduler=Listed(), **options)
+        runtime = asyncdiff_fast.patch(model, timeout_s=40, warmup_steps=2, scheduler=Listed(), **LINEAR | options)
         found = [model(x, t) for t in Listed.timesteps]
         stats = runtime.stats()
         asyncdiff_fast.unpatch(model)
@@ -250,7 +252,7 @@ def test_report_is_of_the_call_before():
 def _counted(rank, options, switch=None):
     model = Bare()
     text = None if switch is None else lambda number: torch.full((4,), 300.0 if number >= switch else 0.0)
-    runtime = asyncdiff_fast.patch(model, timeout_s=40, **options)
+    runtime = asyncdiff_fast.patch(model, timeout_s=40, **LINEAR | options)
     pictures = [_loop(model, text=text)(), _loop(model, text=text)()]
     stats = runtime.stats()
     asyncdiff_fast.unpatch(model)
@@ -269,7 +271,7 @@ def _all_exact_then_auto(rank):
     """What a generation of exact calls saw does not end the warm-up of the next one."""
     model = Bare()
     options = {"num_stages": 2, "stages": STAGES, "warmup_steps": "auto", "tolerance": 1e6, "resync": 0}
-    runtime = asyncdiff_fast.patch(model, timeout_s=40, **options)
+    runtime = asyncdiff_fast.patch(model, timeout_s=40, **LINEAR | options)
     counts = []
     for times in (TIMES[:3], TIMES[:3], TIMES):
         runtime.clear_stats()
@@ -296,7 +298,7 @@ def _auto_patches(rank, options):
     model, x = Ramp(), noise(size=16)
     with torch.no_grad():
         exact = model(x, 500.0)
-        asyncdiff_fast.patch(model, **options)
+        asyncdiff_fast.patch(model, **LINEAR | options)
         pictures = torch.stack([model(x, t) for t in TIMES[:5]])
         asyncdiff_fast.unpatch(model)
     return float(exact.sum()), None, pictures
@@ -324,7 +326,7 @@ def test_a_spike_makes_one_call_exact_on_all_ranks():
 )
 def test_auto_warm_up_needs_predictions(options):
     with pytest.raises(ValueError, match='warmup_steps="auto" needs predictions'):
-        asyncdiff_fast.Config(**{"num_stages": 2, "warmup_steps": "auto"} | options)
+        asyncdiff_fast.Config(**LINEAR | {"num_stages": 2, "warmup_steps": "auto"} | options)
 
 
 def test_memory_is_in_the_plan():
