@@ -2,16 +2,15 @@
 
 import torch
 from torch.nn import functional as F
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from .fused_layers import exact
+from .patch_result import PatchResult
 from .patch_sites import make_state
 from .patch_state import messages
 from .prediction import Trend
 from .schedule import PatchMode
 from .self_check import Report, SelfCheck
 from .sites import CONV, JOINS, KINDS, NORM, seen
-from .slots import Recv, Send
 
 # Sites whose predictions are looked at, at most.
 CHECKED_SITES = 16
@@ -270,58 +269,19 @@ class Band:
         self._exchange.freeze(f"{self.phase} displaced", numbers)
 
     def learn_result(self, whole, mine):
-        """Learn which dimension of the denoiser's results holds the rows.
-
-        Args:
-            whole, mine: its result on the whole picture, and on this patch.
-        """
-        self._result = []
-        for a, b in zip(_tensors(whole), _tensors(mine), strict=True):
-            dims = [d for d in range(a.dim()) if a.shape[d] != b.shape[d]]
-            if len(dims) != 1 or a.dim() != b.dim():
-                raise ValueError(
-                    f"the denoiser returns {tuple(a.shape)} for the whole picture and {tuple(b.shape)} for a patch: "
-                    "patches need one dimension of rows in it"
-                )
-            self._result.append((dims[0], self._parts(a, dims[0])))
+        """Learn where the rows are in the denoiser's results, on the whole picture and on this patch."""
+        self._result = PatchResult(self.cutter.rows, self.patch, whole, mine, self.config.checks)
 
     def bind_result(self, exchange, phase):
         """Register the slot for the parts of the result. Collective."""
         self._exchange, self.phase, self.probing, self.bound = exchange, phase, False, True
-        sends, recvs = [], []
-        for _, parts in self._result:
-            for patch, part in enumerate(parts):
-                if patch == self.patch:
-                    sends += [Send(t, (part,)) for t in range(len(parts)) if t != patch]
-                else:
-                    recvs.append(Recv(patch, (part,)))
-        if self.config.checks:
-            with torch.inference_mode(False):
-                self._reports = torch.zeros(self.config.num_patches, 1, device=self.device)
-            others = [p for p in range(self.config.num_patches) if p != self.patch]
-            sends += [Send(p, (self._reports[self.patch],)) for p in others]
-            recvs += [Recv(p, (self._reports[p],)) for p in others]
-        self._slots["result"] = exchange.slot("result", sends, recvs, depth=1)
-        exchange.freeze(f"{phase} result")
-
-    def _parts(self, whole, dim):
-        """Buffers for every patch's part of a result."""
-        rows, shape = self.cutter.rows, list(whole.shape)
-        per_row, rest = divmod(shape[dim], rows.size)
-        if rest:
-            raise ValueError(f"the denoiser returns {shape[dim]} rows for {rows.size}: not a whole number for each")
-        parts = []
-        with torch.inference_mode(False):
-            for start, stop in rows.held:
-                shape[dim] = per_row * (stop - start)
-                parts.append(torch.zeros(shape, dtype=whole.dtype, device=whole.device))
-        return parts
+        self._result.bind(exchange, phase)
 
     def release(self):
         """Forget the slots and buffers of this plan."""
-        names = [] if self.plan is None else ["sync", "norms"] + ["displaced"] * (self._way is not None)
-        for name in [*names, "result"]:
+        for name in [] if self.plan is None else ["sync", "norms"] + ["displaced"] * (self._way is not None):
             self._exchange.release(f"{self.phase} {name}")
+        self._result.release()
 
     # One call.
 
@@ -361,22 +321,11 @@ class Band:
             if self._cursor != expected:
                 self._lost(f"{expected - self._cursor} sites were not met")
         self.epoch += self.mode is PatchMode.DISPLACED
-        leaves, spec = tree_flatten(result)
-        mine = [i for i, x in enumerate(leaves) if isinstance(x, torch.Tensor)]
-        for i, (_, parts) in zip(mine, self._result, strict=True):
-            parts[self.patch].copy_(leaves[i])
         if self._notes:
             self.check.judge(self.trend.weight_before if self.mode is PatchMode.DISPLACED else self.trend.weight)
-        if self.config.checks:
-            self._reports[self.patch].copy_(self.check.worst)
-        self._exchange.post(self._slots["result"])
-        self._exchange.wait(self._slots["result"])
-        if self.config.checks:
-            self.report.give(self._reports.amax(0))
-        for i, (dim, parts) in zip(mine, self._result, strict=True):
-            leaves[i] = torch.cat(parts, dim)
-        return tree_unflatten(leaves, spec)
-
-
-def _tensors(tree):
-    return [x for x in tree_leaves(tree) if isinstance(x, torch.Tensor)]
+        if not self.config.checks:
+            return self._result.share(result)
+        self._result.reports[self.patch].copy_(self.check.worst)
+        whole = self._result.share(result)
+        self.report.give(self._result.reports.amax(0))
+        return whole

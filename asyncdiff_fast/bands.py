@@ -7,15 +7,14 @@ from torch.utils._pytree import tree_leaves
 
 from . import schedule, side_effects, site_rows, sites
 from .band import Band
+from .band_hooks import BandHooks
 from .clock import last_scheduler
 from .cutting import Cutter
-from .modules import Attachment
 from .packed import PackedConvs
 from .patch_plan import PatchPlan
 from .prediction import Instants
 from .schedule import PatchMode
 from .self_check import Pace
-from .sites import JOINS, KINDS, Watch
 
 # How far the patches' synchronous result may be from the whole picture's, of its largest element.
 CLOSE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -28,16 +27,13 @@ class Bands:
 
     def __init__(self, denoiser, config, world, exchange, signature, scheduler=None, packed=None, choice=None):
         self.denoiser, self.config, self.world, self.exchange = denoiser, config, world, exchange
-        self.plan = self._active = None
+        self.plan, self.hooks = None, BandHooks(denoiser)
         self._signature, self._packed = signature, packed or PackedConvs(denoiser, active=False)
-        self._choice, self._names = choice, {}
-        self._bands, self._hooks, self._phases = {}, {}, 0
+        self._choice = choice
+        self._bands, self._phases = {}, 0
         self._scheduler, self._pace = scheduler, Pace(config, world)
         # {place of a band: step of its latest call in this generation}
         self._last_steps = {}
-        # Whether the denoiser's own forward has sites outside its modules.
-        self._at_root = False
-        self._watch = Watch({*KINDS, *JOINS}, self._meet)
 
     def call(self, tick, key, forward, run, args, kwargs):
         """What the denoiser returns for the whole picture. Collective over the patches.
@@ -46,7 +42,7 @@ class Bands:
             tick: the call's place in time.
             key: changes with the inputs' shapes.
             forward: the denoiser's own, for the plan.
-            run: `run(args, kwargs)` is this call on the patch; the forward in it goes through `counted`.
+            run: `run(args, kwargs)` is this call on the patch; the forward in it goes through `hooks.counted`.
         """
         axis = schedule.patch_axis(self.config, tick.step)
         place = (tick.call, key, axis)
@@ -81,7 +77,7 @@ class Bands:
     @property
     def mode(self):
         """`PatchMode` of the call under way."""
-        return self._active.mode
+        return self.hooks.active.mode
 
     def begin_generation(self):
         """What an earlier generation left behind is not read again."""
@@ -103,8 +99,8 @@ class Bands:
 
     def norm_before(self, norm, conv, x, **added):
         """See `Band.norm_before`; of modules."""
-        names = self._names.get(norm), self._names.get(conv)
-        return None if self._active is None else self._active.norm_before(names, norm, x, **added)
+        names = self.hooks.names.get(norm), self.hooks.names.get(conv)
+        return None if self.hooks.active is None else self.hooks.active.norm_before(names, norm, x, **added)
 
     def errors(self):
         """{site: its prediction's relative error, and that of reuse}, of the latest calls."""
@@ -115,34 +111,21 @@ class Bands:
                 found |= {prefix + name: error for name, error in band.check.summary().items()}
         return found
 
-    def counted(self, forward):
-        """The denoiser's forward, such that the calls of its modules are counted from its beginning."""
-
-        def begun(*args, **kwargs):
-            if self._active is None:
-                return forward(*args, **kwargs)
-            self._active.restart()
-            return self._in_module("", forward, args, kwargs) if self._at_root else forward(*args, **kwargs)
-
-        return begun
-
     def forget(self, released=False):
         """Drop all plans, buffers and hooks; the slots too, unless they are `released`."""
         for band in () if released else self._bands.values():
             band.release()
         self._bands.clear()
-        for attachment in self._hooks.values():
-            attachment.remove()
-        self._hooks.clear()
+        self.hooks.remove()
         self.plan = None
 
     def _on_patch(self, band, mode, run, args, kwargs, exact=False):
         cut_args, cut_kwargs = band.begin(self._signature, mode, args, kwargs, exact)
-        self._active = band
+        self.hooks.active = band
         try:
             result = run(cut_args, cut_kwargs)
         finally:
-            self._active = None
+            self.hooks.active = None
         return band.end(result) if band.bound else result
 
     # The plan.
@@ -199,19 +182,19 @@ class Bands:
     def on_first_patch(self, forward, args, kwargs, make_plan):
         """What `make_plan(denoiser, forward, args, kwargs, config)` makes of the first patch's call."""
         _, recorder = self._look(forward, args, kwargs)
-        self._active = self._band(recorder, args, kwargs, schedule.patch_axis(self.config, 0), 0)
-        cut_args, cut_kwargs = self._active.begin(self._signature, PatchMode.LOCAL, args, kwargs)
+        self.hooks.active = self._band(recorder, args, kwargs, schedule.patch_axis(self.config, 0), 0)
+        cut_args, cut_kwargs = self.hooks.active.begin(self._signature, PatchMode.LOCAL, args, kwargs)
         try:
-            return make_plan(self.denoiser, self.counted(forward), cut_args, cut_kwargs, self.config)
+            return make_plan(self.denoiser, self.hooks.counted(forward), cut_args, cut_kwargs, self.config)
         finally:
-            self._active = None
+            self.hooks.active = None
 
     def _quiet(self, forward):
         """Calls of the denoiser that leave no trace in it."""
 
         def run(args, kwargs):
             with side_effects.restored(self.denoiser), torch.no_grad():
-                return self.counted(forward)(*args, **kwargs)
+                return self.hooks.counted(forward)(*args, **kwargs)
 
         return run
 
@@ -237,7 +220,7 @@ class Bands:
         cutter = Cutter.of(recorder, latent, self._signature.latent_name, self.config, patch, axis)
         band = Band(self.config, cutter, patch, latent.device, self._packed, self._choice)
         band.prepare(*_beforehand(recorder, cutter, self.config.naive))
-        self._attach(recorder, band)
+        self.hooks.attach(recorder, band)
         return band
 
     def _plan(self, cutter, recorder, everyone, whole):
@@ -280,41 +263,6 @@ class Bands:
                 "neither a convolution, a GroupNorm nor scaled_dot_product_attention; use num_stages instead, or set "
                 "its attention to a processor that calls scaled_dot_product_attention"
             )
-
-    # Hooks.
-
-    def _attach(self, recorder, band):
-        modules = dict(self.denoiser.named_modules())
-        self._names = {module: name for name, module in modules.items()}
-        wanted = {name for name, _ in recorder.sites} | band.constant_modules
-        # What the modules inside a joining one do must not be taken for its own.
-        wanted |= {n for outer in band.joining_modules for n in modules if n == outer or n.startswith(f"{outer}.")}
-        self._at_root |= "" in wanted
-        for name in sorted(wanted - {"", *self._hooks}):
-
-            def handler(forward, args, kwargs, name=name):
-                return self._in_module(name, forward, args, kwargs)
-
-            self._hooks[name] = Attachment(modules[name], handler)
-
-    def _in_module(self, name, forward, args, kwargs):
-        band = self._active
-        if band is None:
-            return forward(*args, **kwargs)
-        outermost = band.enter(name)
-        try:
-            known = band.constant()
-            if known is not None:
-                return known
-            if not outermost:
-                return forward(*args, **kwargs)
-            with self._watch:
-                return forward(*args, **kwargs)
-        finally:
-            band.leave()
-
-    def _meet(self, func, args, kwargs):
-        return self._active.meet(func, args, kwargs)
 
 
 def _samples(plan, recorder):

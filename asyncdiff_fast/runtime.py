@@ -127,7 +127,7 @@ class Runtime:
         if self._bands is None:
             return self._on_stages(tick, forward, args, kwargs)
         with self._planning(forward) as quiet:
-            counted = self._bands.counted(quiet)
+            counted = self._bands.hooks.counted(quiet)
 
             def run(args, kwargs):
                 return self._on_stages(tick, counted, args, kwargs)
