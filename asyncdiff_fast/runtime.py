@@ -21,7 +21,7 @@ from .op_choice import KernelChoice
 from .packed import PackedConvs
 from .patch_plan import MeshPlan
 from .schedule import Mode, PatchMode
-from .signature import CallSignature
+from .signature import CallSignature, device_of, inputs_key
 from .stage_calls import StageCalls
 from .world import ExchangeError, World, device
 
@@ -98,7 +98,7 @@ class Runtime:
         if self._needs_gradients(args, kwargs):
             self._clock.end()
             return forward(*args, **kwargs)
-        tick = self._clock.tick(self._signature.timestep(args, kwargs), _inputs_key(args, kwargs))
+        tick = self._clock.tick(self._signature.timestep(args, kwargs), inputs_key(args, kwargs))
         try:
             self._inside = True
             if tick.begins:
@@ -118,7 +118,7 @@ class Runtime:
         def run(tick, args, kwargs):
             return self._on_patches(tick, forward, args, kwargs)
 
-        key = _inputs_key(args, kwargs)
+        key = inputs_key(args, kwargs)
         with self._planning(forward) as quiet:
             return self._halves.call(tick, key, quiet, run, args, kwargs, self.guided())
 
@@ -132,7 +132,7 @@ class Runtime:
             def run(args, kwargs):
                 return self._on_stages(tick, counted, args, kwargs)
 
-            return self._bands.call(tick, _inputs_key(args, kwargs), quiet, run, args, kwargs)
+            return self._bands.call(tick, inputs_key(args, kwargs), quiet, run, args, kwargs)
 
     def _on_stages(self, tick, forward, args, kwargs):
         """This call, shared by the stages: of the whole picture, or of this rank's patch."""
@@ -142,7 +142,7 @@ class Runtime:
                 mode = Mode.COMPUTE
         else:
             planning = functools.partial(self._planning, forward, learning=self._bands is None and self._halves is None)
-            result, mode = self._stages.call(tick, _inputs_key(args, kwargs), planning, forward, args, kwargs)
+            result, mode = self._stages.call(tick, inputs_key(args, kwargs), planning, forward, args, kwargs)
         self._calls[mode] += 1
         return result
 
@@ -183,7 +183,7 @@ class Runtime:
             "interrupted": self._interrupted,
         }
         everyone = self.world.gather(mine, "the start of a generation")
-        where = _device(args, kwargs)
+        where = device_of(args, kwargs)
         if any(report["interrupted"] for report in everyone):
             self._restart("interrupted")
         elif where is not None and where.type != self._device_type:
@@ -281,27 +281,3 @@ def _device_type(denoiser):
     if target is None:
         target = next((x.device for x in denoiser.parameters() if x.device.type != "meta"), device())
     return torch.device(target).type
-
-
-def _device(args, kwargs):
-    return next((x.device for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)), None)
-
-
-def _inputs_key(args, kwargs):
-    """Changes when cached values no longer fit: structure, shapes, dtypes and flags of the inputs, not numbers."""
-    where = _device(args, kwargs)
-    kind = "cpu" if where is None else where.type
-    autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-    return autocast, _key((args, kwargs))
-
-
-def _key(x):
-    if isinstance(x, torch.Tensor):
-        return tuple(x.shape), x.dtype, x.device
-    if isinstance(x, list | tuple):
-        return tuple(_key(item) for item in x)
-    if isinstance(x, dict):
-        return tuple((name, _key(item)) for name, item in sorted(x.items()))
-    if isinstance(x, bool | str) or x is None:
-        return x
-    return type(x).__name__

@@ -1,6 +1,9 @@
-"""Where a denoiser's forward takes its latent and its timestep, found by the forward's signature."""
+"""Where a denoiser's forward takes its latent and its timestep, found by the forward's signature; keys of calls."""
 
 import inspect
+
+import torch
+from torch.utils._pytree import tree_leaves
 
 TIMESTEP_NAMES = ("timestep", "timesteps", "t", "time", "sigma", "sigmas", "noise_level")
 _NAMED = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
@@ -52,3 +55,28 @@ class CallSignature:
             return args, {**kwargs, self.timestep_name: timestep}
         index = self.positional.index(self.timestep_name)
         return (*args[:index], timestep, *args[index + 1 :]), kwargs
+
+
+def device_of(args, kwargs):
+    """Device of the first tensor of a call's arguments, or None."""
+    return next((x.device for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)), None)
+
+
+def inputs_key(args, kwargs):
+    """Changes when cached values no longer fit: structure, shapes, dtypes and flags of the inputs, not numbers."""
+    where = device_of(args, kwargs)
+    kind = "cpu" if where is None else where.type
+    autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    return autocast, _key((args, kwargs))
+
+
+def _key(x):
+    if isinstance(x, torch.Tensor):
+        return tuple(x.shape), x.dtype, x.device
+    if isinstance(x, list | tuple):
+        return tuple(_key(item) for item in x)
+    if isinstance(x, dict):
+        return tuple((name, _key(item)) for name, item in sorted(x.items()))
+    if isinstance(x, bool | str) or x is None:
+        return x
+    return type(x).__name__
