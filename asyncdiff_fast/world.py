@@ -28,6 +28,8 @@ def device():
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
 
 
+# How long the keeper of the store waits for others to have read an answer.
+READ_PATIENCE_S = 5.0
 _counters = {}
 _users = _starts = 0
 _store = None
@@ -142,6 +144,8 @@ class World:
         self.rank = self.ranks.index(dist.get_rank()) if self.size > 1 else 0
         self._sequence, self._groups = itertools.count(), itertools.count()
         self._old_keys = []
+        # Without a launcher's, the first process keeps the store.
+        self._keeps_store = self.ranks[self.rank] == 0 and "TORCHELASTIC_RUN_ID" not in os.environ
         if self.size > 1:
             number = _counters.setdefault(self.ranks, itertools.count())
             self._name = f"asyncdiff_fast/{'-'.join(map(str, self.ranks))}/{next(number)}"
@@ -156,11 +160,17 @@ class World:
             return [value]
         step = next(self._sequence)
 
+        peers, ends = [r for r in range(self.size) if r != self.rank], time.monotonic() + self.timeout_s
+
         def ask():
             self._store.set(f"{step}/{self.rank}", pickle.dumps((what, value)))
-            answers = _answers(self._store, step, [r for r in range(self.size) if r != self.rank], self.timeout_s)
+            answers = _answers(self._store, step, peers, self.timeout_s)
             if not answers[1]:
-                self._forget(f"{step}/{self.rank}")
+                self._store.set(f"read {step}/{self.rank}", b"")
+                self._forget(f"{step}/{self.rank}", f"read {step}/{self.rank}")
+                if self._keeps_store:
+                    # This process may end now, and the store with it.
+                    _answers(self._store, f"read {step}", peers, min(READ_PATIENCE_S, ends - time.monotonic()))
             return answers
 
         try:
@@ -185,11 +195,12 @@ class World:
         """Rank 0's `value` on every rank. Collective."""
         return self.gather(value if self.rank == 0 else None, what)[0]
 
-    def _forget(self, key):
-        """Delete this rank's key of two rounds ago: everybody has read it, since everybody has written a later one."""
-        self._old_keys.append(key)
+    def _forget(self, *keys):
+        """Delete this rank's keys of two rounds ago: everybody has read them, since everybody has written later."""
+        self._old_keys.append(keys)
         if len(self._old_keys) > 2:
-            self._store.delete_key(self._old_keys.pop(0))
+            for key in self._old_keys.pop(0):
+                self._store.delete_key(key)
 
     def new_store(self, name):
         """A key-value store of these ranks for one purpose; the same on every rank. Collective in its order."""
