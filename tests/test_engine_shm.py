@@ -108,8 +108,8 @@ def _many(rank, posts):
 
 def test_many_posts_do_not_grow():
     for (rss, fds, threads), (rss_after, fds_after, threads_after) in shm_ranks.run(2, _many, 100_000):
-        # The ring touches its pages one after another.
-        assert rss_after <= rss + 2048
+        # The ring touches its pages one after another; a sanitizer keeps a memory of its own.
+        assert building.SANITIZE_VARIABLE in os.environ or rss_after <= rss + 2048
         assert (fds_after, threads_after) == (fds, threads)
 
 
