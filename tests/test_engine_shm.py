@@ -131,7 +131,8 @@ def _phases(rank):
 
 def test_phases_are_released():
     for before, after in shm_ranks.run(2, _phases):
-        assert after[0] < before[0] + 20_000 and after[1] <= before[1] + 1
+        assert building.SANITIZE_VARIABLE in os.environ or after[0] < before[0] + 20_000
+        assert after[1] <= before[1] + 1
 
 
 def _refusals(rank):
