@@ -31,12 +31,14 @@ def missing():
 class Engine:
     """The slots of one rank over a channel of `_C`. `kind` is "nccl" (CUDA tensors) or "shm" (CPU tensors)."""
 
+    _open = False
+
     def __init__(self, world, kind, channel, watch=None):
         self.world, self.kind = world, kind
         self.device_type = "cuda" if kind == "nccl" else "cpu"
         self._channel, self._watch = channel, watch
         self._unfrozen, self._phases = [], {}
-        self._reported = False
+        self._reported, self._open = False, True
         _engines.add(self)
 
     def slot(self, name, sends=(), recvs=(), depth=2):
@@ -144,6 +146,7 @@ class Engine:
     def close(self, patience_s=None):
         """Wait for what is under way, if the exchange is whole, and drop buffers. Raises a failure nobody has seen."""
         _engines.discard(self)
+        self._open = False
         try:
             with self._reporting():
                 self._channel.close(self.world.timeout_s if patience_s is None else patience_s)
@@ -151,6 +154,13 @@ class Engine:
             if self._watch is not None:
                 self._watch.end()
             self._unfrozen, self._phases = [], {}
+
+    def __del__(self):
+        # The channel knows addresses only: whatever still copies must end before the buffers go.
+        if self._open:
+            with contextlib.suppress(RuntimeError):
+                self._channel.leave("it was dropped without being closed")
+                self.close(0)
 
     def _stream(self):
         return torch.cuda.current_stream().cuda_stream if self.kind == "nccl" else 0

@@ -32,8 +32,6 @@ class Rank:
 
     def __init__(self, pipe, rank, size, options):
         self._pipe, self.rank, self.size = pipe, rank, size
-        # The transport knows addresses only; as long as a slot is in use, its memory must be there.
-        self.kept = []
         self.C = building.load()[1]
         transport = {k: options.pop(k) for k in ("ring_bytes", "futex", "direct") if k in options}
         self.transport = self.C.ShmTransport(rank, size, 4711, **transport)
@@ -41,6 +39,8 @@ class Rank:
         self.transport.connect(addresses)
         pids = [pid * (r != rank) for r, (pid, _) in enumerate(addresses)]
         self.channel = self.C.Channel(self.transport, **{"timeout_s": 20.0, "pids": pids} | options)
+        # The channel knows addresses only: their memory must be there until it is gone. Attributes go in this order.
+        self.kept = []
         self.meet()
 
     def meet(self, value=None):

@@ -1,11 +1,15 @@
 """Which way slots travel: all ranks choose alike, say so once, and can be told."""
 
+import gc
 import logging
 import os
 import subprocess
 import sys
 import textwrap
+import time
+import weakref
 
+import numpy as np
 import pytest
 import ranks
 import torch
@@ -145,10 +149,38 @@ def test_buffers_must_fit_the_exchange():
         assert "is on meta; this exchange moves cpu tensors" in meta
 
 
+def _dropped(rank):
+    """Forgets an exchange under way, alone or in a ring of references; what was left of the channel as buffers went."""
+    found = []
+    for ring in (False, True):
+        start_process_group(30)
+        exchange = open_exchange(World(range(2), 30), "cpu")
+        # Memory whose end can be seen; the one of weak references to tensors in a ring comes before.
+        blocks = [np.zeros(1 << 20, np.float32) for _ in range(4)]
+        buffers = tuple(map(torch.from_numpy, blocks))
+        slot = exchange.slot("big", [Send(1 - rank, buffers[:2])], [Recv(1 - rank, buffers[2:])])
+        exchange.freeze("phase")
+        exchange.post(slot)
+        channel = exchange._channel
+        for block in blocks:
+            weakref.finalize(block, lambda c=channel: found.append(c.broken()))
+        del block, blocks, buffers, channel
+        if ring:
+            exchange.world.ring = slot.ring = exchange
+        del exchange, slot
+        gc.collect()
+        stop_process_group()
+    return found
+
+
+def test_buffers_outlive_a_forgotten_exchange():
+    for found in ranks.run(2, _dropped):
+        assert len(found) == 8
+        assert all("has left the exchange" in reason for reason in found)
+
+
 def _raises(rank):
     """One rank alone raises in a step; (type and text of what each sees, seconds)."""
-    import time
-
     model = Bare()
     asyncdiff_fast.patch(model, num_stages=2, warmup_steps=1, timeout_s=60)
     if rank == 1:

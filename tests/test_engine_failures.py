@@ -197,6 +197,9 @@ def test_a_forked_child_is_refused():
         assert texts.count("the exchange does not survive fork()") == 2
 
 
+_open_at_the_end = []
+
+
 def _abandoned(rank, way):
     """Ends without closing, with an exchange under way."""
     number, _, _ = _ring(rank, nbytes=1 << 20)
@@ -205,6 +208,8 @@ def _abandoned(rank, way):
         rank.channel.post(number)
     if way == "dropped":
         rank.channel = None
+    else:
+        _open_at_the_end.append(rank)
     return os.getpid()
 
 

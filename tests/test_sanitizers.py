@@ -19,14 +19,13 @@ TORCH_FREE = (
     "test_engine_shm.py",
     "test_engine_failures.py",
 )
-SUPPRESSIONS = Path(__file__).with_name("asan.supp")
 # What must be loaded before Python, and what a sanitizer is told. Python itself never frees all it allocates.
 SANITIZERS = {
     "thread": (["libtsan.so"], {"TSAN_OPTIONS": "halt_on_error=0 exitcode=66"}),
     "address,undefined": (
         ["libasan.so", "libubsan.so", "libstdc++.so"],
         {
-            "ASAN_OPTIONS": f"detect_leaks=0 suppressions={SUPPRESSIONS}",
+            "ASAN_OPTIONS": "detect_leaks=0",
             "UBSAN_OPTIONS": "print_stacktrace=1 halt_on_error=1",
         },
     ),
