@@ -14,7 +14,7 @@ from .packed import PackedConvs
 from .patch_plan import PatchPlan
 from .prediction import Instants
 from .schedule import PatchMode
-from .self_check import Pace
+from .self_check import Pace, summaries
 
 # How far the patches' synchronous result may be from the whole picture's, of its largest element.
 CLOSE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -104,12 +104,7 @@ class Bands:
 
     def errors(self):
         """{site: its prediction's relative error, and that of reuse}, of the latest calls."""
-        found = {}
-        for (call, *_), band in self._bands.items():
-            if band.check is not None:
-                prefix = f"call {call}, " if call else ""
-                found |= {prefix + name: error for name, error in band.check.summary().items()}
-        return found
+        return summaries((place[0], band.check) for place, band in self._bands.items())
 
     def forget(self, released=False):
         """Drop all plans, buffers and hooks; the slots too, unless they are `released`."""

@@ -76,7 +76,7 @@ class Cutter:
         named = signature.named(args, kwargs)
         leaves, spec = tree_flatten_with_path(named)
         cut = tree_unflatten([self._cut(path[0].key, x) for path, x in leaves], spec)
-        return tuple(list(cut.values())[: len(args)]), {name: cut[name] for name in kwargs}
+        return signature.as_call(cut, args, kwargs)
 
     def _cut(self, name, x):
         if not isinstance(x, torch.Tensor):

@@ -12,6 +12,7 @@ from diffusers.models import activations, normalization
 from torch import nn
 
 from . import ops
+from .kernels.checks import rows_are_dense
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -72,8 +73,7 @@ def group_norm(norm, call, choice, x, act=None, conv_bias=None, temb=None, scale
         conv_bias, temb, scale, shift: as `ops.group_norm` takes them.
     """
     silu = isinstance(act, nn.Module) and plain(act, nn.SiLU)
-    dense = x.ndim == 3 or (x.ndim in (4, 5) and x.stride(-2) == x.shape[-1] * x.stride(-1))
-    if dense and (call is not norm or plain(norm, nn.GroupNorm)):
+    if rows_are_dense(x) and (call is not norm or plain(norm, nn.GroupNorm)):
         partials = choice.recall(x)
 
         def run(kernel):

@@ -99,7 +99,7 @@ class Halves:
             self._expected = _foreseen(self._given, named)
             self._given, self._kept = {0: named}, None
             if self._expected is not None:
-                mine = (args, kwargs) if self.half == 0 else self._as_call(self._expected, args, kwargs)
+                mine = (args, kwargs) if self.half == 0 else self._signature.as_call(self._expected, args, kwargs)
                 result = run(replace(tick, call=self.half), *mine)
                 first, self._kept = self._share(("calls", key), result, (0, 1))
                 return first
@@ -110,10 +110,6 @@ class Halves:
         owner = tick.call % 2
         result = run(tick, args, kwargs) if self.half == owner else None
         return self._share(("call", owner, key), result, (owner,))[owner]
-
-    def _as_call(self, named, args, kwargs):
-        """Named arguments as (args, kwargs), in the form of those given."""
-        return tuple(list(named.values())[: len(args)]), {name: named[name] for name in kwargs}
 
     # Exchange.
 

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 
 from . import patch_ops
-from .patch_state import Received, State, dense
+from .kernels.checks import rows_are_dense
+from .patch_state import Received, State
 from .schedule import PatchMode
 from .sites import conv_options
 
@@ -83,7 +84,7 @@ class HaloState(State):
         return {"halo": halo, **{side: found[0] if found else None for side, found in sides.items()}}
 
     def _by_kernel(self, x, step):
-        if self.borders is None or not dense(x):
+        if self.borders is None or not rows_are_dense(x):
             return False
         facts = (*self.borders["halo"], *(self.borders[side] is not None for side in SIDES))
         return step.pick("patch_rows", x, facts, lambda kernel: self._op(x, kernel)) == "triton"

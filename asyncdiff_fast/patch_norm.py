@@ -5,7 +5,8 @@ import math
 import torch
 
 from . import patch_ops
-from .patch_state import Received, State, dense
+from .kernels.checks import rows_are_dense
+from .patch_state import Received, State
 from .schedule import PatchMode
 
 
@@ -47,7 +48,7 @@ class NormState(State):
 
     def by_kernel(self, x, how, step, fused=()):
         """True if the norm runs as one op on this patch's rows; `fused` tells what else is done in its passes."""
-        if self.site.rows.held[self.patch] != self.site.rows.owned[self.patch] or not dense(x):
+        if self.site.rows.held[self.patch] != self.site.rows.owned[self.patch] or not rows_are_dense(x):
             return False
         facts = (self.site.num_groups, len(self.parts), how, *fused)
 

@@ -81,9 +81,6 @@ class State:
 def messages(state, displaced=False):
     """(sends, receives) of a state, as slots take them: of depth 2 for displaced calls, else 1."""
     sends = [Send(target, (x,) * (1 + displaced)) for target, x in state.sends()]
-    return sends, [Recv(part.source, part.buffers if displaced else (part.place,)) for part in state.received]
-
-
-def dense(x):
-    """True if a picture's rows lie one after another, as kernels read them."""
-    return x.dim() == 3 or (x.dim() in (4, 5) and x.stride(-2) == x.shape[-1] * x.stride(-1))
+    if displaced:
+        return sends, [Recv(part.source, part.buffers) for part in state.received]
+    return sends, [Recv(source, (x,)) for source, x in state.recvs()]

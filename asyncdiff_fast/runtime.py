@@ -98,15 +98,16 @@ class Runtime:
         if self._needs_gradients(args, kwargs):
             self._clock.end()
             return forward(*args, **kwargs)
-        tick = self._clock.tick(self._signature.timestep(args, kwargs), inputs_key(args, kwargs))
+        key = inputs_key(args, kwargs)
+        tick = self._clock.tick(self._signature.timestep(args, kwargs), key)
         try:
             self._inside = True
             if tick.begins:
                 self._packed.forget()
                 self._begin_generation(args, kwargs)
             if self._halves is not None:
-                return self._on_halves(tick, forward, args, kwargs)
-            return self._on_patches(tick, forward, args, kwargs)
+                return self._on_halves(tick, key, forward, args, kwargs)
+            return self._on_patches(tick, key, forward, args, kwargs)
         except BaseException:
             self._interrupted = True
             self._clock.end()
@@ -114,27 +115,26 @@ class Runtime:
         finally:
             self._inside = False
 
-    def _on_halves(self, tick, forward, args, kwargs):
+    def _on_halves(self, tick, key, forward, args, kwargs):
         def run(tick, args, kwargs):
-            return self._on_patches(tick, forward, args, kwargs)
+            return self._on_patches(tick, inputs_key(args, kwargs), forward, args, kwargs)
 
-        key = inputs_key(args, kwargs)
         with self._planning(forward) as quiet:
             return self._halves.call(tick, key, quiet, run, args, kwargs, self.guided())
 
-    def _on_patches(self, tick, forward, args, kwargs):
+    def _on_patches(self, tick, key, forward, args, kwargs):
         """This call, shared by the patches: of the whole batch, or of this rank's half of the guidance."""
         if self._bands is None:
-            return self._on_stages(tick, forward, args, kwargs)
+            return self._on_stages(tick, key, forward, args, kwargs)
         with self._planning(forward) as quiet:
             counted = self._bands.hooks.counted(quiet)
 
             def run(args, kwargs):
-                return self._on_stages(tick, counted, args, kwargs)
+                return self._on_stages(tick, inputs_key(args, kwargs), counted, args, kwargs)
 
-            return self._bands.call(tick, inputs_key(args, kwargs), quiet, run, args, kwargs)
+            return self._bands.call(tick, key, quiet, run, args, kwargs)
 
-    def _on_stages(self, tick, forward, args, kwargs):
+    def _on_stages(self, tick, key, forward, args, kwargs):
         """This call, shared by the stages: of the whole picture, or of this rank's patch."""
         if self._stages is None:
             result, mode = forward(*args, **kwargs), Mode.EXACT
@@ -142,7 +142,7 @@ class Runtime:
                 mode = Mode.COMPUTE
         else:
             planning = functools.partial(self._planning, forward, learning=self._bands is None and self._halves is None)
-            result, mode = self._stages.call(tick, inputs_key(args, kwargs), planning, forward, args, kwargs)
+            result, mode = self._stages.call(tick, key, planning, forward, args, kwargs)
         self._calls[mode] += 1
         return result
 

@@ -64,6 +64,15 @@ class SelfCheck:
         }
 
 
+def summaries(checks):
+    """{name: errors} of some (number of the call between two steps, its `SelfCheck` or None); waits for the device."""
+    found = {}
+    for call, check in checks:
+        prefix = f"call {call}, " if call else ""
+        found |= {prefix + name: error for name, error in (check.summary() if check is not None else {}).items()}
+    return found
+
+
 class Report:
     """The worst error of each call as all ranks know it, read on the host without waiting for the call's end."""
 

@@ -39,6 +39,11 @@ class CallSignature:
         names = [*self.positional, *(f"argument {i}" for i in range(len(self.positional), len(args)))]
         return {**dict(zip(names, args, strict=False)), **kwargs}
 
+    @staticmethod
+    def as_call(named, args, kwargs):
+        """What `named` gives as a dict, as (args, kwargs) in the form of those given."""
+        return tuple(list(named.values())[: len(args)]), {name: named[name] for name in kwargs}
+
     def latent(self, args, kwargs):
         """The latent (a tensor, or a list of tensors) of one call; without named parameters, the first argument."""
         if self.latent_name is None:

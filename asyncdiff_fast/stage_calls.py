@@ -2,9 +2,6 @@
 
 import logging
 
-import torch
-from torch.utils._pytree import tree_leaves
-
 from . import schedule
 from .buffers import Placeholders
 from .clock import last_scheduler
@@ -13,7 +10,8 @@ from .passes import Pass
 from .planning import make_plan
 from .prediction import Instants
 from .schedule import Mode
-from .self_check import Pace
+from .self_check import Pace, summaries
+from .signature import device_of
 from .timesteps import Timesteps
 
 log = logging.getLogger(__name__)
@@ -57,12 +55,7 @@ class StageCalls:
 
     def errors(self):
         """{received tensor: its prediction's relative error, and that of reuse}, of the latest calls."""
-        found = {}
-        for (call, _), current in self._passes.items():
-            if current.check is not None:
-                prefix = f"call {call}, " if call else ""
-                found |= {prefix + name: error for name, error in current.check.summary().items()}
-        return found
+        return summaries((place[0], current.check) for place, current in self._passes.items())
 
     def forget(self, released=False):
         """Drop all plans, buffers and hooks; the slots too, unless they are `released`."""
@@ -144,7 +137,7 @@ class StageCalls:
             with planning() as forward:
                 plan = make_plan(self.denoiser, forward, args, kwargs, self.config, self.world, known)
             self._attach(plan)
-            device = next(x.device for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor))
+            device = device_of(args, kwargs)
             placeholders = self._placeholders.setdefault(device, Placeholders(device))
             current = Pass(plan, self.config, self.world.rank, device, placeholders)
             current.bind(self.exchange, f"call {tick.call}, plan {self._phases}")

@@ -1,4 +1,4 @@
-"""What one rank of N computes in a call on its patch: one process, the other ranks' parts filled with recorded data.
+"""What one rank of N computes in a call on its patch: one process; of the other ranks' parts it has zeros.
 
     python benchmarks/patch_compute.py --model sdxl --pixels 1024 2048 3840 --patches 1 2 4 8 --save
     python benchmarks/patch_compute.py --device cpu --model sd15_width --patches 2
@@ -98,7 +98,6 @@ def row(options, pixels, patches):
     packed = PackedConvs(denoiser, active=config.kernels != "torch" and options.device == "cpu")
     bands = Bands(denoiser, config, None, exchange, CallSignature(denoiser), packed=packed)
     plan, call = bands.emulate(rank, denoiser.forward, (), inputs)
-    # The rows of every buffer are this patch's own statistics, so that numbers stay finite.
     call(PatchMode.SYNC)
     call(PatchMode.DISPLACED)
     call(PatchMode.DISPLACED)

@@ -17,6 +17,11 @@ def suits_attention(x):
     return dense and x.shape[3] in HEAD_SIZES and x.dtype in DTYPES
 
 
+def rows_are_dense(x):
+    """Whether a picture's rows lie one after another, as the GroupNorm and halo launchers read x (n, c, *spatial)."""
+    return x.ndim == 3 or (x.ndim in (4, 5) and x.stride(-2) == x.shape[-1] * x.stride(-1))
+
+
 def check_borders(x, halo, upsample, above, below, top, bottom):
     """Raise unless the neighbours' rows fit the halo and the own ones `x`, all in the resolution of `x`."""
     for name, rows, count in (

@@ -83,22 +83,13 @@ def cases():
     return found
 
 
-def _run_cases(rank, names):
-    """On each rank: every case, one after the other; returns {name: (noises, latents)}."""
+def play(names, options):
+    """Every case, one after the other, patched with `options(case)`: {name: (noises, latents)}."""
     results = {}
     for name in names:
         case, inputs, _ = load.load_case(FOLDER / name)
         model = load.build_model(case["model"], case["weight_seed"])
-        asyncdiff_fast.patch(
-            model,
-            stages=published_stages(case["model"], case["model_n"]),
-            stride=case["stride"],
-            warmup_steps=case["warm_up"],
-            time_shift=case["time_shift"],
-            stride_phase="odd",
-            predict="none",
-            timeout_s=60,
-        )
+        asyncdiff_fast.patch(model, timeout_s=60, predict="none", **options(case))
         if case.get("second_run"):
             # A whole generation with other inputs, and no reset after it.
             load.denoise(case, model, load.make_inputs({**case, "input_seed": case["input_seed"] + 999}))
@@ -106,6 +97,20 @@ def _run_cases(rank, names):
         results[name] = (noises, latents)
         asyncdiff_fast.unpatch(model)
     return results
+
+
+def _options(case):
+    return dict(
+        stages=published_stages(case["model"], case["model_n"]),
+        stride=case["stride"],
+        warmup_steps=case["warm_up"],
+        time_shift=case["time_shift"],
+        stride_phase="odd",
+    )
+
+
+def _run_cases(rank, names):
+    return play(names, _options)
 
 
 @functools.cache

@@ -4,9 +4,7 @@ import functools
 
 import pytest
 import ranks
-from test_golden import FOLDER, TOLERANCE, load
-
-import asyncdiff_fast
+from test_golden import FOLDER, TOLERANCE, load, play
 
 # The published modes (distrifuser, DistriConfig.mode) as options.
 MODES = {
@@ -37,17 +35,7 @@ def cases():
 
 
 def _run_cases(rank, names):
-    results = {}
-    for name in names:
-        case, inputs, _ = load.load_case(FOLDER / name)
-        model = load.build_model(case["model"], case["weight_seed"])
-        asyncdiff_fast.patch(model, timeout_s=60, predict="none", **_options(case))
-        if case.get("second_run"):
-            load.denoise(case, model, load.make_inputs({**case, "input_seed": case["input_seed"] + 999}))
-        latents, noises, _ = load.denoise(case, model, inputs)
-        results[name] = (noises, latents)
-        asyncdiff_fast.unpatch(model)
-    return results
+    return play(names, _options)
 
 
 @functools.cache

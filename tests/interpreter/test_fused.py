@@ -11,8 +11,8 @@ import tiny_pipelines
 import torch
 from diffusers.hooks import HookRegistry, ModelHook
 from diffusers.models.resnet import ResnetBlock2D, SpatioTemporalResBlock, TemporalConvLayer
+from seen_ops import SeenOps
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import asyncdiff_fast
 
@@ -185,46 +185,44 @@ def test_resampling_block_keeps_its_forward(up_or_down):
     assert layers == {"GroupNorm": 2}
 
 
-class _Ops(TorchDispatchMode):
-    """Names of the ops on activations, with more than the two sizes of a time embedding."""
-
-    def __init__(self):
-        super().__init__()
-        self.seen = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if any(isinstance(x, torch.Tensor) and x.ndim > 2 for x in args):
-            self.seen.add(func.name().split(".")[0])
-        return func(*args, **kwargs or {})
-
-
 @torch.no_grad()
 def test_nothing_of_torch_is_left_in_a_residual_block():
     block = tiny_parts.fill(ResnetBlock2D(in_channels=16, out_channels=24, temb_channels=8, groups=4))
     x, temb = torch.randn(2, 16, 5, 7), torch.randn(2, 8)
-    with _Ops() as plain:
+    with SeenOps() as plain:
         block(x, temb)
-    assert {"aten::silu", "aten::native_group_norm", "aten::add", "aten::div"} <= plain.seen
+    assert {"aten::silu", "aten::native_group_norm", "aten::add", "aten::div"} <= set(plain.names)
     asyncdiff_fast.patch(block, kernels="triton")
-    with _Ops() as patched:
+    with SeenOps() as patched:
         block(x, temb)
     asyncdiff_fast.unpatch(block)
-    kernels = {name for name in patched.seen if name.startswith("asyncdiff_fast::")}
+    kernels = {name for name in patched.names if name.startswith("asyncdiff_fast::")}
     assert kernels == {"asyncdiff_fast::group_norm", "asyncdiff_fast::residual_add"}
     # Views aside, three convolutions are all that torch still computes.
-    assert patched.seen - kernels <= {"aten::convolution", "aten::mkldnn_convolution", "aten::detach", "aten::alias"}
+    assert set(patched.names) - kernels <= {
+        "aten::convolution",
+        "aten::mkldnn_convolution",
+        "aten::detach",
+        "aten::alias",
+    }
 
 
 @torch.no_grad()
 def test_launchers_make_no_pass_of_torch():
-    """Within the ops, too: `_Ops` sees no further than a registered op."""
+    """Within the ops, too: `SeenOps` sees no further than a registered op."""
     from asyncdiff_fast.kernels import group_norm
 
     x, vector = torch.randn(2, 16, 5, 7), torch.randn(16)
-    with _Ops() as seen:
+    with SeenOps() as seen:
         group_norm.group_norm(x, vector, vector, 4, 1e-5, act="silu", conv_bias=vector, temb=torch.randn(2, 16))
         group_norm.residual_partials(x, x, bias=vector)
-    assert not seen.seen & {"aten::cat", "aten::pad", "aten::constant_pad_nd", "aten::silu", "aten::native_group_norm"}
+    assert not set(seen.names) & {
+        "aten::cat",
+        "aten::pad",
+        "aten::constant_pad_nd",
+        "aten::silu",
+        "aten::native_group_norm",
+    }
 
 
 def test_lora():

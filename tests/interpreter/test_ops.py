@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from asyncdiff_fast.kernels.kv_ring import KVRing
-from torch.utils._python_dispatch import TorchDispatchMode
+from seen_ops import SeenOps
 
 from asyncdiff_fast import ops
 
@@ -80,10 +80,10 @@ def test_attention_reads_a_ring_in_place(kernel):
     q = torch.randn(2, 3, 5, 16)
     want = F.scaled_dot_product_attention(q, *(x.transpose(1, 2).contiguous() for x in (ring.key(), ring.value())))
     args = (q.transpose(1, 2), [ring.key()], [ring.value()], 0.25, kernel)
-    with _Names() as names:
+    with SeenOps(of_activations=False) as names:
         got = ops.attention(*args)
     torch.testing.assert_close(got.transpose(1, 2), want, rtol=1e-5, atol=1e-5)
-    assert got.is_contiguous() and "aten::cat" not in names.seen
+    assert got.is_contiguous() and "aten::cat" not in names.names
     registered = torch.ops.asyncdiff_fast.attention.default
     torch.library.opcheck(registered, args, test_utils=("test_schema", "test_faketensor"))
 
@@ -93,20 +93,10 @@ def test_every_op_is_registered():
     assert all(names[0] == "torch" and "triton" in names for names in ops.KERNELS.values())
 
 
-class _Names(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.seen = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.seen.append(func.name())
-        return func(*args, **kwargs or {})
-
-
 def test_tracers_see_the_op_and_others_go_straight_to_the_kernel():
     x = torch.randn(2, 3, 8)
-    with _Names() as names:
+    with SeenOps(of_activations=False) as names:
         ops.geglu(x, "triton")
         ops.geglu(x, "torch")
-    assert names.seen[0] == "asyncdiff_fast::geglu"
-    assert "asyncdiff_fast::geglu" not in names.seen[1:] and "aten::gelu" in names.seen
+    assert names.names[0] == "asyncdiff_fast::geglu"
+    assert "asyncdiff_fast::geglu" not in names.names[1:] and "aten::gelu" in names.names

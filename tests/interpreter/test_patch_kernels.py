@@ -3,7 +3,7 @@
 import pytest
 import torch
 from diffusers import SD3Transformer2DModel, UNet2DConditionModel
-from torch.utils._python_dispatch import TorchDispatchMode
+from seen_ops import SeenOps
 
 from asyncdiff_fast import fused_patches, patch_ops
 from asyncdiff_fast.bands import Bands
@@ -103,31 +103,16 @@ def test_with_and_without_kernels(build, patch, patches, group_norm):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
-class InBlocks(TorchDispatchMode):
-    """Counts the ops of this thread while a residual block runs."""
-
-    def __init__(self, monkeypatch):
-        super().__init__()
-        self.ops, self.inside = [], False
-        (row,) = fused_patches.ROWS
-        monkeypatch.setattr(fused_patches, "ROWS", (row,))
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if self.inside:
-            self.ops.append(func.overloadpacket._qualified_op_name)
-        return func(*args, **(kwargs or {}))
-
-
 def test_a_residual_block_makes_no_other_passes(monkeypatch):
-    watch = InBlocks(monkeypatch)
+    watch = SeenOps(of_activations=False, paused=True)
     convolved = fused_patches._convolved
 
     def counted(*args, **kwargs):
-        watch.inside = True
+        watch.paused = False
         try:
             return convolved(*args, **kwargs)
         finally:
-            watch.inside = False
+            watch.paused = True
 
     monkeypatch.setattr(fused_patches, "_convolved", counted)
     calls = []
@@ -136,5 +121,5 @@ def test_a_residual_block_makes_no_other_passes(monkeypatch):
     displaced(unet, "triton", 1, 3, "corrected", watch)
     fused = [k for k in calls if k.get("halo")]
     assert fused and all(k["silu"] and k["above"] is not None and k["top"] is not None for k in fused)
-    unwanted = {name for name in watch.ops if any(word in name for word in ("::cat", "pad", "silu", "native_group"))}
-    assert watch.ops and not unwanted
+    unwanted = {name for name in watch.names if any(word in name for word in ("::cat", "pad", "silu", "native_group"))}
+    assert watch.names and not unwanted

@@ -4,7 +4,7 @@ import pytest
 import tiny_parts
 import torch
 from diffusers.models.resnet import ResnetBlock2D
-from torch.utils._python_dispatch import TorchDispatchMode
+from seen_ops import SeenOps
 
 from asyncdiff_fast import ops, patch_ops
 
@@ -59,19 +59,6 @@ def test_registration(name):
     torch.library.opcheck(registered, (*args, "triton"), keywords, test_utils=("test_schema", "test_faketensor"))
 
 
-class _Names(TorchDispatchMode):
-    """Names of the ops on activations of a picture."""
-
-    def __init__(self):
-        super().__init__()
-        self.seen = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if any(isinstance(x, torch.Tensor) and x.ndim > 2 for x in args):
-            self.seen.add(func.name().split(".")[0])
-        return func(*args, **kwargs or {})
-
-
 class _Patch:
     """A residual block's norms and convolutions on one of several patches; exchanges are done by whoever drives it."""
 
@@ -98,7 +85,7 @@ def test_residual_block_in_patches():
     want = block(image, temb)
     shares, embedded = torch.tensor(rows) / 9, block.time_emb_proj(block.nonlinearity(temb))
     patches = [_Patch(x, i, shares) for i, x in enumerate(image.split(rows, 2))]
-    with _Names() as names:
+    with SeenOps() as names:
         for norm, conv, given in (
             (block.norm1, block.conv1, {}),
             (block.norm2, block.conv2, dict(conv_bias=block.conv1.bias, temb=embedded)),
@@ -121,10 +108,16 @@ def test_residual_block_in_patches():
             for p, x in zip(patches, image.split(rows, 2), strict=True)
         ]
     torch.testing.assert_close(torch.cat(sums, 2), want, rtol=1e-5, atol=1e-5)
-    own = {name for name in names.seen if name.startswith("asyncdiff_fast::")}
+    own = {name for name in names.names if name.startswith("asyncdiff_fast::")}
     assert own == {f"asyncdiff_fast::{name}" for name in ("patch_statistics", "patch_group_norm", "residual_add")}
-    assert not names.seen & {"aten::cat", "aten::pad", "aten::constant_pad_nd", "aten::silu", "aten::native_group_norm"}
-    assert {"aten::convolution", "aten::mkldnn_convolution"} & names.seen
+    assert not set(names.names) & {
+        "aten::cat",
+        "aten::pad",
+        "aten::constant_pad_nd",
+        "aten::silu",
+        "aten::native_group_norm",
+    }
+    assert {"aten::convolution", "aten::mkldnn_convolution"} & set(names.names)
 
 
 @torch.no_grad()
