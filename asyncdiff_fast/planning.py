@@ -146,7 +146,7 @@ def _decide(denoiser, forward, args, kwargs, config, recording):
         traced = traced.with_costs(tracing.measure(denoiser, forward, keys, args, kwargs))
     if config.stages is not None:
         return traced, stages.from_names(traced, config.stages)
-    return _merged(recording, traced, stages.divide(traced, config.num_stages))
+    return _merged(recording, traced, stages.divide(traced, config.num_stages, config.predict != "none"))
 
 
 def _units(denoiser, recording, config):

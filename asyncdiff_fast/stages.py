@@ -1,5 +1,7 @@
 """Divide the units of a graph into stages: balance first, then few bytes across, then few stale hops.
 
+Stale values that are predicted instead of reused bear few hops well and many badly, so that hops weigh more there.
+
 Three shapes of division are searched, all as boundaries in execution order. With stages written in that order,
 `contiguous` is 0 1 2; `cyclic` is 2 0 1 2: one head stage has both ends of the model, so the latent enters and the
 prediction leaves on the same rank; `nested` is 2 1 0 1 2: every stage has the two sides of one ring of a U-Net.
@@ -16,6 +18,8 @@ TOLERANCE = 0.006
 BALANCE_WEIGHT = 10.0
 # Each stale hop from latent to prediction counts like this share more bytes.
 HOP_WEIGHT = 0.1
+# Where stale values are predicted, errors multiply from hop to hop: one hop less is worth this much imbalance.
+PREDICTED_HOP_IMBALANCE = 0.05
 
 
 @dataclass(frozen=True)
@@ -170,9 +174,11 @@ def _balance_bound(costs, labels, rows):
     return BALANCE_WEIGHT * np.maximum(stage.max(1) / mean - 1 - TOLERANCE, 0)
 
 
-def divide(graph, num_stages):
+def divide(graph, num_stages, predicts=False):
     """Search a division of the units into `num_stages` stages.
 
+    Args:
+        predicts: stale values will be predicted, not reused.
     Returns: `Division`.
     Raises: ValueError if there are fewer units than stages.
     """
@@ -196,7 +202,8 @@ def divide(graph, num_stages):
             score, bounds = _improve(costs, labels, start, hop_factor)
             owner = tuple(int(s) for s in _owners(bounds[None], labels, num_units)[0])
             if len(set(owner)) == num_stages:
-                found.append((score, owner))
+                hops = stale_hops(graph, owner)[1] if predicts else 0
+                found.append((score + BALANCE_WEIGHT * PREDICTED_HOP_IMBALANCE * hops, owner))
     # Without any cost to go by, no start gives every stage a unit: then as many units to each.
     even = tuple(i * num_stages // num_units for i in range(num_units))
     return describe(graph, min(found)[1] if found else even, num_stages)

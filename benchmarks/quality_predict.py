@@ -7,6 +7,7 @@ and .svg. Each configuration is compared, picture by picture, with the exact pic
 those of 50 steps DDIM also with exact sampling of fewer steps that takes as long, in calls of the whole denoiser.
 """
 
+import itertools
 import json
 import sys
 
@@ -20,7 +21,7 @@ import asyncdiff_fast
 WARMUP = 3
 STEPS = (50, 25, 12)
 FEWER_STEPS = (42, 33, 29, 25, 20, 17, 14, 12)
-STAGES = ((2, 1), (3, 1), (4, 1), (2, 2), (3, 2))
+STAGES = tuple((stages, stride) for stride in (1, 2) for stages in (2, 3, 4))
 PATCHES = (2, 4)
 PREDICTS = ("none", "linear")
 
@@ -47,17 +48,18 @@ def latency(name, plans):
     options, steps = quality.parse_configuration(name)
     if options is None:
         return float(steps)
-    warmup, key = options["warmup_steps"], (options.get("num_stages", 1), options.get("num_patches", 1))
+    warmup = options["warmup_steps"]
+    key = options.get("num_stages", 1), options.get("num_patches", 1), options["predict"]
     return warmup + (steps - warmup) / options.get("stride", 1) * plans[key]
 
 
 def largest_shares():
-    """{(stages, patches): the share of a call's work that the busiest rank has}."""
+    """{(stages, patches, predict): the share of a call's work that the busiest rank has}."""
     pipe = quality.load(quality.SHAPES / "unet")
-    found = {(1, n): 1 / n for n in PATCHES}
-    for stages in {n for n, _ in STAGES}:
-        plan = asyncdiff_fast.plan(pipe, num_stages=stages, inputs={"prompt": "a red circle"})
-        found[stages, 1] = plan.division.balance / stages
+    found = {(1, n, predict): 1 / n for n in PATCHES for predict in PREDICTS}
+    for stages, predict in itertools.product({n for n, _ in STAGES}, PREDICTS):
+        plan = asyncdiff_fast.plan(pipe, num_stages=stages, predict=predict, inputs={"prompt": "a red circle"})
+        found[stages, 1, predict] = plan.division.balance / stages
     return found
 
 
