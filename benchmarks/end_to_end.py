@@ -30,6 +30,7 @@ def parse(argv):
     parser.add_argument("--nproc", type=int, default=2)
     parser.add_argument("--model", choices=("sd15_width", *real_models.MODELS), default="sd15_width")
     parser.add_argument("--options", default="balance=time", help="options of patch(), such as num_patches=2")
+    parser.add_argument("--beside", help="options of a second patched denoiser, timed in turn with the first")
     parser.add_argument("--warmup-steps", type=int, default=1)
     parser.add_argument("--calls", type=int, default=8, help="steady calls in each round")
     parser.add_argument("--rounds", type=int, default=2)
@@ -42,16 +43,21 @@ def parse(argv):
 
 
 def load(name, device):
-    """(denoiser, its inputs, the same denoiser again with the same weights)."""
+    """(denoiser, its inputs)."""
     if name == "sd15_width":
         denoiser, inputs = real_models.sd15_width()
     else:
         denoiser = real_models.build(name, device=device)
         inputs = real_models.inputs(name, denoiser, device=device)
+    return denoiser.eval().requires_grad_(False), inputs
+
+
+def twin_of(denoiser):
+    """The same denoiser once more, with the same weights."""
     with torch.device("meta"):
         twin = type(denoiser).from_config(denoiser.config)
     twin.load_state_dict(denoiser.state_dict(), assign=True)
-    return denoiser.eval().requires_grad_(False), inputs, twin.eval().requires_grad_(False)
+    return twin.eval().requires_grad_(False)
 
 
 class Loop:
@@ -103,34 +109,73 @@ def timed(loop, calls, active):
     return synchronised() - began, seconds
 
 
+class Patched:
+    """A denoiser shared by all ranks, and what each round of it took."""
+
+    def __init__(self, denoiser, inputs, config):
+        self.denoiser, self.inputs, self.config = denoiser, inputs, config
+        self.runtime = asyncdiff_fast.patch(denoiser, **config)
+        self.together, self.warm, self.waits, self.cpu = [], [], [], []
+
+    def round(self, calls, folder=None):
+        """Warm up, then time `calls` steady calls; a trace goes to `folder`."""
+        warmup = self.config["warmup_steps"]
+        loop = Loop(self.denoiser, self.inputs, warmup + calls)
+        self.warm.append(timed(loop, warmup, True)[0])
+        self.runtime.clear_stats()
+        began = time.process_time()
+        with profiler(folder):
+            self.together.append(timed(loop, calls, True)[0] / calls)
+        self.cpu.append((time.process_time() - began) / calls)
+        self.waits.append(self.runtime.stats()["wait_s"] / calls)
+
+
+def patch_options(text, options):
+    """The options of one patched denoiser."""
+    config = {"warmup_steps": options.warmup_steps, **asyncdiff_fast.config.parse_options(text)}
+    if not {"num_patches", "cfg_parallel"} & set(config):
+        config.setdefault("num_stages", options.nproc + 1 - config.get("stride", 1))
+    return config
+
+
 def measure_rank(options):
     """What one rank measures; all ranks run it together. Returns the row on rank 0, None elsewhere."""
     torch.set_grad_enabled(False)
     if options.device == "cpu":
         torch.set_num_threads(1)
-    config = {"warmup_steps": options.warmup_steps, **asyncdiff_fast.config.parse_options(options.options)}
-    if not {"num_patches", "cfg_parallel"} & set(config):
-        config.setdefault("num_stages", options.nproc + 1 - config.get("stride", 1))
-    denoiser, inputs, twin = load(options.model, options.device)
-    runtime = asyncdiff_fast.patch(denoiser, **config)
-    steps = config["warmup_steps"] + options.calls
-    alone, together, warm, waits, cpu = [], [], [], [], []
+    denoiser, inputs = load(options.model, options.device)
+    first = Patched(twin_of(denoiser), inputs, patch_options(options.options, options))
+    second = options.beside and Patched(twin_of(denoiser), inputs, patch_options(options.beside, options))
+    alone, cpu_alone = [], []
     for number in range(options.rounds):
-        plain = Loop(twin, inputs, steps)
+        plain = Loop(denoiser, inputs, options.calls + 1)
         if number == 0:
             timed(plain, 1, dist.get_rank() == 0)
         began = time.process_time()
         alone.append(timed(plain, options.calls, dist.get_rank() == 0)[0] / options.calls)
-        cpu_alone = (time.process_time() - began) / options.calls
-        patched = Loop(denoiser, inputs, steps)
-        warm.append(timed(patched, config["warmup_steps"], True)[0])
-        runtime.clear_stats()
-        began = time.process_time()
-        with profiler(options.profile if number == options.rounds - 1 else None):
-            together.append(timed(patched, options.calls, True)[0] / options.calls)
-        cpu.append((cpu_alone, (time.process_time() - began) / options.calls))
-        waits.append(runtime.stats()["wait_s"] / options.calls)
-    return report(options, config, runtime, alone, together, warm, waits, cpu)
+        cpu_alone.append((time.process_time() - began) / options.calls)
+        order = (first, second) if number % 2 else (second, first)
+        for patched in filter(None, order):
+            patched.round(options.calls, options.profile if patched is first and number + 1 == options.rounds else None)
+    row = report(options, first, alone, cpu_alone)
+    return compare(row, first, second) if second else row
+
+
+def compare(row, first, second):
+    """Add how long calls of the second denoiser take, in units of the first's, round by round."""
+    cpu = [None] * dist.get_world_size()
+    dist.all_gather_object(cpu, (first.cpu, second.cpu))
+    if row is None:
+        return None
+    totals = [[sum(turn) for turn in zip(*(rank[i] for rank in cpu), strict=True)] for i in range(2)]
+    row["beside"] = {
+        "options": second.config,
+        "call_ratios": [b / a for a, b in zip(first.together, second.together, strict=True)],
+        "cpu_ratios": [b / a for a, b in zip(*totals, strict=True)],
+    }
+    for name in ("call", "cpu"):
+        row["beside"][f"{name}_ratio"] = statistics.median(row["beside"][f"{name}_ratios"])
+    return row
 
 
 def profiler(folder):
@@ -148,15 +193,19 @@ def balance(plan):
     return next((p.division.balance for p in plans if hasattr(p, "division")), None)
 
 
-def report(options, config, runtime, alone, together, warm, waits, cpu):
+def report(options, patched, alone, cpu_alone):
     """Gather what the ranks measured into one row."""
-    mine = {"wait_s": statistics.median(waits), "rss": measure.peak_rss_mb(), "cpu": cpu[-1], "stats": runtime.stats()}
+    runtime, config, together, warm = patched.runtime, patched.config, patched.together, patched.warm
+    mine = {
+        "wait_s": statistics.median(patched.waits), "rss": measure.peak_rss_mb(),
+        "cpu": (cpu_alone[-1], patched.cpu[-1]), "sent_bytes": runtime.stats()["sent_bytes"],
+    }  # fmt: skip
     ranks = [None] * dist.get_world_size()
     dist.all_gather_object(ranks, mine)
     if dist.get_rank():
         return None
     call, call_alone = statistics.median(together), statistics.median(alone)
-    sent = [r["stats"]["sent_bytes"] / options.calls for r in ranks]
+    sent = [r["sent_bytes"] / options.calls for r in ranks]
     asynchronous = options.steps - config["warmup_steps"]
     # Warm-up calls of the last round: plans and buffers are there, as from the second generation on.
     whole = warm[-1] + asynchronous * call

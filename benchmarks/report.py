@@ -53,7 +53,8 @@ def end_to_end():
     """The latest row of each model, number of ranks and set of options."""
     latest = {}
     for row in measure.read_rows("end_to_end"):
-        latest[row["model"], row["nproc"], json.dumps(row["options"]), row["transport"]] = row
+        row.setdefault("exchange", "torch.distributed")
+        latest[row["model"], row["nproc"], json.dumps(row["options"]), row["exchange"]] = row
     header = ["denoiser", "ranks, options", "s per call alone", "s per call", "speed-up", "exposed wait", "MB per call"]
     header += [f"whole picture of {next(iter(latest.values()))['whole_steps']} steps", "peak memory, MB", "machine"]
     body = []
@@ -70,7 +71,7 @@ def end_to_end():
                 f"{row['bytes_per_call'] / 1e6:.2f}",
                 f"{row['whole_speedup']:.2f}×",
                 " / ".join(f"{m:.0f}" for m in row["peak_rss_mb"]),
-                f"{row['device']}, torch {row['torch']}, {row['transport']}, {row['date']}",
+                f"{row['device']}, torch {row['torch']}, {row['exchange']}, {row['date']}",
             ]
         )
     return table(header, body)
