@@ -1,4 +1,4 @@
-"""Convolutions on CPU whose weights stay in oneDNN's own layout for a generation.
+"""Convolutions on CPU whose weights stay in oneDNN's own layout.
 
 Otherwise oneDNN rearranges them in every call. On small pictures with many channels, as in a UNet's inner levels and in
 patches, that takes longer than the convolution, and it does not become less with more ranks.
@@ -20,19 +20,20 @@ class PackedConvs:
 
     def __init__(self, denoiser, active):
         self.active = active and torch.backends.mkldnn.is_available()
-        self._copies, self._installed = {}, []
+        self._copies, self._generation, self._installed = {}, 0, []
         for module in filter(_may_pay, denoiser.modules() if self.active else ()):
             module.forward = functools.partial(self._forward, module)
             self._installed.append((module, module.forward))
 
-    def forget(self):
-        """Drop the copies: weights may change between generations."""
-        self._copies.clear()
+    def begin(self):
+        """A generation begins: weights may have changed since the last; what that did not use is dropped."""
+        self._copies = {key: copy for key, copy in self._copies.items() if copy.generation == self._generation}
+        self._generation += 1
 
     def remove(self):
         """Restore every forward. One that somebody's hook lies upon stays, and runs the module's own."""
         self.active = False
-        self.forget()
+        self._copies.clear()
         for module, forward in self._installed:
             if vars(module).get("forward") is forward:
                 del module.forward
@@ -74,13 +75,11 @@ class PackedConvs:
         """The packed copy; None at the first use, and where shapes take turns."""
         options = (shape, padding, stride, dilation)
         known = self._copies.get(id(weight))
-        if known is None or known.options != options or not known.is_of(weight):
-            self._copies[id(weight)] = _Copy(weight, options)
+        if known is None or known.options != options or not known.is_of(weight, self._generation):
+            self._copies[id(weight)] = _Copy(weight, options, self._generation)
             return None
         if known.packed is None:
-            known.packed = torch._C._nn.mkldnn_reorder_conv2d_weight(
-                weight.detach().to_mkldnn(), padding, stride, dilation, 1, shape
-            )
+            known.pack(weight.detach(), padding, stride, dilation, shape)
         return known.packed
 
 
@@ -93,21 +92,43 @@ def _may_pay(module):
 class _Copy:
     """What was packed, such that a change of the weight is noticed, also one that torch does not count."""
 
-    def __init__(self, weight, options):
-        self.weight, self.options, self.packed = weight, options, None
-        self._version, self._sample = _version(weight), _sample(weight).clone()
+    def __init__(self, weight, options, generation):
+        self.weight, self.options, self.generation, self.packed = weight, options, generation, None
+        self._version, self._sample, self._sum = _version(weight), _sample(weight).clone(), None
 
-    def is_of(self, weight):
-        """True if the weight is the same, with the same values."""
-        return (
-            weight is self.weight and _version(weight) == self._version and torch.equal(_sample(weight), self._sample)
-        )
+    def pack(self, weight, padding, stride, dilation, shape):
+        """Make the copy for inputs of a shape."""
+        self._sum = _sum_of_bits(weight)
+        self.packed = torch._C._nn.mkldnn_reorder_conv2d_weight(weight.to_mkldnn(), padding, stride, dilation, 1, shape)
+
+    def is_of(self, weight, generation):
+        """True if the weight is the same, with the same values: all are compared once a generation, then some."""
+        same = weight is self.weight and _version(weight) == self._version
+        same = same and torch.equal(_sample(weight), self._sample)
+        if same and generation != self.generation:
+            self.generation = generation
+            same = self.packed is not None and _sum_of_bits(weight) == self._sum
+        return same
 
 
 def _version(weight):
     return None if weight.is_inference() else weight._version
 
 
+def _flat(weight):
+    """All values, without a copy if they are dense in either memory format."""
+    return weight.detach().reshape(-1) if weight.is_contiguous() else weight.detach().permute(0, 2, 3, 1).reshape(-1)
+
+
 def _sample(weight):
-    flat = weight.detach().reshape(-1) if weight.is_contiguous() else weight.detach().permute(0, 2, 3, 1).reshape(-1)
+    flat = _flat(weight)
     return flat[:: max(1, flat.numel() // NUM_SAMPLES)]
+
+
+def _sum_of_bits(weight):
+    """The values read as integers, two at a time where they lie so, summed: 20 GB/s, a tenth of what packing takes."""
+    flat = _flat(weight)
+    first = flat.storage_offset() % 2
+    last = first + (flat.numel() - first) // 2 * 2
+    ends = torch.cat([flat[:first], flat[last:]])
+    return int(flat[first:last].view(torch.int64).sum()), ends.view(torch.int32).tolist()

@@ -103,7 +103,7 @@ class Runtime:
         try:
             self._inside = True
             if tick.begins:
-                self._packed.forget()
+                self._packed.begin()
                 self._begin_generation(args, kwargs)
             if self._halves is not None:
                 return self._on_halves(tick, key, forward, args, kwargs)

@@ -53,6 +53,26 @@ def test_a_changed_weight_is_packed_anew(monkeypatch, change):
     assert len(packs) == 2
 
 
+@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize("shape", [(6, 4, 3, 3), (5, 3, 3, 3)])
+def test_copies_outlive_a_generation_unless_a_weight_has_changed(monkeypatch, shape, offset):
+    packs = _counted(monkeypatch)
+    convs = packed.PackedConvs(nn.Module(), active=True)
+    values = torch.randn(1000)[offset:][: torch.Size(shape).numel()]
+    weight, x = nn.Parameter(values.view(shape)), torch.randn(2, shape[1], 5, 5)
+    monkeypatch.setattr(packed, "NUM_SAMPLES", 1)
+    for count in (1, 1, 2):
+        for _ in range(3):
+            torch.testing.assert_close(convs.conv2d(x, weight), conv2d(x, weight))
+        assert len(packs) == count
+        if convs._generation == 1:
+            # A single value, neither counted by torch nor among the samples.
+            weight.data.view(-1)[-1] += 0.5
+        convs.begin()
+    convs.begin()
+    assert not convs._copies, "weights that nobody used for a generation are dropped"
+
+
 @pytest.mark.parametrize("options", [{}, {"stride": 2}, {"padding": (1, 0)}, {"dilation": 2}, {"bias": True}])
 def test_options_of_a_convolution(options):
     convs = packed.PackedConvs(nn.Module(), active=True)
