@@ -40,8 +40,10 @@ def parse(argv):
     parser.add_argument("--calls", type=int, default=8, help="steady calls in each round")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--steps", type=int, default=50, help="length of the whole generation that is reported")
-    parser.add_argument("--exchange", choices=("engine", "torch", "both"), help="default: what patch() chooses")
-    parser.add_argument("--json", action="store_true", help="print one JSON object for each exchange")
+    parser.add_argument(
+        "--exchange", choices=("engine", "torch", "both"), help="both: in turn; default: what patch() chooses"
+    )
+    parser.add_argument("--json", action="store_true", help="print each row as a JSON object")
     parser.add_argument("--save", action="store_true", help="append the row to benchmarks/results/end_to_end.jsonl")
     parser.add_argument("--profile", metavar="FOLDER", help="write a trace of each rank's steady calls")
     return parser.parse_args(argv)
@@ -117,8 +119,10 @@ def timed(loop, calls, active):
 class Patched:
     """A denoiser shared by all ranks, and what each round of it took."""
 
-    def __init__(self, denoiser, inputs, config):
+    def __init__(self, denoiser, inputs, config, exchange=None):
         self.denoiser, self.inputs, self.config = denoiser, inputs, config
+        if exchange is not None:
+            os.environ[EXCHANGE_VARIABLE] = exchange
         self.runtime = asyncdiff_fast.patch(denoiser, **config)
         self.together, self.warm, self.waits, self.cpu = [], [], [], []
 
@@ -143,14 +147,31 @@ def patch_options(text, options):
     return config
 
 
+def same_stages(patched):
+    """Options that divide another denoiser as this one is: times are never measured twice alike."""
+    Loop(patched.denoiser, patched.inputs, 2).call()
+    plan, options = patched.runtime.plan, patched.config
+    if options.get("balance") != "time":
+        return options
+    stages = [[] for _ in range(options["num_stages"])]
+    for unit, stage in zip(plan.graph.units, plan.division.owner, strict=True):
+        stages[stage].append(unit.name)
+    return {**options, "stages": stages}
+
+
 def measure_rank(options):
-    """What one rank measures; all ranks run it together. Returns the row on rank 0, None elsewhere."""
+    """What one rank measures; all ranks run it together. Returns a row of each patched denoiser; None but on rank 0."""
     torch.set_grad_enabled(False)
     if options.device == "cpu":
         torch.set_num_threads(1)
     denoiser, inputs = load(options.model, options.device)
-    first = Patched(twin_of(denoiser), inputs, patch_options(options.options, options))
-    second = options.beside and Patched(twin_of(denoiser), inputs, patch_options(options.beside, options))
+    both = options.exchange == "both"
+    config = patch_options(options.options, options)
+    first, second = Patched(twin_of(denoiser), inputs, config, "engine" if both else options.exchange), None
+    if both:
+        second = Patched(twin_of(denoiser), inputs, same_stages(first), "torch")
+    elif options.beside:
+        second = Patched(twin_of(denoiser), inputs, patch_options(options.beside, options))
     alone, cpu_alone = [], []
     for number in range(options.rounds):
         plain = Loop(denoiser, inputs, options.calls + 1)
@@ -162,25 +183,27 @@ def measure_rank(options):
         order = (first, second) if number % 2 else (second, first)
         for patched in filter(None, order):
             patched.round(options.calls, options.profile if patched is first and number + 1 == options.rounds else None)
-    row = report(options, first, alone, cpu_alone)
-    return compare(row, first, second) if second else row
+    rows = [report(options, patched, alone, cpu_alone) for patched in (first, second) if patched]
+    if second:
+        compare(rows[0], first, second)
+    return rows
 
 
 def compare(row, first, second):
-    """Add how long calls of the second denoiser take, in units of the first's, round by round."""
+    """Add to the first's row how long calls of the second take, in units of the first's, round by round."""
     cpu = [None] * dist.get_world_size()
     dist.all_gather_object(cpu, (first.cpu, second.cpu))
     if row is None:
-        return None
+        return
     totals = [[sum(turn) for turn in zip(*(rank[i] for rank in cpu), strict=True)] for i in range(2)]
     row["beside"] = {
-        "options": second.config,
+        "options": {name: x for name, x in second.config.items() if name != "stages"},
+        "exchange": second.runtime.exchange_kind,
         "call_ratios": [b / a for a, b in zip(first.together, second.together, strict=True)],
         "cpu_ratios": [b / a for a, b in zip(*totals, strict=True)],
     }
     for name in ("call", "cpu"):
         row["beside"][f"{name}_ratio"] = statistics.median(row["beside"][f"{name}_ratios"])
-    return row
 
 
 def profiler(folder):
@@ -218,7 +241,7 @@ def report(options, patched, alone, cpu_alone):
         "model": options.model,
         "nproc": dist.get_world_size(),
         "threads": torch.get_num_threads(),
-        "options": config,
+        "options": {name: x for name, x in config.items() if name != "stages"},
         "transport": dist.get_backend(),
         "exchange": runtime.exchange_kind,
         "speedup": statistics.median(a / b for a, b in zip(alone, together, strict=True)),
@@ -244,12 +267,9 @@ def report(options, patched, alone, cpu_alone):
 def main(argv):
     options = parse(argv)
     if "RANK" not in os.environ:
-        chosen = {None: [None], "both": ["torch", "engine"]}.get(options.exchange, [options.exchange])
-        variables = [KEEP_MEMORY | ({EXCHANGE_VARIABLE: exchange} if exchange else {}) for exchange in chosen]
-        return max(launch(options.nproc, ["--", __file__, *argv], **variable) for variable in variables)
+        return launch(options.nproc, ["--", __file__, *argv], **KEEP_MEMORY)
     dist.init_process_group("cpu:gloo,cuda:nccl" if options.device == "cuda" else "gloo")
-    row = measure_rank(options)
-    if row is not None:
+    for row in filter(None, measure_rank(options)):
         if options.save:
             measure.write_row("end_to_end", row)
         print(json.dumps(row) if options.json else "\n".join(f"{k:>20}  {v}" for k, v in row.items()), flush=True)
