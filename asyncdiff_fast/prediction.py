@@ -10,6 +10,8 @@ from .timesteps import Timesteps
 
 # Largest gain of a chain of stale hops, for each step of the generation: found by comparing, see the README.
 GAIN_PER_STEP = 0.54
+# Between fewer steps a change says less of the next: half as many steps, half as much of it.
+FULL_STEPS = 20
 # Where no scheduler tells how many steps there are.
 ASSUMED_STEPS = 25
 # A trend is not carried further than this many of the intervals that it was seen over.
@@ -45,7 +47,7 @@ class Instants:
 def damping(hops, num_steps):
     """The share of a change that is carried forward, in (0, 1], for a chain of `hops` stale values."""
     gain = (GAIN_PER_STEP * num_steps) ** (1 / max(hops, 1))
-    return min(max((gain - 1) / 2, 0.0), 1.0)
+    return min(max((gain - 1) / 2, 0.0), 1.0) * min(num_steps / FULL_STEPS, 1.0)
 
 
 def ratio(read_at, last, before):

@@ -20,7 +20,7 @@ def kind(name):
 
 
 def as_markdown(result):
-    """Every configuration beside its exact pictures; then what the prediction gains; then equal latency."""
+    """Every configuration beside its exact pictures; then what predictions bring; then equal latency."""
     heads = ["configuration", "PSNR dB, mean", "worst", "SSIM", "obeyed", "calls", "s per step"]
     lines = [result["title"], ""]
     lines += ["PSNR and SSIM against exact sampling of the same sampler and steps; exact ones against 50 steps DDIM."]
@@ -36,16 +36,20 @@ def as_markdown(result):
 
 
 def gains(rows):
-    """How much closer predicted inputs are than reused ones, picture by picture."""
-    lines = ["| `linear` minus `none` | dB, mean | of the worst pictures | pictures closer |", "|---|---|---|---|"]
+    """How close reused inputs come and how close predicted ones, for every way, number of steps and sampler."""
+    cells, runs = {}, []
     for name, row in rows.items():
         other = rows.get(name.replace("predict=linear", "predict=none"))
         if kind(name) != "linear" or other is None:
             continue
-        ours, theirs = row["psnr_db"], other["psnr_db"]
-        closer = sum(a > b for a, b in zip(ours["each"], theirs["each"], strict=True)) / len(ours["each"])
-        cells = [f"{ours[key] - theirs[key]:+.1f}" for key in ("mean", "worst")]
-        lines.append(f"| `{name}` | {cells[0]} | {cells[1]} | {closer:.2f} |")
+        way, _, run = name.replace(",predict=linear", "").partition("@")
+        reused, ours = other["psnr_db"], row["psnr_db"]
+        pairs = [f"{reused[key]:.1f} → {ours[key]:.1f}" for key in ("mean", "worst")]
+        cells.setdefault(way, {})[run] = f"{pairs[0]} ({pairs[1]})"
+        runs += [] if run in runs else [run]
+    heads = [f"{run.replace('/', ' steps, ')}{'' if '/' in run else ' steps, DDIM'}" for run in runs]
+    lines = [f"| PSNR dB, `none` → `linear`, mean (worst) | {' | '.join(heads)} |", "|---" * (1 + len(heads)) + "|"]
+    lines += [f"| `{way}` | {' | '.join(of.get(run, '') for run in runs)} |" for way, of in cells.items()]
     return lines
 
 

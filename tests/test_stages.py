@@ -100,6 +100,15 @@ def test_even_chain_is_divided_evenly(num_stages):
     assert division.hops == (num_stages - 1, num_stages - 1)
 
 
+@pytest.mark.parametrize("imbalance, predicts, hops", [(0.04, False, 2), (0.04, True, 1), (0.08, True, 2)])
+def test_predictions_pay_balance_for_fewer_hops(imbalance, predicts, hops):
+    """One unit makes half of the work. The others divide evenly around it, or unevenly with a hop less."""
+    graph = chain([imbalance / 4] * 4 + [1.0] + [(1 - imbalance) / 24] * 24)
+    division = stages.divide(graph, 2, predicts)
+    assert division.hops == (hops, hops)
+    assert division.balance == pytest.approx(1 if hops == 2 else 1 + imbalance)
+
+
 def test_from_names_keeps_the_users_stages():
     graph = chain([1.0, 5.0, 1.0])
     assert stages.from_names(graph, [["u0", "u1"], ["u2"]]).owner == (0, 0, 1)
