@@ -96,7 +96,16 @@ void Channel::grow_history(size_t marks) {
   history_ = std::move(larger);
 }
 
-void Channel::freeze(const std::string& phase, const std::vector<int>& slots) {
+std::vector<const Group*> Channel::groups(const std::vector<int>& slots) const {
+  std::vector<const Group*> found;
+  for (int number : slots) found.push_back(&at(number));
+  return found;
+}
+
+std::vector<size_t> Channel::window(const std::vector<int>& slots) const { return transport_->window(groups(slots)); }
+
+void Channel::freeze(const std::string& phase, const std::vector<int>& slots,
+                     const std::vector<std::vector<size_t>>& windows) {
   enter();
   if (phases_.count(phase) != 0) throw std::invalid_argument("phase '" + phase + "' is frozen already");
   for (size_t i = 0; i < slots.size(); ++i) {
@@ -104,6 +113,12 @@ void Channel::freeze(const std::string& phase, const std::vector<int>& slots) {
     if (slot.place >= 0) throw std::invalid_argument("slot '" + slot.name + "' belongs to phase '" + slot.phase + "'");
     slot.phase = phase;
     slot.place = static_cast<int>(i);
+  }
+  try {
+    transport_->open(groups(slots), windows);
+  } catch (const ExchangeError& error) {
+    fail("rank " + std::to_string(transport_->rank()) + ", phase '" + phase + "': " + error.what());
+    raise();
   }
   phases_[phase].slots = slots;
 }
