@@ -129,14 +129,15 @@ def test_collectives(gpu):
 def test_puts_need_more_buffers_than_receives(gpu, early, depth, safe):
     """Nothing tells the sender that the peer has read: with an early post a third buffer keeps them apart."""
     ranks, compute = Ranks(gpu, 2), [gpu.stream(r) for r in range(2)]
-    windows = [ranks.window(r, depth * 8, f"window {r}") for r in range(2)]
-    sources = [[gpu.memory(8, f"source {r}.{p}") for p in range(depth)] for r in range(2)]
+    # What is put lies behind the places for what comes.
+    windows = [ranks.window(r, 2 * depth * 8, f"window {r}") for r in range(2)]
     done = [[], []]
 
     def post(r, e):
-        gpu.kernel(compute[r], "produce", writes=[sources[r][e % depth].part()])
+        source = windows[r][0] + (depth + e % depth) * 8
+        gpu.kernel(compute[r], "produce", writes=[Range(source, 8, -1)])
         gpu.join(ranks.streams[r], compute[r], r)
-        ranks.put(r, 1 - r, sources[r][e % depth], windows[r][1], e % depth * 8)
+        ranks.put(r, 1 - r, source, 8, windows[r][1], e % depth * 8)
         ranks.wait_signal(r, 1 - r)
         event = gpu.event(r)
         gpu.record(event, ranks.streams[r])

@@ -4,7 +4,7 @@ import time
 
 import building
 import pytest
-from channels import connect, ring, verdict
+from channels import connect, kinds, ring, verdict
 from double import Double
 
 STEPS = 5
@@ -16,23 +16,24 @@ def gpu(request):
         yield double
 
 
+@pytest.fixture(params=[False, True], ids=["send and receive", "puts"])
+def puts(request):
+    return request.param
+
+
 @pytest.fixture
-def connected(gpu):
+def connected(gpu, puts):
     """`connect` for a number of ranks; their channels are closed in the end."""
     made = []
 
     def start(size, **options):
-        made.extend(connect(gpu, building.load()[1], size, **options))
+        made.extend(connect(gpu, building.load()[1], size, puts=puts, **options))
         return made
 
     yield start
     for r in made:
         r.channel.abort("over")
         r.channel.close()
-
-
-def _kinds(races):
-    return {(race.kind, race.first.split()[2], race.second.split()[2]) for race in races}
 
 
 @pytest.mark.parametrize("size", [2, 3])
@@ -76,7 +77,7 @@ def test_send_after_the_producer(gpu, connected, broken):
         ranks[1].consume(target)
     stuck, races, _ = verdict(gpu, ranks)
     assert stuck == []
-    assert ("RAW", "produce", "send") in _kinds(races) if broken else races == []
+    assert ("RAW", "produce", "send") in kinds(races) if broken else races == []
 
 
 @pytest.mark.parametrize("broken", [False, True])
@@ -94,7 +95,7 @@ def test_produce_after_the_send(gpu, connected, broken):
         ranks[1].consume(target)
     stuck, races, _ = verdict(gpu, ranks)
     assert stuck == []
-    assert _kinds(races) == ({("WAR", "send", "produce")} if broken else set())
+    assert kinds(races) == ({("WAR", "send", "produce")} if broken else set())
 
 
 @pytest.mark.parametrize("broken", [False, True])
@@ -110,7 +111,7 @@ def test_read_after_the_receive(gpu, connected, broken):
         ranks[1].consume(target)
     stuck, races, _ = verdict(gpu, ranks)
     assert stuck == []
-    assert _kinds(races) == ({("RAW", "recv", "consume")} if broken else set())
+    assert kinds(races) == ({("RAW", "recv", "consume")} if broken else set())
 
 
 @pytest.mark.parametrize("joined", [True, False])
@@ -127,8 +128,8 @@ def test_receive_after_the_last_reader(gpu, connected, joined):
                 r.join(r.compute, other)
     stuck, races, _ = verdict(gpu, ranks)
     assert stuck == []
-    kinds = _kinds(races)
-    assert kinds == set() if joined else ("WAR", "consume", "recv") in kinds
+    found = kinds(races)
+    assert found == set() if joined else ("WAR", "consume", "recv") in found
 
 
 def test_one_buffer_is_posted_after_its_reader(gpu, connected):
@@ -160,7 +161,7 @@ def test_a_wait_that_is_not_followed_by_its_reader(gpu, connected):
             r.consume(slot, lag=0)
     stuck, races, _ = verdict(gpu, ranks)
     assert stuck == []
-    assert ("RAW", "recv", "consume") in _kinds(races)
+    assert ("RAW", "recv", "consume") in kinds(races)
 
 
 def test_another_order_is_refused_here_and_swaps_data_there(gpu, connected):
@@ -171,6 +172,7 @@ def test_another_order_is_refused_here_and_swaps_data_there(gpu, connected):
     orders = [sides[0], sides[1][::-1]]
     for r, order in zip(ranks, orders, strict=True):
         r.freeze(*order)
+    for r, order in zip(ranks, orders, strict=True):
         with pytest.raises(extension.ExchangeError, match="frozen order"):
             r.post(order[1])
         for slot in order:
