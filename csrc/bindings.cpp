@@ -65,20 +65,25 @@ py::dict nccl_abi() {
   py::list awaited;
 #define ADF_FIELD(field) awaited.append(py::make_tuple(#field, offsetof(NcclWaitSignalDesc, field)));
   ADF_FIELD(opCnt)
-  ADF_FIELD(peer) ADF_FIELD(sigIdx) ADF_FIELD(ctx)
+  ADF_FIELD(peer)
+  ADF_FIELD(sigIdx)
+  ADF_FIELD(ctx)
 #undef ADF_FIELD
-      py::dict functions;
+      py::dict functions,
+      puts_functions;
 #define ADF_FUNCTION(name, result, arguments) functions[#name] = #arguments;
   ADF_NCCL_FUNCTIONS(ADF_FUNCTION)
+#undef ADF_FUNCTION
+#define ADF_FUNCTION(name, result, arguments) puts_functions[#name] = #arguments;
   ADF_NCCL_PUTS_FUNCTIONS(ADF_FUNCTION)
 #undef ADF_FUNCTION
-  return py::dict("config"_a = fields, "config_bytes"_a = sizeof(NcclConfig),
-                  "unique_id_bytes"_a = sizeof(NcclUniqueId), "magic"_a = kNcclMagic, "undefined"_a = kNcclUndefined,
-                  "ncclSuccess"_a = kNcclSuccess, "ncclInProgress"_a = kNcclInProgress, "ncclInt8"_a = kNcclInt8,
-                  "NCCL_SPLIT_NOCOLOR"_a = kNcclSplitNoColor, "functions"_a = functions, "awaited"_a = awaited,
-                  "awaited_bytes"_a = sizeof(NcclWaitSignalDesc), "puts_since"_a = kNcclPutsSince,
-                  "NCCL_WIN_COLL_SYMMETRIC"_a = kNcclWindowCollSymmetric,
-                  "NCCL_WIN_REQUIRED_ALIGNMENT"_a = kNcclWindowAlignment);
+  return py::dict(
+      "config"_a = fields, "config_bytes"_a = sizeof(NcclConfig), "unique_id_bytes"_a = sizeof(NcclUniqueId),
+      "magic"_a = kNcclMagic, "undefined"_a = kNcclUndefined, "ncclSuccess"_a = kNcclSuccess,
+      "ncclInProgress"_a = kNcclInProgress, "ncclInt8"_a = kNcclInt8, "NCCL_SPLIT_NOCOLOR"_a = kNcclSplitNoColor,
+      "functions"_a = functions, "puts_functions"_a = puts_functions, "awaited"_a = awaited,
+      "awaited_bytes"_a = sizeof(NcclWaitSignalDesc), "puts_since"_a = kNcclPutsSince,
+      "NCCL_WIN_COLL_SYMMETRIC"_a = kNcclWindowCollSymmetric, "NCCL_WIN_REQUIRED_ALIGNMENT"_a = kNcclWindowAlignment);
 }
 
 void bind_nccl(py::module_& m) {

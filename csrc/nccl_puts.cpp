@@ -18,6 +18,11 @@ constexpr auto kPoll = std::chrono::microseconds(50);
 
 size_t aligned(size_t bytes, size_t alignment = kAlignment) { return (bytes + alignment - 1) / alignment * alignment; }
 
+std::shared_ptr<const Libraries> with_puts(std::shared_ptr<const Libraries> libraries) {
+  if (!libraries->puts_missing().empty()) throw ExchangeError(libraries->puts_missing());
+  return libraries;
+}
+
 // The first of a group's sends from the same buffers, perhaps the message itself.
 const Message& first_alike(const Group& group, const Message& message) {
   return *std::find_if(group.messages.begin(), group.messages.end(), [&message](const Message& x) {
@@ -34,9 +39,7 @@ int count(const Group& group, int peer, bool sends) {
 
 NcclPutsTransport::NcclPutsTransport(std::shared_ptr<const Libraries> libraries, const std::string& unique_id, int rank,
                                      int size, const NcclOptions& options)
-    : NcclTransport(std::move(libraries), unique_id, rank, size, options), signals_(size) {
-  if (!libraries_->puts_missing().empty()) throw ExchangeError(libraries_->puts_missing());
-}
+    : NcclTransport(with_puts(std::move(libraries)), unique_id, rank, size, options), signals_(size) {}
 
 NcclPutsTransport::NcclPutsTransport(std::shared_ptr<NcclTransport> parent, int rank, int size)
     : NcclTransport(std::move(parent), rank, size), signals_(size) {}

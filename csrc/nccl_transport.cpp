@@ -144,7 +144,9 @@ void NcclTransport::settle(const char* what) {
     const int result = async_error();
     if (gone_) throw ExchangeError("the NCCL communicator is closed");
     if (result != kNcclInProgress) return nccl(result, what);
-    if (Clock::now() > deadline) throw ExchangeError("NCCL found no connection in " + seconds(options_.timeout_s));
+    if (Clock::now() > deadline) {
+      throw ExchangeError(std::string(what) + ": NCCL found no connection in " + seconds(options_.timeout_s));
+    }
     std::this_thread::sleep_for(kPoll);
   }
 }

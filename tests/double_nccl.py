@@ -108,5 +108,8 @@ class Ranks:
         awaited = SignalAwaited(count, peer, 0, 0)
         self.gpu.call("ncclWaitSignal", 1, ctypes.byref(awaited), *self._on(rank, None))
 
+    def signal(self, rank, peer):
+        self.gpu.call("ncclSignal", peer, 0, 0, 0, *self._on(rank, None))
+
     def abort(self, rank):
         self.gpu.call("ncclCommAbort", self.comms[rank])

@@ -186,8 +186,8 @@ def test_another_order_is_refused_here_and_swaps_data_there(gpu, connected):
     assert len(wrong) == 8, "two slots on two ranks, looked at twice"
 
 
-def test_another_size_is_an_error_on_both_ranks(gpu, connected):
-    ranks = connected(2)
+def test_another_size_is_an_error_on_both_ranks(gpu):
+    ranks = connect(gpu, building.load()[1], 2)
     sides = ranks[0].slot("x", sends=[1], nbytes=64), ranks[1].slot("x", recvs=[0], nbytes=128)
     for r, side in zip(ranks, sides, strict=True):
         r.freeze(side)
@@ -196,6 +196,32 @@ def test_another_size_is_an_error_on_both_ranks(gpu, connected):
     for r in ranks:
         _eventually(lambda r=r: r.channel.broken())
         assert "met a send of 64 bytes" in r.channel.broken()
+        r.channel.close()
+
+
+def test_another_size_has_no_window(gpu):
+    """One-sided nobody could tell afterwards: the windows are compared, to the next 512 bytes, before they are made."""
+    _, extension = building.load()
+    ranks = connect(gpu, extension, 2, puts=True)
+    sides = ranks[0].slot("x", sends=[1], nbytes=64), ranks[1].slot("x", recvs=[0], nbytes=640)
+    ranks[0].freeze(sides[0])
+    with pytest.raises(extension.ExchangeError, match="sends rank 1 1024 bytes of places, which expects 2048"):
+        ranks[1].freeze(sides[1])
+    for r in ranks:
+        r.channel.abort("over")
+        r.channel.close()
+
+
+@pytest.mark.parametrize("windows", [[], [[64, 0]], [[64], [64]]])
+def test_a_slot_is_posted_with_the_windows_of_all(gpu, windows):
+    _, extension = building.load()
+    ranks = connect(gpu, extension, 2, puts=True)
+    slot = ranks[0].slot("x", sends=[1])
+    with pytest.raises(extension.ExchangeError, match="need the windows of all 2 ranks"):
+        ranks[0].channel.freeze("phase", [slot.number], windows)
+    for r in ranks:
+        r.channel.abort("over")
+        r.channel.close()
 
 
 def _eventually(condition, seconds=20):
@@ -206,21 +232,25 @@ def _eventually(condition, seconds=20):
 
 
 @pytest.mark.parametrize("epochs", [1, 2, 3, 8])
-def test_a_peer_that_never_posts_is_named(epochs):
-    """However far ahead of its device the host has posted."""
+def test_a_peer_that_never_posts_is_named(epochs, puts):
+    """However far ahead of its device the host has posted.
+
+    One-sided, the stream stays stuck: it looks at memory that nobody writes any more, and sees no abort.
+    """
     path, extension = building.load()
     with Double(path) as gpu:
-        ranks = connect(gpu, extension, 2, timeout_s=0.7)
+        ranks = connect(gpu, extension, 2, timeout_s=0.7, puts=puts)
         slots = ring(ranks)
         for _ in range(epochs):
             ranks[0].send_once(slots[0])
             ranks[0].wait(slots[0])
         stuck = gpu.drain(grace_ms=10)
-        assert any("rank 0" in line and "message" in line for line in stuck)
+        awaited = "signals of rank 1" if puts else "message"
+        assert any("rank 0" in line and awaited in line for line in stuck)
         states = [state for *_, state in ranks[0].channel.history()]
         assert states == ["running", *["queued"] * (epochs - 1)]
         _eventually(ranks[0].channel.broken)
-        assert gpu.drain() == [], "the abort has released the stream"
+        assert bool(gpu.drain()) == puts, "the abort has released the stream"
         with pytest.raises(extension.ExchangeError, match=r"waited .*for rank 1.* in slot 'ring' \(exchange 0\)"):
             ranks[0].wait(slots[0])
         for r in ranks:

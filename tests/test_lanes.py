@@ -79,6 +79,9 @@ def test_old_libraries_and_missing_contexts_are_refused(gpu):
     gpu.library.fake_version(21903)
     libraries = extension.Libraries(gpu.path, gpu.path)
     assert libraries.nccl_version == 21903
+    assert "2.29.2 or later is needed for one-sided puts: got version 21903" in libraries.puts_missing
+    with pytest.raises(extension.ExchangeError, match="one-sided puts: got version 21903"):
+        extension.NcclTransport(libraries, extension.unique_id(libraries), 0, 2, puts=True)
     with pytest.raises(extension.ExchangeError, match="no CUDA device is current"):
         extension.NcclTransport(libraries, extension.unique_id(libraries), 0, 2)
 
