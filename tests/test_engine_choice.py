@@ -107,7 +107,7 @@ def test_all_ranks_choose_alike_and_say_so_once():
 
 
 def _without_puts(rank):
-    """(kind of exchange, what is logged) where NCCL has no puts on rank 1; shared memory stands in for its other way."""
+    """(kind of exchange, what is logged) where rank 1 has no puts; shared memory stands in for NCCL's other way."""
 
     def connect(world, kind):
         def begin():
