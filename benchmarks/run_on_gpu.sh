@@ -4,9 +4,9 @@
 #
 #   benchmarks/run_on_gpu.sh [--quick] [--out FOLDER] [PART ...]
 #
-# PART is one of build, tests, pipelines, single, patches, exchange, kernels, report (default: all). Each part's log lands in FOLDER (default
-# build/gpu), with a copy of the rows and a summary, which is also the last thing printed. Without a GPU the tests are
-# skipped by themselves and the benchmarks run as far as a CPU goes. PYTHON chooses the interpreter.
+# PART is one of build, tests, pipelines, single, patches, exchange, kernels, report (default: all). Each part's log
+# lands in FOLDER (default build/gpu), with a copy of the rows and a summary, which is also the last thing printed. Without
+# a GPU tests are skipped by themselves and benchmarks run as far as a CPU goes. PYTHON chooses the interpreter.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 

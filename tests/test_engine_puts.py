@@ -15,7 +15,7 @@ class _World:
     """One of several ranks in a process; `meeting` is shared."""
 
     def __init__(self, rank, size, meeting):
-        self.rank, self.size, self.ranks, self.timeout_s = rank, size, tuple(range(size)), 0.5
+        self.rank, self.size, self.ranks, self.timeout_s = rank, size, tuple(range(size)), 20
         self._barrier, self._values = meeting
 
     def gather(self, value, _):
@@ -37,9 +37,9 @@ class _HostEngine(Engine):
         return self.compute
 
 
-def _try(gpu, size):
+def _try(gpu, size, timeout_s=20):
     """What the first put gives on each rank: None or the text of an error."""
-    ranks = connect(gpu, building.load()[1], size, timeout_s=0.5, puts=True)
+    ranks = connect(gpu, building.load()[1], size, timeout_s, puts=True)
     meeting, errors = (threading.Barrier(size), [None] * size), [None] * size
 
     def play(rank):
@@ -73,6 +73,6 @@ def test_a_first_put_arrives_everywhere(size, enquiries):
 def test_a_window_that_one_rank_is_refused_fails_on_all():
     with Double(building.build()[0]) as gpu:
         gpu.library.fake_refuse_windows(1)
-        first, second = _try(gpu, 2)
+        first, second = _try(gpu, 2, timeout_s=0.5)
         assert "rank 1, phase 'a first put': ncclCommWindowRegister: unhandled" in second
         assert "rank 0, slot 'one number'" in first and "ncclCommWindowRegister: NCCL found no connection" in first

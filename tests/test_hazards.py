@@ -62,6 +62,29 @@ def _one_way(ranks, depth=2):
     return sides
 
 
+def test_phases_one_after_another(gpu, connected):
+    """What a phase leaves behind, such as credits that nobody waits for any more, is not taken for the next one's."""
+    ranks = connected(2)
+    for steps in (1, 2, STEPS):
+        both = ring(ranks, "both")
+        source, target = _one_way(ranks)
+        for _ in range(steps):
+            ranks[0].send_once(source)
+            ranks[1].post(target)
+            for r, slot in zip(ranks, both, strict=True):
+                r.send_once(slot)
+                r.wait(slot)
+                r.consume(slot)
+            ranks[1].wait(target)
+            ranks[1].consume(target)
+        assert gpu.drain() == []
+        for phase in ("both", "phase"):
+            for r in ranks:
+                r.channel.release(phase)
+    assert verdict(gpu, ranks) == ([], [], [])
+    assert gpu.misuses() == []
+
+
 @pytest.mark.parametrize("broken", [False, True])
 def test_send_after_the_producer(gpu, connected, broken):
     """RAW: the post orders the send after the stream it names, so the producer must run there."""
