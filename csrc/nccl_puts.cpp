@@ -237,7 +237,7 @@ void NcclPutsTransport::close() {
   while (whole && !gone() && !windows_.empty()) forget(std::shared_ptr<Window>(windows_.back()));
   NcclTransport::close();
   // What still copies may do so: its memory is left to the end of the process.
-  const bool over = windows_.empty() || idle();
+  const bool over = windows_.empty() || (!stuck_ && idle());
   for (const auto& window : windows_) {
     if (over) libraries_->ncclMemFree(window->memory);
   }
@@ -263,7 +263,7 @@ void NcclPutsTransport::end(NcclComm comm) noexcept {
       libraries->ncclCommAbort(comm);
       ended.set_value();
     }).detach();
-    over.wait_for(kPatience);
+    stuck_ = over.wait_for(kPatience) != std::future_status::ready;
   } catch (const std::system_error&) {
     libraries_->ncclCommAbort(comm);
   }

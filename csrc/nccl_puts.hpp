@@ -88,6 +88,8 @@ class NcclPutsTransport final : public NcclTransport {
   void need(int peer, uint64_t number);
   void wait_for_signals();
 
+  // Not even an abort has ended what was under way.
+  std::atomic<bool> stuck_{false};
   std::vector<Signals> signals_;
   std::vector<NcclWaitSignalDesc> needed_;
   std::vector<std::shared_ptr<Window>> windows_;

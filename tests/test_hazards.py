@@ -214,11 +214,13 @@ def test_another_size_is_an_error_on_both_ranks(gpu):
     sides = ranks[0].slot("x", sends=[1], nbytes=64), ranks[1].slot("x", recvs=[0], nbytes=128)
     for r, side in zip(ranks, sides, strict=True):
         r.freeze(side)
+    for r, side in zip(ranks, sides, strict=True):
         r.send_once(side)
     assert gpu.drain() == []
     for r in ranks:
         _eventually(lambda r=r: r.channel.broken())
         assert "met a send of 64 bytes" in r.channel.broken()
+        r.channel.abort("over")
         r.channel.close()
 
 
