@@ -63,14 +63,13 @@ py::dict nccl_abi() {
   ADF_NCCL_CONFIG_FIELDS(ADF_FIELD)
 #undef ADF_FIELD
   py::list awaited;
-#define ADF_FIELD(field) awaited.append(py::make_tuple(#field, offsetof(NcclWaitSignalDesc, field)));
-  ADF_FIELD(opCnt)
-  ADF_FIELD(peer)
-  ADF_FIELD(sigIdx)
-  ADF_FIELD(ctx)
+#define ADF_FIELD(field) awaited.append(py::make_tuple(#field, offsetof(NcclWaitSignalDesc, field)))
+  ADF_FIELD(opCnt);
+  ADF_FIELD(peer);
+  ADF_FIELD(sigIdx);
+  ADF_FIELD(ctx);
 #undef ADF_FIELD
-      py::dict functions,
-      puts_functions;
+  py::dict functions, puts_functions;
 #define ADF_FUNCTION(name, result, arguments) functions[#name] = #arguments;
   ADF_NCCL_FUNCTIONS(ADF_FUNCTION)
 #undef ADF_FUNCTION
