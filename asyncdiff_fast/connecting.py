@@ -12,6 +12,7 @@ import time
 import torch
 
 from . import engine
+from .slots import Recv, Send
 from .world import ExchangeError
 
 log = logging.getLogger(__name__)
@@ -25,9 +26,9 @@ class Unavailable(RuntimeError):
 
 
 def open_engine(world, kind):
-    """The engine of these ranks by "nccl" or "shm". Collective. Raises: Unavailable, on all ranks alike."""
-    if kind == "nccl":
-        return engine.Engine(world, *_connect_nccl(world))
+    """The engine of these ranks by "nccl", "nccl-puts" or "shm". Collective. Raises: Unavailable, on all alike."""
+    if kind != "shm":
+        return _connect_nccl(world, kind)
     token = world.broadcast(secrets.randbits(63), "shared memory")
     made = []
     addresses = _together(world, "shared memory", lambda: made.append(_transport(world, token)) or made[0].address())
@@ -40,18 +41,22 @@ def _transport(world, token):
     return engine._C.ShmTransport(world.rank, world.size, token)
 
 
-def _connect_nccl(world):
+def _connect_nccl(world, kind):
     libraries = []
 
     def begin():
         libraries.append(engine._C.Libraries(nccl_package=nccl_package()))
         libraries[0].require_driver()
+        if kind == "nccl-puts" and libraries[0].puts_missing:
+            raise ExchangeError(libraries[0].puts_missing)
         # Makes the device's context current in this thread.
         torch.empty(1, device="cuda")
         return engine._C.unique_id(libraries[0]) if world.rank == 0 else b""
 
     def connect():
-        transport = engine._C.NcclTransport(libraries[0], unique_id, world.rank, world.size, world.timeout_s)
+        transport = engine._C.NcclTransport(
+            libraries[0], unique_id, world.rank, world.size, world.timeout_s, puts=kind == "nccl-puts"
+        )
         while not transport.ready():
             time.sleep(1e-3)
         return transport
@@ -64,7 +69,35 @@ def _connect_nccl(world):
     everyone = world.gather((host(), os.getpid()), "processes")
     pids = [pid if rank != world.rank and at == host() else 0 for rank, (at, pid) in enumerate(everyone)]
     channel = engine._C.Channel(transport[0], world.timeout_s, pids)
-    return "nccl", channel, _StoreWatch(world, channel)
+    made = engine.Engine(world, kind, channel, _StoreWatch(world, channel))
+    if kind == "nccl-puts":
+        try:
+            _together(world, "one-sided puts", lambda: try_puts(made, "cuda"))
+        except Unavailable:
+            with contextlib.suppress(ExchangeError):
+                made.close(0)
+            raise
+    return made
+
+
+def try_puts(exchange, device):
+    """Put a number from every rank to every other, so that what these devices cannot do is known before it is needed.
+
+    NCCL makes ready for puts at the first one, with all ranks together: later a rank may well have none.
+    Raises: ExchangeError if it fails, or another number arrives.
+    """
+    world = exchange.world
+    peers = [rank for rank in range(world.size) if rank != world.rank]
+    numbers = {rank: torch.full((1,), rank if rank == world.rank else -1, device=device) for rank in range(world.size)}
+    sends = [Send(peer, (numbers[world.rank],)) for peer in peers]
+    slot = exchange.slot("one number", sends, [Recv(peer, (numbers[peer],)) for peer in peers], depth=1)
+    exchange.freeze("a first put")
+    exchange.post(slot)
+    exchange.wait(slot)
+    exchange.release("a first put")
+    wrong = [peer for peer in peers if int(numbers[peer]) != peer]
+    if wrong:
+        raise ExchangeError(f"a put from rank {wrong[0]} brought {int(numbers[wrong[0]])} instead of {wrong[0]}")
 
 
 def nccl_package():

@@ -29,13 +29,16 @@ def missing():
 
 
 class Engine:
-    """The slots of one rank over a channel of `_C`. `kind` is "nccl" (CUDA tensors) or "shm" (CPU tensors)."""
+    """The slots of one rank over a channel of `_C`.
+
+    `kind` is "nccl" (CUDA tensors by send and receive), "nccl-puts" (by one-sided puts) or "shm" (CPU tensors).
+    """
 
     _open = False
 
     def __init__(self, world, kind, channel, watch=None):
         self.world, self.kind = world, kind
-        self.device_type = "cuda" if kind == "nccl" else "cpu"
+        self.device_type = "cpu" if kind == "shm" else "cuda"
         self._channel, self._watch = channel, watch
         self._unfrozen, self._phases = [], {}
         self._reported, self._open = False, True
@@ -65,10 +68,12 @@ class Engine:
         slots, self._unfrozen = self._unfrozen, []
         if order is not None and sorted(set(order)) != list(order):
             raise ValueError(f"the numbers of slots must grow: got {list(order)} in {phase}")
-        compare(self.world, slots, 0, phase)
+        tags = [slot.tag for slot in slots]
+        windows = compare(self.world, slots, self._channel.window(tags), phase)
         for place, slot in enumerate(slots):
             slot.phase, slot.place = phase, place
-        self._channel.freeze(phase, [slot.tag for slot in slots])
+        with self._reporting():
+            self._channel.freeze(phase, tags, windows)
         self._phases[phase] = slots
 
     def acquire(self, slot):
@@ -163,7 +168,7 @@ class Engine:
                 self.close(0)
 
     def _stream(self):
-        return torch.cuda.current_stream().cuda_stream if self.kind == "nccl" else 0
+        return 0 if self.kind == "shm" else torch.cuda.current_stream().cuda_stream
 
     def _reporting(self):
         return _Reporting(self)

@@ -18,6 +18,14 @@ from .world import ExchangeError
 __all__ = ["Recv", "Send", "Slot", "TorchExchange", "choose", "open_exchange"]
 
 log = logging.getLogger(__name__)
+# What takes the place of a way that these ranks cannot have.
+_NEXT = {"nccl-puts": "nccl", "nccl": "torch", "shm": "torch"}
+_NAMES = {
+    "torch": "torch.distributed",
+    "shm": "shared memory",
+    "nccl": "NCCL",
+    "nccl-puts": "one-sided puts of NCCL",
+}
 _logged = set()
 
 
@@ -28,19 +36,20 @@ def open_exchange(world, device_type):
     """
     everyone = world.gather(_report(torch.device(device_type).type), "the way to exchange")
     kind, why = choose(everyone)
-    if kind != "torch":
+    exchange = None
+    while kind != "torch" and exchange is None:
         try:
             exchange = open_engine(world, kind)
         except Unavailable as error:
             if everyone[0]["wanted"] == "engine":
                 raise ExchangeError(f"{EXCHANGE_VARIABLE}=engine cannot be had: {error}") from error
-            kind, why = "torch", str(error)
+            kind, why = _NEXT[kind], str(error)
     _log_once(world, kind, why)
-    return exchange if kind != "torch" else TorchExchange(world)
+    return exchange or TorchExchange(world)
 
 
 def choose(reports):
-    """("nccl", "shm" or "torch", why) from what every rank reports; the same on every rank.
+    """("nccl-puts", "nccl", "shm" or "torch", why) from what every rank reports; the same on every rank.
 
     Raises: ExchangeError, see `open_exchange`.
     """
@@ -55,7 +64,17 @@ def choose(reports):
     kind, why = _best(reports)
     if kind == "torch" and wanted[0] == "engine":
         raise ExchangeError(f"{EXCHANGE_VARIABLE}=engine cannot be had: {why}; unset it, or set it to torch")
+    if wanted[0] == "nccl-puts":
+        return _with_puts(reports, kind, why)
     return kind, why
+
+
+def _with_puts(reports, kind, why):
+    if kind != "nccl":
+        return kind, f"{why}, and puts are for CUDA tensors"
+    if len({report["host"] for report in reports}) > 1:
+        return kind, f"{why} on several hosts, and puts are for one"
+    return "nccl-puts", f"{EXCHANGE_VARIABLE}=nccl-puts"
 
 
 def _best(reports):
@@ -87,5 +106,4 @@ def _log_once(world, kind, why):
         return
     _logged.add((kind, why))
     level = logging.WARNING if kind == "torch" and engine.missing() and world.rank == 0 else logging.INFO
-    name = {"torch": "torch.distributed", "shm": "shared memory", "nccl": "NCCL"}[kind]
-    log.log(level, "asyncdiff_fast exchanges by %s: %s", name, why)
+    log.log(level, "asyncdiff_fast exchanges by %s: %s", _NAMES[kind], why)

@@ -62,13 +62,13 @@ class Slot:
         return sorted(lines, key=lambda line: line[1])
 
 
-def compare(world, slots, last, phase):
-    """Compare the order of a phase's slots with every peer; returns the largest `last` of all ranks. Collective.
+def compare(world, slots, told, phase):
+    """Compare the order of a phase's slots with every peer; returns what each rank has `told`. Collective.
 
     Raises: ExchangeError if two ranks list different slots, orders or sizes for each other.
     """
     listed = [line for slot in slots for line in slot.describe(world.rank, world.ranks)]
-    everyone = world.gather((last, listed), f"the slots of {phase}")
+    everyone = world.gather((told, listed), f"the slots of {phase}")
     for peer, (_, theirs) in enumerate(everyone):
         mine = [line[1:] for line in listed if line[0] == peer]
         theirs = [line[1:] for line in theirs if line[0] == world.rank]
@@ -81,4 +81,4 @@ def compare(world, slots, last, phase):
                 f"rank {world.rank} and rank {peer} list different slots for each other in {phase}: "
                 f"{len(mine)} here, {len(theirs)} there, {first}; ranks must patch the same model with the same options"
             )
-    return max(last for last, _ in everyone)
+    return [told for told, _ in everyone]

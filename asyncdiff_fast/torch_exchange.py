@@ -41,7 +41,7 @@ class TorchExchange:
         order = range(len(slots)) if order is None else order
         for place, (slot, number) in enumerate(zip(slots, order, strict=True)):
             slot.phase, slot.place, slot.tag = phase, place, self._tags + number
-        self._tags += 1 + compare(self.world, slots, max(order, default=-1), phase)
+        self._tags += 1 + max(compare(self.world, slots, max(order, default=-1), phase))
         self._slots += slots
         self._phases[phase], self._cursors[phase] = slots, 0
 

@@ -5,7 +5,8 @@
 Host: `_C` over the tests' double of CUDA and NCCL, told to return at once, so that our own time is left; against
 torch.distributed's batch_isend_irecv over its fake process group and the same driver and NCCL calls by ctypes.
 Shared memory: two processes that both send and receive, against gloo in the same processes, rounds in turn. CPU time
-is that of all threads of both processes.
+is that of all threads of both processes. `--only gpu`: the same host times with the real driver and NCCL, see
+exchange_on_gpu.py.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import statistics
 import sys
 import time
 
+import exchange_on_gpu
 import measure
 import torch
 import torch.distributed as dist
@@ -38,7 +40,7 @@ CONTEXT = 0x50000001
 
 def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", choices=("host", "shm"))
+    parser.add_argument("--only", choices=("host", "shm", "gpu"), help="default: host and shm")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--calls", type=int, default=200, help="posts in each burst of the host's part")
     parser.add_argument("--quick", action="store_true", help="3 rounds")
@@ -255,12 +257,15 @@ def exchanges(world, exchange, slot, calls):
 def main(argv):
     options = parse(argv)
     if "RANK" in os.environ:
-        rows = shm_rank(options)
+        rows = (exchange_on_gpu.rank_rows if options.only == "gpu" else shm_rank)(options)
         if rows is not None:
             pathlib.Path(os.environ["BENCH_ROWS"]).write_text(json.dumps(rows))
         return 0
+    if options.only == "gpu" and not torch.cuda.is_available():
+        print("no CUDA device: the GPU's part of the exchange is not measured", file=sys.stderr)
+        return 0
     load = os.getloadavg()[0]
-    rows = host_rows(options) if options.only != "shm" else []
+    rows = host_rows(options) if options.only in (None, "host") else []
     if options.only != "host":
         rows += in_two_processes(argv)
     # Of other work, before this began.
@@ -280,7 +285,7 @@ def in_two_processes(argv):
         path = pathlib.Path(folder) / "rows.json"
         os.environ["BENCH_ROWS"] = str(path)
         if launch(2, ["--", __file__, *argv]):
-            raise SystemExit("the processes that measure shared memory failed")
+            raise SystemExit("the processes that measure failed")
         return json.loads(path.read_text())
 
 

@@ -4,9 +4,9 @@
 #
 #   benchmarks/run_on_gpu.sh [--quick] [--out FOLDER] [PART ...]
 #
-# PART is one of build, tests, pipelines, single, patches, kernels, report (default: all). Each part's log lands in FOLDER (default
-# build/gpu), with a copy of the rows and a summary, which is also the last thing printed. Without a GPU the tests are
-# skipped by themselves and the benchmarks run as far as a CPU goes. PYTHON chooses the interpreter.
+# PART is one of build, tests, pipelines, single, patches, exchange, kernels, report (default: all). Each part's log
+# lands in FOLDER (default build/gpu), with a copy of the rows and a summary, which is also the last thing printed. Without
+# a GPU tests are skipped by themselves and benchmarks run as far as a CPU goes. PYTHON chooses the interpreter.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
@@ -15,12 +15,12 @@ while (($#)); do
     case $1 in
         --quick) quick=--quick ;;
         --out) out=${2:?--out needs a folder} && shift ;;
-        build | tests | pipelines | single | patches | kernels | report) parts+=("$1") ;;
+        build | tests | pipelines | single | patches | exchange | kernels | report) parts+=("$1") ;;
         *) sed -n '2,9s/^# \{0,1\}//p' "$0" >&2 && exit 2 ;;
     esac
     shift
 done
-((${#parts[@]})) || parts=(build tests pipelines single patches kernels report)
+((${#parts[@]})) || parts=(build tests pipelines single patches exchange kernels report)
 python=${PYTHON:-python3}
 mkdir -p "$out"
 out=$(realpath "$out")
@@ -87,6 +87,8 @@ for name in "${parts[@]}"; do
                 done
             fi
             ;;
+        # Host times with the real driver; without a GPU it says that there is none.
+        exchange) part exchange 300 "$python" benchmarks/bench_exchange.py --only gpu --save $quick ;;
         kernels)
             # With --quick 8 minutes together; without, hours. Either goes on where it was broken off.
             for stem in bench_group_norm bench_attention bench_pointwise; do

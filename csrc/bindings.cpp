@@ -4,7 +4,7 @@
 
 #include "channel.hpp"
 #include "edges.hpp"
-#include "nccl_transport.hpp"
+#include "nccl_puts.hpp"
 #include "shm_transport.hpp"
 
 namespace py = pybind11;
@@ -62,14 +62,27 @@ py::dict nccl_abi() {
 #define ADF_FIELD(field) fields.append(py::make_tuple(#field, offsetof(NcclConfig, field), sizeof(NcclConfig::field)));
   ADF_NCCL_CONFIG_FIELDS(ADF_FIELD)
 #undef ADF_FIELD
-  py::dict functions;
+  py::list awaited;
+#define ADF_FIELD(field) awaited.append(py::make_tuple(#field, offsetof(NcclWaitSignalDesc, field)))
+  ADF_FIELD(opCnt);
+  ADF_FIELD(peer);
+  ADF_FIELD(sigIdx);
+  ADF_FIELD(ctx);
+#undef ADF_FIELD
+  py::dict functions, puts_functions;
 #define ADF_FUNCTION(name, result, arguments) functions[#name] = #arguments;
   ADF_NCCL_FUNCTIONS(ADF_FUNCTION)
 #undef ADF_FUNCTION
-  return py::dict("config"_a = fields, "config_bytes"_a = sizeof(NcclConfig),
-                  "unique_id_bytes"_a = sizeof(NcclUniqueId), "magic"_a = kNcclMagic, "undefined"_a = kNcclUndefined,
-                  "ncclSuccess"_a = kNcclSuccess, "ncclInProgress"_a = kNcclInProgress, "ncclInt8"_a = kNcclInt8,
-                  "NCCL_SPLIT_NOCOLOR"_a = kNcclSplitNoColor, "functions"_a = functions);
+#define ADF_FUNCTION(name, result, arguments) puts_functions[#name] = #arguments;
+  ADF_NCCL_PUTS_FUNCTIONS(ADF_FUNCTION)
+#undef ADF_FUNCTION
+  return py::dict(
+      "config"_a = fields, "config_bytes"_a = sizeof(NcclConfig), "unique_id_bytes"_a = sizeof(NcclUniqueId),
+      "magic"_a = kNcclMagic, "undefined"_a = kNcclUndefined, "ncclSuccess"_a = kNcclSuccess,
+      "ncclInProgress"_a = kNcclInProgress, "ncclInt8"_a = kNcclInt8, "NCCL_SPLIT_NOCOLOR"_a = kNcclSplitNoColor,
+      "functions"_a = functions, "puts_functions"_a = puts_functions, "awaited"_a = awaited,
+      "awaited_bytes"_a = sizeof(NcclWaitSignalDesc), "puts_since"_a = kNcclPutsSince,
+      "NCCL_WIN_COLL_SYMMETRIC"_a = kNcclWindowCollSymmetric, "NCCL_WIN_REQUIRED_ALIGNMENT"_a = kNcclWindowAlignment);
 }
 
 void bind_nccl(py::module_& m) {
@@ -79,21 +92,28 @@ void bind_nccl(py::module_& m) {
       .def_readonly("driver_path", &Libraries::driver_path)
       .def_readonly("nccl_path", &Libraries::nccl_path)
       .def_readonly("nccl_version", &Libraries::nccl_version)
+      .def_property_readonly("puts_missing", &Libraries::puts_missing)
       .def("require_driver", &Libraries::require_driver);
   m.def("nccl_abi", &nccl_abi);
   m.def("unique_id", [](const Libraries& libraries) { return py::bytes(NcclTransport::unique_id(libraries)); });
   py::class_<NcclTransport, Transport, std::shared_ptr<NcclTransport>>(m, "NcclTransport", py::module_local())
       .def(py::init([](std::shared_ptr<Libraries> libraries, const std::string& unique_id, int rank, int size,
-                       double timeout_s, int max_ctas, int cta_policy) {
+                       double timeout_s, int max_ctas, int cta_policy, bool puts) {
              NcclOptions options;
              options.timeout_s = timeout_s;
              if (max_ctas > 0) options.max_ctas = max_ctas;
              if (cta_policy >= 0) options.cta_policy = cta_policy;
              py::gil_scoped_release unlocked;
-             return std::make_shared<NcclTransport>(std::move(libraries), unique_id, rank, size, options);
+             std::shared_ptr<NcclTransport> made;
+             if (puts) {
+               made = std::make_shared<NcclPutsTransport>(std::move(libraries), unique_id, rank, size, options);
+             } else {
+               made = std::make_shared<NcclTransport>(std::move(libraries), unique_id, rank, size, options);
+             }
+             return made;
            }),
            py::arg("libraries"), py::arg("unique_id"), py::arg("rank"), py::arg("size"), py::arg("timeout_s") = 30.0,
-           py::arg("max_ctas") = 0, py::arg("cta_policy") = -1)
+           py::arg("max_ctas") = 0, py::arg("cta_policy") = -1, py::arg("puts") = false)
       .def("ready", &NcclTransport::ready, Unlocked())
       .def("split", &NcclTransport::split, Unlocked(), py::arg("color"), py::arg("key"), py::arg("rank"),
            py::arg("size"))
@@ -125,7 +145,9 @@ void bind_channel(py::module_& m) {
             return c.add(name, std::move(all), depth);
           },
           py::arg("name"), py::arg("sends"), py::arg("recvs"), py::arg("depth") = 2)
-      .def("freeze", &Channel::freeze, Unlocked(), py::arg("phase"), py::arg("slots"))
+      .def("window", &Channel::window, Unlocked(), py::arg("slots"))
+      .def("freeze", &Channel::freeze, Unlocked(), py::arg("phase"), py::arg("slots"),
+           py::arg("windows") = std::vector<std::vector<size_t>>())
       .def("release", &Channel::release, Unlocked(), py::arg("phase"))
       .def("acquire", &Channel::acquire, Unlocked(), py::arg("slot"), py::arg("stream") = 0)
       .def("post", &Channel::post, Unlocked(), py::arg("slot"), py::arg("stream") = 0)

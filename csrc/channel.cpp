@@ -96,32 +96,6 @@ void Channel::grow_history(size_t marks) {
   history_ = std::move(larger);
 }
 
-void Channel::freeze(const std::string& phase, const std::vector<int>& slots) {
-  enter();
-  if (phases_.count(phase) != 0) throw std::invalid_argument("phase '" + phase + "' is frozen already");
-  for (size_t i = 0; i < slots.size(); ++i) {
-    Slot& slot = at(slots[i]);
-    if (slot.place >= 0) throw std::invalid_argument("slot '" + slot.name + "' belongs to phase '" + slot.phase + "'");
-    slot.phase = phase;
-    slot.place = static_cast<int>(i);
-  }
-  phases_[phase].slots = slots;
-}
-
-void Channel::release(const std::string& phase) {
-  enter();
-  const auto found = phases_.find(phase);
-  if (found == phases_.end()) throw std::invalid_argument("no phase '" + phase + "' is frozen");
-  drain(found->second.slots);
-  std::lock_guard<std::mutex> lock(mutex_);
-  for (int number : found->second.slots) {
-    under_way_ -= slots_[number]->marks.size();
-    transport_->detach(slots_[number].get());
-    slots_[number].reset();
-  }
-  phases_.erase(found);
-}
-
 void Channel::enter() {
   if (forks.load(std::memory_order_relaxed) != fork_count_) {
     throw ExchangeError("the exchange does not survive fork(): start processes with spawn, or patch in the child");

@@ -32,7 +32,10 @@ class Channel {
   ~Channel();
 
   int add(const std::string& name, std::vector<Message> messages, int depth);
-  void freeze(const std::string& phase, const std::vector<int>& slots);
+  // What `freeze` must be told of every rank, by rank: see Transport::window.
+  std::vector<size_t> window(const std::vector<int>& slots) const;
+  void freeze(const std::string& phase, const std::vector<int>& slots,
+              const std::vector<std::vector<size_t>>& windows = {});
   void release(const std::string& phase);
 
   // Before the next send buffer is written: `stream` waits for the last use of it.
@@ -91,6 +94,7 @@ class Channel {
 
   const Slot& at(int slot) const;
   Slot& at(int slot) { return const_cast<Slot&>(static_cast<const Channel*>(this)->at(slot)); }
+  std::vector<const Group*> groups(const std::vector<int>& slots) const;
   void enter();
   void grow_history(size_t marks);
   void guard_order(const Slot& slot, Phase* phase);

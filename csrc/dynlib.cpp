@@ -48,6 +48,14 @@ Libraries::Libraries(const std::string& driver, const std::string& nccl, const s
     throw ExchangeError("NCCL 2.19 or later is needed: got version " + std::to_string(nccl_version) + " in " +
                         nccl_path);
   }
+  if (nccl_version < kNcclPutsSince) {
+    puts_missing_ = "NCCL 2.29.2 or later is needed for one-sided puts: got version " + std::to_string(nccl_version) +
+                    " in " + nccl_path;
+  }
+#define ADF_BIND(name, result, arguments) \
+  if (!bind(handle, #name, &name) && puts_missing_.empty()) puts_missing_ = nccl_path + " has no " #name;
+  ADF_NCCL_PUTS_FUNCTIONS(ADF_BIND)
+#undef ADF_BIND
   handle = open_library("libcuda.so.1", driver, "", &driver_path, &driver_error_);
   if (handle == nullptr) return;
 #define ADF_BIND(name, result, arguments) \

@@ -5,6 +5,7 @@
 #pragma once
 #include <climits>
 #include <cstddef>
+#include <cstdint>
 #include <memory>
 #include <string>
 
@@ -14,6 +15,7 @@ using CuStream = void*;
 using CuEvent = void*;
 using CuContext = void*;
 using NcclComm = void*;
+using NcclWindow = void*;
 
 constexpr int kCuSuccess = 0;
 constexpr int kCuNotReady = 600;
@@ -29,9 +31,17 @@ constexpr unsigned kNcclMagic = 0xcafebeef;
 constexpr int kNcclOldest = 21900;
 // A policy for CTAs is a field of ncclConfig_t since 2.27; older libraries ignore it.
 constexpr int kNcclCtaPolicySince = 22700;
+constexpr int kNcclPutsSince = 22902;
+constexpr int kNcclWindowCollSymmetric = 1;
+constexpr size_t kNcclWindowAlignment = 4096;
 
 struct NcclUniqueId {
   char internal[128];
+};
+
+// ncclWaitSignalDesc_t: so many more signals of a peer.
+struct NcclWaitSignalDesc {
+  int opCnt, peer, sigIdx, ctx;
 };
 
 // ncclConfig_t, in the order of nccl.h.
@@ -72,18 +82,20 @@ struct NcclConfig {
   int nvlsHostMode = kNcclUndefined;
 };
 
-#define ADF_DRIVER_FUNCTIONS(X)                                  \
-  X(cuInit, int, (unsigned))                                     \
-  X(cuCtxGetCurrent, int, (CuContext*))                          \
-  X(cuCtxSetCurrent, int, (CuContext))                           \
-  X(cuCtxGetStreamPriorityRange, int, (int*, int*))              \
-  X(cuStreamCreateWithPriority, int, (CuStream*, unsigned, int)) \
-  X(cuStreamDestroy_v2, int, (CuStream))                         \
-  X(cuStreamWaitEvent, int, (CuStream, CuEvent, unsigned))       \
-  X(cuEventCreate, int, (CuEvent*, unsigned))                    \
-  X(cuEventRecord, int, (CuEvent, CuStream))                     \
-  X(cuEventQuery, int, (CuEvent))                                \
-  X(cuEventDestroy_v2, int, (CuEvent))                           \
+#define ADF_DRIVER_FUNCTIONS(X)                                          \
+  X(cuInit, int, (unsigned))                                             \
+  X(cuCtxGetCurrent, int, (CuContext*))                                  \
+  X(cuCtxSetCurrent, int, (CuContext))                                   \
+  X(cuCtxGetStreamPriorityRange, int, (int*, int*))                      \
+  X(cuStreamCreateWithPriority, int, (CuStream*, unsigned, int))         \
+  X(cuStreamDestroy_v2, int, (CuStream))                                 \
+  X(cuStreamWaitEvent, int, (CuStream, CuEvent, unsigned))               \
+  X(cuStreamQuery, int, (CuStream))                                      \
+  X(cuMemcpyDtoDAsync_v2, int, (uintptr_t, uintptr_t, size_t, CuStream)) \
+  X(cuEventCreate, int, (CuEvent*, unsigned))                            \
+  X(cuEventRecord, int, (CuEvent, CuStream))                             \
+  X(cuEventQuery, int, (CuEvent))                                        \
+  X(cuEventDestroy_v2, int, (CuEvent))                                   \
   X(cuGetErrorString, int, (int, const char**))
 
 #define ADF_NCCL_FUNCTIONS(X)                                                      \
@@ -101,6 +113,16 @@ struct NcclConfig {
   X(ncclGetErrorString, const char*, (int))                                        \
   X(ncclGetLastError, const char*, (NcclComm))
 
+// Present since kNcclPutsSince; without them there is no NcclPutsTransport.
+#define ADF_NCCL_PUTS_FUNCTIONS(X)                                                                                   \
+  X(ncclMemAlloc, int, (void**, size_t))                                                                             \
+  X(ncclMemFree, int, (void*))                                                                                       \
+  X(ncclCommWindowRegister, int, (NcclComm, void*, size_t, NcclWindow*, int))                                        \
+  X(ncclCommWindowDeregister, int, (NcclComm, NcclWindow))                                                           \
+  X(ncclPutSignal, int, (const void*, size_t, int, int, NcclWindow, size_t, int, int, unsigned, NcclComm, CuStream)) \
+  X(ncclSignal, int, (int, int, int, unsigned, NcclComm, CuStream))                                                  \
+  X(ncclWaitSignal, int, (int, NcclWaitSignalDesc*, NcclComm, CuStream))
+
 // The two function tables. Shared by the transports that use them; nothing here is global.
 class Libraries {
  public:
@@ -111,16 +133,20 @@ class Libraries {
   // Raises ExchangeError with the loader's reasons where there is no driver; NCCL alone answers without one.
   void require_driver() const;
 
+  // Why this NCCL has no one-sided puts; empty where it has.
+  const std::string& puts_missing() const { return puts_missing_; }
+
 #define ADF_MEMBER(name, result, arguments) result(*name) arguments = nullptr;
   ADF_DRIVER_FUNCTIONS(ADF_MEMBER)
   ADF_NCCL_FUNCTIONS(ADF_MEMBER)
+  ADF_NCCL_PUTS_FUNCTIONS(ADF_MEMBER)
 #undef ADF_MEMBER
 
   std::string driver_path, nccl_path;
   int nccl_version = 0;
 
  private:
-  std::string driver_error_;
+  std::string driver_error_, puts_missing_;
 };
 
 }  // namespace adf

@@ -16,9 +16,12 @@ enum class Edge {
   ReadAfterRecv,
   WriteAfterSend,
   HostAfterDone,
+  PutAfterCopyOut,
+  CopyAfterPut,
   Count,
 };
 
+// `transports`: "nccl" stands for both of its ways, "nccl-puts" for the one-sided one alone.
 struct EdgeRow {
   Edge edge;
   const char* name;
@@ -36,6 +39,9 @@ constexpr std::array<EdgeRow, kEdgeCount> kEdges{{
     {Edge::WriteAfterSend, "WriteAfterSend", "WAR: C writes S[e] after M sent S[e-d]", "nccl,shm"},
     {Edge::HostAfterDone, "HostAfterDone", "WAR: the host frees or reuses buffers after M is done with them",
      "nccl,shm"},
+    {Edge::PutAfterCopyOut, "PutAfterCopyOut", "WAR: M puts into a peer's place after the peer copied out of it",
+     "nccl-puts"},
+    {Edge::CopyAfterPut, "CopyAfterPut", "RAW: M copies out of a place after the peer's put", "nccl-puts"},
 }};
 
 constexpr bool edges_in_order() {

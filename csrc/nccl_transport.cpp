@@ -82,11 +82,15 @@ std::shared_ptr<NcclTransport> NcclTransport::split(int color, int key, int rank
   if (!ready()) throw ExchangeError("a transport can be split once it is ready");
   std::shared_ptr<NcclTransport> child;
   NcclComm unused = nullptr;
-  if (color != kNcclSplitNoColor) child.reset(new NcclTransport(shared_from_this(), rank, size));
+  if (color != kNcclSplitNoColor) child = lane(rank, size);
   NcclConfig settings = config();
   std::lock_guard<std::mutex> lock(comm_mutex_);
   nccl(libraries_->ncclCommSplit(comm_, color, key, child ? &child->comm_ : &unused, &settings), "ncclCommSplit");
   return child;
+}
+
+std::shared_ptr<NcclTransport> NcclTransport::lane(int rank, int size) {
+  return std::shared_ptr<NcclTransport>(new NcclTransport(shared_from_this(), rank, size));
 }
 
 bool NcclTransport::ready() {
@@ -140,7 +144,9 @@ void NcclTransport::settle(const char* what) {
     const int result = async_error();
     if (gone_) throw ExchangeError("the NCCL communicator is closed");
     if (result != kNcclInProgress) return nccl(result, what);
-    if (Clock::now() > deadline) throw ExchangeError("NCCL found no connection in " + seconds(options_.timeout_s));
+    if (Clock::now() > deadline) {
+      throw ExchangeError(std::string(what) + ": NCCL found no connection in " + seconds(options_.timeout_s));
+    }
     std::this_thread::sleep_for(kPoll);
   }
 }
@@ -181,23 +187,19 @@ void NcclTransport::submit(const Group& group, uint64_t epoch, Stream stream) {
   } else {
     ADF_EDGE(Edge::RecvAfterReaders, cuda(lib.cuStreamWaitEvent(stream_, m.ready, 0), "cuStreamWaitEvent"));
   }
-  int result = kNcclSuccess;
-  {
-    std::lock_guard<std::mutex> lock(comm_mutex_);
-    if (gone_) throw ExchangeError("the NCCL communicator is closed");
-    nccl(lib.ncclGroupStart(), "ncclGroupStart");
+  move(group, epoch);
+  ADF_EDGE(Edge::DoneRecorded, cuda(lib.cuEventRecord(m.done, stream_), "cuEventRecord"));
+}
+
+void NcclTransport::move(const Group& group, uint64_t epoch) {
+  const Libraries& lib = *libraries_;
+  issue_group([&](NcclComm comm, const auto& note) {
     for (const Message& x : group.messages) {
       char* buffer = x.buffers[epoch % group.depth];
-      const int one = x.sends ? lib.ncclSend(buffer, x.bytes, kNcclInt8, x.peer, comm_, stream_)
-                              : lib.ncclRecv(buffer, x.bytes, kNcclInt8, x.peer, comm_, stream_);
-      if (one != kNcclSuccess && one != kNcclInProgress) result = one;
+      note(x.sends ? lib.ncclSend(buffer, x.bytes, kNcclInt8, x.peer, comm, stream_)
+                   : lib.ncclRecv(buffer, x.bytes, kNcclInt8, x.peer, comm, stream_));
     }
-    const int end = lib.ncclGroupEnd();
-    if (result == kNcclSuccess) result = end;
-  }
-  nccl(result, "ncclGroupEnd");
-  if (result == kNcclInProgress) settle("ncclGroupEnd");
-  ADF_EDGE(Edge::DoneRecorded, cuda(lib.cuEventRecord(m.done, stream_), "cuEventRecord"));
+  });
 }
 
 bool NcclTransport::order(const Group& group, uint64_t epoch, Stream stream, Clock::time_point) {
@@ -250,7 +252,7 @@ void NcclTransport::abort(const std::string&) noexcept {
     lock.try_lock();
   }
   libraries_->cuCtxSetCurrent(context_);
-  libraries_->ncclCommAbort(comm_);
+  end(comm_);
 }
 
 void NcclTransport::close() {

@@ -15,7 +15,7 @@ struct NcclOptions {
   int cta_policy = kNcclUndefined;
 };
 
-class NcclTransport final : public Transport, public std::enable_shared_from_this<NcclTransport> {
+class NcclTransport : public Transport, public std::enable_shared_from_this<NcclTransport> {
  public:
   // Begins to connect and returns at once; the rank's CUDA context must be current. Then call `ready` until it is true.
   NcclTransport(std::shared_ptr<const Libraries> libraries, const std::string& unique_id, int rank, int size,
@@ -45,24 +45,64 @@ class NcclTransport final : public Transport, public std::enable_shared_from_thi
   void abort(const std::string& reason) noexcept override;
   void close() override;
 
+ protected:
+  NcclTransport(std::shared_ptr<NcclTransport> parent, int rank, int size);
+
+  // A lane split off this one, before its communicator is made.
+  virtual std::shared_ptr<NcclTransport> lane(int rank, int size);
+  // Puts the messages of an epoch on this lane's stream; whom it waits for, and who waits for it, is seen to already.
+  virtual void move(const Group& group, uint64_t epoch);
+  // Ends a communicator that nobody can wait for.
+  virtual void end(NcclComm comm) noexcept { libraries_->ncclCommAbort(comm); }
+
+  // Calls of NCCL. True: the last one goes on in the background, and later ones must not come before it is done.
+  template <class Calls>
+  bool start(const char* what, const Calls& calls) {
+    std::lock_guard<std::mutex> lock(comm_mutex_);
+    if (gone_) throw ExchangeError("the NCCL communicator is closed");
+    const int result = calls(comm_);
+    nccl(result, what);
+    return result == kNcclInProgress;
+  }
+  template <class Calls>
+  void issue(const char* what, const Calls& calls) {
+    if (start(what, calls)) settle(what);
+  }
+  // As one group, the calls of `calls(note)`; `note` takes the result of each.
+  template <class Calls>
+  void issue_group(const Calls& calls) {
+    issue("ncclGroupEnd", [&](NcclComm comm) {
+      nccl(libraries_->ncclGroupStart(), "ncclGroupStart");
+      int result = kNcclSuccess;
+      calls(comm, [&result](int one) {
+        if (one != kNcclSuccess && one != kNcclInProgress) result = one;
+      });
+      const int ended = libraries_->ncclGroupEnd();
+      return result == kNcclSuccess ? ended : result;
+    });
+  }
+  void settle(const char* what);
+  int async_error();
+  bool gone() const { return gone_; }
+  void cuda(int result, const char* what) const;
+  void nccl(int result, const char* what);
+  CuStream lane_stream() const { return stream_; }
+  CuContext context() const { return context_; }
+
+  const std::shared_ptr<const Libraries> libraries_;
+
  private:
   struct Mark {
     CuEvent ready = nullptr;  // recorded on the caller's stream by the post
     CuEvent done = nullptr;   // recorded on this lane's stream behind the group
   };
 
-  NcclTransport(std::shared_ptr<NcclTransport> parent, int rank, int size);
   void start_stream();
   void free_driver_objects();
   NcclConfig config() const;
-  void cuda(int result, const char* what) const;
-  void nccl(int result, const char* what);
-  int async_error();
-  void settle(const char* what);
   bool done(CuEvent event) const;
   const Mark& mark(const Group& group, uint64_t epoch) const;
 
-  std::shared_ptr<const Libraries> libraries_;
   NcclOptions options_;
   Clock::time_point began_ = Clock::now();
   // A split ends when the parent's communicator says so.

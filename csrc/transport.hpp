@@ -57,6 +57,12 @@ class Transport {
   virtual void attach(Group* group) = 0;
   virtual void detach(Group* group) = 0;
 
+  // Transports that write into their peers' memory need a window for the groups of a phase. `window`: how many bytes of
+  // it are for messages of each rank, and at this rank's own place for what it sends. `open` takes what all ranks say,
+  // by rank, and is collective; the window ends with its last group. Others need none, and say nothing.
+  virtual std::vector<size_t> window(const std::vector<const Group*>&) const { return {}; }
+  virtual void open(const std::vector<const Group*>&, const std::vector<std::vector<size_t>>&) {}
+
   // Begin the messages of an epoch, after everything that is on `stream` now.
   virtual void submit(const Group& group, uint64_t epoch, Stream stream) = 0;
 

@@ -1,8 +1,12 @@
 """Channels of several ranks on the double, driven by one thread; without torch."""
 
+import threading
 from dataclasses import dataclass
 
 from double import Memory
+
+# Longer than any rank takes to come.
+PATIENCE_S = 60
 
 
 @dataclass(frozen=True)
@@ -16,6 +20,32 @@ class Slot:
     recv: dict[int, tuple[Memory, ...]]
 
 
+class Meeting:
+    """Where ranks freeze a phase together: each then knows the windows of all, as through the store of a `World`."""
+
+    def __init__(self, size):
+        self._size, self._phases, self._changed = size, {}, threading.Condition()
+
+    def freeze(self, rank, phase, numbers, patient=False):
+        """Freeze on every rank once the last has come. `patient`: wait for that, in a thread of this rank's own."""
+        with self._changed:
+            # The same name again is another phase, once the first is over.
+            come = self._phases.setdefault(phase, {})
+            come[rank.rank] = rank, numbers
+            if len(come) == self._size:
+                self._phases.pop(phase)
+                self._freeze(phase, [come[r] for r in range(self._size)])
+                self._changed.notify_all()
+            elif patient and not self._changed.wait_for(lambda: self._phases.get(phase) is not come, PATIENCE_S):
+                raise TimeoutError(f"ranks {sorted(come)} alone have frozen {phase}")
+
+    def _freeze(self, phase, everyone):
+        windows = [rank.channel.window(numbers) for rank, numbers in everyone]
+        for rank, numbers in everyone:
+            with rank.gpu.rank(rank.device):
+                rank.channel.freeze(phase, numbers, windows)
+
+
 class Rank:
     """One rank: `channel`, `compute` (a stream), and what a patched model does with them.
 
@@ -23,8 +53,8 @@ class Rank:
     shows in the data as well.
     """
 
-    def __init__(self, gpu, rank, channel, device=None):
-        self.gpu, self.rank, self.channel = gpu, rank, channel
+    def __init__(self, gpu, rank, channel, meeting, device=None):
+        self.gpu, self.rank, self.channel, self.meeting = gpu, rank, channel, meeting
         # The context of a lane of some ranks is not numbered as its ranks are.
         self.device = rank if device is None else device
         self.compute = gpu.stream(self.device)
@@ -43,7 +73,8 @@ class Rank:
         return Slot(number, name, depth, send, recv)
 
     def freeze(self, *slots, phase="phase"):
-        self.channel.freeze(phase, [slot.number for slot in slots])
+        """Takes effect when every rank has come to it."""
+        self.meeting.freeze(self, phase, [slot.number for slot in slots])
 
     def acquire(self, slot, stream=None):
         self.channel.acquire(slot.number, stream or self.compute)
@@ -87,18 +118,18 @@ def value(rank, name, epoch):
     return (1 + 7 * epoch + 61 * rank + 17 * sum(name.encode())) % 251
 
 
-def connect(gpu, extension, size, timeout_s=30.0):
+def connect(gpu, extension, size, timeout_s=30.0, puts=False):
     """`size` ranks with a channel each, connected by the double of NCCL."""
     libraries = extension.Libraries(gpu.path, gpu.path)
     unique_id, transports = extension.unique_id(libraries), []
     for rank in range(size):
         with gpu.rank(rank):
-            transports.append(extension.NcclTransport(libraries, unique_id, rank, size, timeout_s=timeout_s))
+            transports.append(extension.NcclTransport(libraries, unique_id, rank, size, timeout_s, puts=puts))
     assert all([transport.ready() for transport in transports])
-    ranks = []
+    ranks, meeting = [], Meeting(size)
     for rank, transport in enumerate(transports):
         with gpu.rank(rank):
-            ranks.append(Rank(gpu, rank, extension.Channel(transport, timeout_s=timeout_s)))
+            ranks.append(Rank(gpu, rank, extension.Channel(transport, timeout_s=timeout_s), meeting))
     return ranks
 
 
@@ -110,6 +141,20 @@ def ring(ranks, name="ring", depth=2, nbytes=64):
         r.freeze(slot, phase=name)
         slots.append(slot)
     return slots
+
+
+def kinds(races):
+    """{(kind, earlier access, later access)}, by the first words of what they do.
+
+    One-sided, what sends or receives is a copy from or into the slot's memory.
+    """
+
+    def word(access, memory):
+        found = access.split()[2]
+        side = "send" if " send[" in memory else "recv" if " recv " in memory else found
+        return side if found == "copy" else found
+
+    return {(race.kind, word(race.first, race.memory), word(race.second, race.memory)) for race in races}
 
 
 def verdict(gpu, ranks):

@@ -100,11 +100,13 @@ class Double:
     @contextlib.contextmanager
     def rank(self, rank):
         """Calls inside are made by a rank: its context is the current one."""
+        before = ctypes.c_void_p()
+        self.library.cuCtxGetCurrent(ctypes.byref(before))
         self.library.cuCtxSetCurrent(ctypes.c_void_p(_FIRST_CONTEXT + rank))
         try:
             yield
         finally:
-            self.library.cuCtxSetCurrent(None)
+            self.library.cuCtxSetCurrent(before)
 
     def stream(self, rank):
         """A new stream of a rank: its handle, an int."""

@@ -3,6 +3,8 @@
 import contextlib
 import ctypes
 
+from double import DoubleError
+
 INT8 = 0
 IN_PROGRESS = 7
 
@@ -86,23 +88,28 @@ class Ranks:
         size = ctypes.c_size_t(target.nbytes)
         self.gpu.call("ncclBroadcast", *addresses, size, INT8, root, *self._on(rank, None))
 
-    def window(self, rank, nbytes, label):
-        """(address, handle) of new registered memory of a rank."""
-        block = self.gpu.made("ncclMemAlloc", ctypes.c_size_t(nbytes))
+    def window(self, rank, nbytes, label, flags=1):
+        """(address, handle) of new registered memory of a rank; the handle is there once every rank has come."""
+        with self.gpu.rank(rank):
+            block = self.gpu.made("ncclMemAlloc", ctypes.c_size_t(nbytes))
         self.gpu.name(block.value, nbytes, label)
-        window = ctypes.c_void_p()
-        function, size = "ncclCommWindowRegister", ctypes.c_size_t(nbytes)
-        self.gpu.call(function, self.comms[rank], block, size, ctypes.byref(window), 1)
+        window, function = ctypes.c_void_p(), self.gpu.library.ncclCommWindowRegister
+        answer = function(self.comms[rank], block, ctypes.c_size_t(nbytes), ctypes.byref(window), flags)
+        if answer not in (0, IN_PROGRESS):
+            raise DoubleError("ncclCommWindowRegister", answer)
         return block.value, window
 
-    def put(self, rank, peer, memory, window, offset):
-        """ncclPutSignal of all of `memory` at an offset of the peer's part of a window."""
-        sizes = ctypes.c_size_t(memory.nbytes), INT8, peer, window, ctypes.c_size_t(offset), 0, 0, 0
-        self.gpu.call("ncclPutSignal", ctypes.c_void_p(memory.address), *sizes, *self._on(rank, None))
+    def put(self, rank, peer, address, nbytes, window, offset):
+        """ncclPutSignal of memory of this rank at an offset of the peer's part of a window."""
+        sizes = ctypes.c_size_t(nbytes), INT8, peer, window, ctypes.c_size_t(offset), 0, 0, 0
+        self.gpu.call("ncclPutSignal", ctypes.c_void_p(address), *sizes, *self._on(rank, None))
 
     def wait_signal(self, rank, peer, count=1):
         awaited = SignalAwaited(count, peer, 0, 0)
         self.gpu.call("ncclWaitSignal", 1, ctypes.byref(awaited), *self._on(rank, None))
+
+    def signal(self, rank, peer):
+        self.gpu.call("ncclSignal", peer, 0, 0, 0, *self._on(rank, None))
 
     def abort(self, rank):
         self.gpu.call("ncclCommAbort", self.comms[rank])

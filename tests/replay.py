@@ -38,7 +38,7 @@ class _Player:
 
     def _freeze(self, phase, numbers):
         self.phases[phase] = [self.numbers[n] for n in numbers]
-        self.channel.freeze(phase, self.phases[phase])
+        self.rank.meeting.freeze(self.rank, phase, self.phases[phase], patient=True)
 
     def _release(self, phase):
         self.channel.release(phase)
@@ -60,15 +60,16 @@ class _Player:
         self.gpu.kernel(self.rank.compute, name, self._ranges(reads), self._ranges(writes))
 
 
-def replay(path, extension, programs, without=None, delay_us=0, seed=0):
+def replay(path, extension, programs, without=None, delay_us=0, seed=0, puts=False):
     """Replay programs side by side, a thread for each rank.
 
     Args:
         without: (rank, index) of an event that is left out.
+        puts: one-sided.
     Returns: (what is stuck, races, texts of errors, the first one first).
     """
     with Double(path, delay_us, seed) as gpu:
-        ranks = connect(gpu, extension, len(programs), timeout_s=TIMEOUT_S)
+        ranks = connect(gpu, extension, len(programs), timeout_s=TIMEOUT_S, puts=puts)
         threads, errors = [], []
 
         def stop(error):

@@ -24,6 +24,7 @@ from asyncdiff_fast.world import ExchangeError, World, start_process_group, stop
 CPU = {"wanted": "", "device": "cpu", "host": ("a", 1), "missing": ""}
 CUDA = CPU | {"device": "cuda"}
 ELSEWHERE = {"host": ("b", 1)}
+PUTS = {"wanted": "nccl-puts"}
 
 
 @pytest.mark.parametrize(
@@ -37,6 +38,10 @@ ELSEWHERE = {"host": ("b", 1)}
         ([CPU | {"wanted": "torch"}] * 2, "torch"),
         ([CUDA | {"wanted": "torch"}] * 2, "torch"),
         ([CPU | {"wanted": "engine"}] * 2, "shm"),
+        ([CUDA | PUTS] * 2, "nccl-puts"),
+        ([CUDA | PUTS, CUDA | PUTS | ELSEWHERE], "nccl"),
+        ([CPU | PUTS] * 2, "shm"),
+        ([CUDA | PUTS, CUDA | PUTS | {"missing": "no compiler"}], "torch"),
     ],
 )
 def test_choice(reports, kind):
@@ -47,7 +52,7 @@ def test_choice(reports, kind):
     "reports, words",
     [
         ([CPU, CPU | {"wanted": "torch"}], "must be the same on every rank"),
-        ([CPU | {"wanted": "gloo"}] * 2, "engine or torch: got 'gloo', 'gloo'"),
+        ([CPU | {"wanted": "gloo"}] * 2, "engine or nccl-puts or torch: got 'gloo', 'gloo'"),
         (
             [CPU | {"wanted": "engine", "missing": "no compiler"}] * 2,
             "cannot be had: rank 0 has no engine: no compiler",
@@ -99,6 +104,39 @@ def test_all_ranks_choose_alike_and_say_so_once():
             "asyncdiff_fast exchanges by torch.distributed: rank 1: shared memory between ranks: "
             "memfd_create: Operation not permitted",
         ]
+
+
+def _without_puts(rank):
+    """(kind of exchange, what is logged) where rank 1 has no puts; shared memory stands in for NCCL's other way."""
+
+    def connect(world, kind):
+        def begin():
+            if kind == "nccl-puts" and rank == 1:
+                raise ExchangeError("libnccl.so.2 has no ncclPutSignal")
+
+        connecting._together(world, kind, begin)
+        return connecting.open_engine(world, "shm")
+
+    connecting._connect_nccl = connect
+    records = []
+    handler = logging.Handler()
+    handler.emit = lambda record: records.append(record.getMessage())
+    logger = logging.getLogger("asyncdiff_fast.exchange")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    os.environ[EXCHANGE_VARIABLE] = "nccl-puts"
+    start_process_group(30)
+    for _ in range(2):
+        exchange = open_exchange(World(range(2), 30), "cuda")
+        exchange.close()
+    stop_process_group()
+    return exchange.kind, records
+
+
+def test_without_puts_all_ranks_send_and_receive_and_say_so_once():
+    for kind, records in ranks.run(2, _without_puts):
+        assert kind == "shm"
+        assert records == ["asyncdiff_fast exchanges by NCCL: rank 1: libnccl.so.2 has no ncclPutSignal"]
 
 
 def _without_engine(rank):

@@ -96,7 +96,11 @@ def test_numbers_and_signatures_are_the_header_s():
     assert abi["unique_id_bytes"] == int(re.search(r"#define NCCL_UNIQUE_ID_BYTES (\d+)", header)[1])
     assert abi["undefined"] == -(2**31) and "NCCL_CONFIG_UNDEF_INT INT_MIN" in header
     assert abi["magic"] == int(re.search(r"#define NCCL_API_MAGIC (0x\w+)", header)[1], 16)
-    for name, ours in abi["functions"].items():
+    _compare_signatures(header, abi["functions"])
+
+
+def _compare_signatures(header, functions):
+    for name, ours in functions.items():
         theirs = re.search(rf"\n(?:ncclResult_t|const char\*)\s+{name}\((.*?)\);", header, re.DOTALL)[1]
         ours = ours.strip("()")
         assert len(ours.split(",")) == len(theirs.split(",")), f"{name}: {ours} here, {theirs} in nccl.h"
@@ -104,6 +108,22 @@ def test_numbers_and_signatures_are_the_header_s():
             assert _is_pointer(mine) == _is_pointer(other), f"{name}: {mine} here, {other} in nccl.h"
 
 
+def test_what_one_sided_puts_need_is_the_header_s():
+    header, abi = _header(), _C.nccl_abi()
+    if int(re.search(r"#define NCCL_VERSION_CODE (\d+)", header)[1]) < abi["puts_since"]:
+        assert "NCCL 2.29.2 or later is needed" in _C.Libraries(nccl=LIBRARY).puts_missing
+        return
+    assert _C.Libraries(nccl=LIBRARY).puts_missing == ""
+    _compare_signatures(header, abi["puts_functions"])
+    for name in ("NCCL_WIN_COLL_SYMMETRIC", "NCCL_WIN_REQUIRED_ALIGNMENT"):
+        assert abi[name] == int(re.search(rf"#define {name} (\w+)", header)[1], 0)
+    body = re.search(r"typedef struct \{([^}]*)\} ncclWaitSignalDesc_t;", header)[1]
+    names = re.findall(r"int (\w+);", body)
+    assert body.count(";") == len(names), "its fields are ints"
+    assert abi["awaited"] == [(name, 4 * i) for i, name in enumerate(names)]
+    assert abi["awaited_bytes"] == 4 * len(names)
+
+
 def _is_pointer(parameter):
-    handles = ("NcclComm", "CuStream", "ncclComm_t", "cudaStream_t")
+    handles = ("NcclComm", "CuStream", "NcclWindow", "ncclComm_t", "cudaStream_t", "ncclWindow_t")
     return "*" in parameter or any(re.search(rf"\b{handle}\b", parameter) for handle in handles)

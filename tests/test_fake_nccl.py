@@ -1,6 +1,7 @@
 """The double of NCCL: rendezvous, errors, windows; and what a communicator's life looks like."""
 
 import ctypes
+import threading
 
 import building
 import pytest
@@ -129,14 +130,15 @@ def test_collectives(gpu):
 def test_puts_need_more_buffers_than_receives(gpu, early, depth, safe):
     """Nothing tells the sender that the peer has read: with an early post a third buffer keeps them apart."""
     ranks, compute = Ranks(gpu, 2), [gpu.stream(r) for r in range(2)]
-    windows = [ranks.window(r, depth * 8, f"window {r}") for r in range(2)]
-    sources = [[gpu.memory(8, f"source {r}.{p}") for p in range(depth)] for r in range(2)]
+    # What is put lies behind the places for what comes.
+    windows = [ranks.window(r, 2 * depth * 8, f"window {r}") for r in range(2)]
     done = [[], []]
 
     def post(r, e):
-        gpu.kernel(compute[r], "produce", writes=[sources[r][e % depth].part()])
+        source = windows[r][0] + (depth + e % depth) * 8
+        gpu.kernel(compute[r], "produce", writes=[Range(source, 8, -1)])
         gpu.join(ranks.streams[r], compute[r], r)
-        ranks.put(r, 1 - r, sources[r][e % depth], windows[r][1], e % depth * 8)
+        ranks.put(r, 1 - r, source, 8, windows[r][1], e % depth * 8)
         ranks.wait_signal(r, 1 - r)
         event = gpu.event(r)
         gpu.record(event, ranks.streams[r])
@@ -217,3 +219,82 @@ def test_calls_that_the_library_would_punish():
         ranks.send(1, 0, x)
         gpu.call("ncclCommDestroy", ranks.comms[1])
         assert "with operations under way" in gpu.misuses()[0]
+
+
+def _refused(call, *args):
+    with pytest.raises(DoubleError) as error:
+        call(*args)
+    return error.value.code
+
+
+def test_a_window_is_there_when_all_ranks_have_come(gpu):
+    ranks = Ranks(gpu, 2)
+    _, first = ranks.window(0, 4096, "window 0")
+    assert ranks.error(0) == IN_PROGRESS and first.value is None
+    assert _refused(ranks.send, 0, 1, gpu.memory(8, "x")) == 5
+    ranks.window(1, 4096, "window 1")
+    assert ranks.error(0) == ranks.error(1) == 0 and first.value
+
+
+def test_parts_of_a_window_are_of_one_size(gpu):
+    ranks = Ranks(gpu, 2)
+    windows = [ranks.window(r, 4096 * (1 + r), f"window {r}") for r in range(2)]
+    assert ranks.error(0) == ranks.error(1) == 4
+    assert [handle.value for _, handle in windows] == [None, None]
+
+
+@pytest.mark.parametrize("flags", [0, 1])
+def test_what_is_put_lies_in_a_symmetric_window(gpu, flags):
+    ranks, x = Ranks(gpu, 2), gpu.memory(8, "x")
+    (address, window), _ = [ranks.window(r, 4096, f"window {r}", flags) for r in range(2)]
+    assert _refused(ranks.put, 0, 1, x.address, 8, window, 0) == 4
+    for begin, nbytes in ((4092, 8), (-4, 8)):
+        assert _refused(ranks.put, 0, 1, address + begin, nbytes, window, 0) == 4
+    assert _refused(ranks.put, 0, 1, address, 8, window, 4092) == 4
+    if flags:
+        ranks.put(0, 1, address, 8, window, 4088)
+        _clean(gpu)
+    else:
+        assert _refused(ranks.put, 0, 1, address, 8, window, 0) == 4
+
+
+def test_signals_of_one_peer_are_one_counter_in_its_order(gpu):
+    """Who waits for the first of two puts in a group has no edge from the second."""
+    ranks = Ranks(gpu, 2)
+    windows = [ranks.window(r, 4096, f"window {r}") for r in range(2)]
+    with ranks.group():
+        ranks.put(0, 1, windows[0][0], 8, windows[0][1], 0)
+        ranks.put(0, 1, windows[0][0], 8, windows[0][1], 8)
+    ranks.wait_signal(1, 0)
+    gpu.kernel(ranks.streams[1], "first", reads=[Range(windows[1][0], 8, -1)])
+    assert gpu.drain() == [] and gpu.races() == []
+    gpu.kernel(ranks.streams[1], "second", reads=[Range(windows[1][0] + 8, 8, -1)])
+    assert gpu.drain() == []
+    assert [(race.kind, race.memory) for race in gpu.races()] == [("RAW", "window 1+8")]
+
+
+def test_an_abort_does_not_end_a_wait_for_a_signal(gpu):
+    """It waits for the wait, and so only comes back when the peer has signalled after all."""
+    ranks = Ranks(gpu, 2)
+    windows = [ranks.window(r, 4096, f"window {r}") for r in range(2)]
+    ranks.wait_signal(1, 0)
+    assert len(gpu.drain(grace_ms=10)) == 1
+    aborting = threading.Thread(target=ranks.abort, args=(1,))
+    aborting.start()
+    aborting.join(0.1)
+    assert aborting.is_alive() and len(gpu.drain(grace_ms=10)) == 1
+    ranks.put(0, 1, windows[0][0], 8, windows[0][1], 0)
+    aborting.join(20)
+    assert not aborting.is_alive() and gpu.drain() == []
+
+
+def test_a_put_into_a_window_that_is_gone_is_told(gpu):
+    ranks = Ranks(gpu, 2)
+    windows = [ranks.window(r, 4096, f"window {r}") for r in range(2)]
+    # The put waits behind this, in its communicator's order.
+    ranks.wait_signal(0, 1)
+    ranks.put(0, 1, windows[0][0], 8, windows[0][1], 0)
+    gpu.call("ncclCommWindowDeregister", ranks.comms[1], windows[1][1])
+    ranks.signal(1, 0)
+    assert gpu.drain() == []
+    assert gpu.misuses() == ["rank 0: put 0->1 met a window that is gone"]

@@ -1,4 +1,7 @@
-"""Slots over the real NCCL: two processes on one GPU, told apart by NCCL_HOSTID as if each had a host of its own."""
+"""Slots over the real NCCL: two processes on one GPU, told apart by NCCL_HOSTID as if each had a host of its own.
+
+One-sided puts need two GPUs of one host.
+"""
 
 import os
 
@@ -49,14 +52,11 @@ def _wrong(exchange, slot, rank):
     return wrong
 
 
-def _every_kind(rank):
-    # One GPU for both: with LOCAL_RANK each would look for its own.
-    os.environ |= {
-        "NCCL_HOSTID": f"rank{rank}",
-        "NCCL_SOCKET_IFNAME": "lo",
-        "LOCAL_RANK": "0",
-        EXCHANGE_VARIABLE: "engine",
-    }
+def _every_kind(rank, wanted):
+    os.environ[EXCHANGE_VARIABLE] = wanted
+    if wanted == "engine":
+        # One GPU for both: with LOCAL_RANK each would look for its own.
+        os.environ |= {"NCCL_HOSTID": f"rank{rank}", "NCCL_SOCKET_IFNAME": "lo", "LOCAL_RANK": "0"}
     start_process_group(60)
     world = World(range(2), 60)
     exchange = open_exchange(world, "cuda")
@@ -76,4 +76,12 @@ def _every_kind(rank):
 
 
 def test_every_kind_of_slot_brings_what_was_sent():
-    assert workers.run(2, _every_kind) == [("nccl", {})] * 2
+    assert workers.run(2, _every_kind, "engine") == [("nccl", {})] * 2
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_every_kind_of_slot_brings_what_was_put():
+    kinds, wrong = zip(*workers.run(2, _every_kind, "nccl-puts"), strict=True)
+    if set(kinds) == {"nccl"}:
+        pytest.skip("these devices have no one-sided puts; the log says why")
+    assert kinds == ("nccl-puts", "nccl-puts") and wrong == ({}, {})

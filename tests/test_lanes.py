@@ -4,7 +4,7 @@ import gc
 
 import building
 import pytest
-from channels import Rank, connect, ring, verdict
+from channels import Meeting, Rank, connect, ring, verdict
 from double import Double
 
 
@@ -32,10 +32,11 @@ def test_all_ranks_must_come(gpu):
             pass
 
 
-def test_a_lane_for_some_ranks(gpu):
+@pytest.mark.parametrize("puts", [False, True])
+def test_a_lane_for_some_ranks(gpu, puts):
     """Two halves of four ranks, each with a lane, beside the lane of all."""
     _, extension = building.load()
-    transports = _transports(gpu, extension, 4, range(4))
+    transports = _transports(gpu, extension, 4, range(4), puts=puts)
     assert all([t.ready() for t in transports])
     parts = []
     for rank, transport in enumerate(transports):
@@ -44,11 +45,11 @@ def test_a_lane_for_some_ranks(gpu):
         assert parts[-1].ready() == (rank == 3)
     assert all([t.ready() for t in (*parts, *transports)])
     assert [(t.rank, t.size) for t in parts] == [(0, 2), (0, 2), (1, 2), (1, 2)]
-    groups = [[], [], []]
+    groups, meetings = [[], [], []], [Meeting(2), Meeting(2), Meeting(4)]
     for rank, (whole, part) in enumerate(zip(transports, parts, strict=True)):
         with gpu.rank(rank):
-            groups[2].append(Rank(gpu, rank, extension.Channel(whole)))
-            groups[rank % 2].append(Rank(gpu, part.rank, extension.Channel(part), device=rank))
+            groups[2].append(Rank(gpu, rank, extension.Channel(whole), meetings[2]))
+            groups[rank % 2].append(Rank(gpu, part.rank, extension.Channel(part), meetings[rank % 2], device=rank))
     slots = [ring(group) for group in groups]
     for _ in range(3):
         for group, sides in zip(groups, slots, strict=True):
@@ -78,6 +79,9 @@ def test_old_libraries_and_missing_contexts_are_refused(gpu):
     gpu.library.fake_version(21903)
     libraries = extension.Libraries(gpu.path, gpu.path)
     assert libraries.nccl_version == 21903
+    assert "2.29.2 or later is needed for one-sided puts: got version 21903" in libraries.puts_missing
+    with pytest.raises(extension.ExchangeError, match="one-sided puts: got version 21903"):
+        extension.NcclTransport(libraries, extension.unique_id(libraries), 0, 2, puts=True)
     with pytest.raises(extension.ExchangeError, match="no CUDA device is current"):
         extension.NcclTransport(libraries, extension.unique_id(libraries), 0, 2)
 
@@ -95,9 +99,10 @@ def test_a_group_that_is_never_launched_is_given_up():
             r.channel.close()
 
 
-def test_a_closed_channel_leaves_nothing_under_way(gpu):
+@pytest.mark.parametrize("puts", [False, True])
+def test_a_closed_channel_leaves_nothing_under_way(gpu, puts):
     _, extension = building.load()
-    ranks = connect(gpu, extension, 3)
+    ranks = connect(gpu, extension, 3, puts=puts)
     slots = ring(ranks)
     for r, slot in zip(ranks, slots, strict=True):
         r.send_once(slot)

@@ -8,7 +8,7 @@ import sys
 
 import building
 import pytest
-from channels import connect, ring, verdict
+from channels import connect, kinds, ring, verdict
 from double import Double
 
 STEPS = 4
@@ -65,6 +65,16 @@ def host_after_done(gpu, ranks):
     }
 
 
+def put_after_copy_out(gpu, ranks):
+    _one_way(gpu, ranks)
+    return {("WAR", "copy", "put")}
+
+
+def copy_after_put(gpu, ranks):
+    _one_way(gpu, ranks)
+    return {("RAW", "put", "copy")}
+
+
 def _one_way(gpu, ranks):
     """Rank 0 sends and rank 1 receives, so that no edge of the other direction stands in for a missing one."""
     source, target = ranks[0].slot("x", sends=[1]), ranks[1].slot("x", recvs=[0])
@@ -81,12 +91,12 @@ def _edges():
     return building.load()[1].edges()
 
 
-def _run(number, timing):
-    """(expected, stuck, races) of an edge's case, with the edge left out, or none for -1."""
+def _run(number, timing, puts):
+    """(expected, stuck, races) of an edge's case, with the edge left out."""
     path, extension = building.load()
     case = getattr(sys.modules[__name__], _case(number))
     with Double(path, *timing) as gpu:
-        ranks = connect(gpu, extension, 2)
+        ranks = connect(gpu, extension, 2, puts=puts)
         extension.drop_edge(number)
         try:
             expected = case(gpu, ranks)
@@ -115,6 +125,14 @@ def _names():
     return names
 
 
+def _ways():
+    """(edge, whether one-sided) of every way in which NCCL carries a message."""
+    text = (building.ROOT / "csrc" / "edges.hpp").read_text()
+    rows = re.findall(r'\{Edge::(\w+), "\w+", "[^"]*",\s*"([^"]*)"\}', text)
+    assert [name for name, _ in rows] == _names()
+    return [(name, puts) for name, ways in rows for puts in (False, True) if puts or "nccl" in ways.split(",")]
+
+
 def test_every_edge_is_drawn_in_one_place():
     sources = "".join(path.read_text() for path in (building.ROOT / "csrc").glob("*.cpp"))
     drawn = re.findall(r"ADF_EDGE\(Edge::(\w+)", sources)
@@ -136,7 +154,7 @@ def test_an_edge_without_a_case_does_not_compile(tmp_path, added):
         if added:
             text = text.replace("  Count,\n", "  Another,\n  Count,\n")
             text = text.replace(
-                '"nccl,shm"},\n}};', '"nccl,shm"},\n    {Edge::Another, "Another", "none", "nccl"},\n}};'
+                '"nccl-puts"},\n}};', '"nccl-puts"},\n    {Edge::Another, "Another", "none", "nccl"},\n}};'
             )
         (tmp_path / name).write_text(text)
     command = ["c++", "-std=c++17", "-fsyntax-only", str(tmp_path / "tests/fake_gpu/mutants.cpp")]
@@ -145,25 +163,24 @@ def test_an_edge_without_a_case_does_not_compile(tmp_path, added):
     assert (done.returncode != 0) == ("kMutants must name a test case for every Edge" in done.stderr) == added
 
 
-@pytest.mark.parametrize("name", _names())
-def test_an_edge_left_out_is_reported_every_time(name):
+@pytest.mark.parametrize(("name", "puts"), _ways())
+def test_an_edge_left_out_is_reported_every_time(name, puts):
     number = _names().index(name)
     reports = []
     for timing in TIMINGS:
-        expected, stuck, races = _run(number, timing)
+        expected, stuck, races = _run(number, timing, puts)
         assert stuck == []
-        found = {(race.kind, race.first.split()[2], race.second.split()[2]) for race in races}
-        assert found == expected, f"delay and seed: {timing}"
+        assert kinds(races) == expected, f"delay and seed: {timing}"
         reports.append(races)
     assert all(races == reports[0] for races in reports), "the report does not depend on the timing"
 
 
-@pytest.mark.parametrize("name", _names())
-def test_with_the_edge_there_is_nothing_to_report(name):
+@pytest.mark.parametrize(("name", "puts"), _ways())
+def test_with_the_edge_there_is_nothing_to_report(name, puts):
     path, extension = building.load()
     case = getattr(sys.modules[__name__], _case(_names().index(name)))
     for timing in TIMINGS[:3]:
         with Double(path, *timing) as gpu:
-            ranks = connect(gpu, extension, 2)
+            ranks = connect(gpu, extension, 2, puts=puts)
             case(gpu, ranks)
             assert verdict(gpu, ranks) == ([], [], [])

@@ -64,8 +64,8 @@ def test_a_patched_model_is_free_of_races(case):
         # Patches write what they send only after they have waited for the receive beside it.
         assert any(kind == "acquire" for _, events in programs for kind, *_ in events)
     assert all(unordered(program) == [] for program in programs)
-    for delay_us, seed in ((0, 0), (50, 1)):
-        assert replay(*building.load(), programs, None, delay_us, seed) == ([], [], [])
+    for delay_us, seed, puts in ((0, 0, False), (50, 1, False), (0, 0, True), (50, 1, True)):
+        assert replay(*building.load(), programs, None, delay_us, seed, puts) == ([], [], [])
 
 
 @pytest.mark.parametrize("case", CASES)

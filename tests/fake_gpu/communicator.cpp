@@ -22,6 +22,7 @@ void Nccl::reset() {
   memory.clear();
   last_error.clear();
   version = 23203;
+  refuse_windows = -1;
   enquiries = 0;
 }
 
@@ -65,7 +66,8 @@ void divide(const std::map<int, std::shared_ptr<Communicator>>& answers) {
   }
 }
 
-// A blocking call returns when every rank has come, the others at once.
+}  // namespace
+
 int await(Lock& lock, const std::shared_ptr<Communicator>& comm) {
   if (machine().null_mode) return kNcclSuccess;
   machine().notify();
@@ -74,7 +76,6 @@ int await(Lock& lock, const std::shared_ptr<Communicator>& comm) {
   return comm->aborted ? kNcclInvalidUsage : kNcclSuccess;
 }
 
-}  // namespace
 }  // namespace fake
 
 using namespace fake;
@@ -202,6 +203,7 @@ FAKE_API int ncclCommAbort(void* handle) {
   comm->aborted = true;
   nccl().communicators.remove(handle);
   machine().notify();
+  machine().changed.wait(lock, [&] { return machine().released || comm->waiting == 0; });
   return kNcclSuccess;
 }
 

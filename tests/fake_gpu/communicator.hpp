@@ -32,8 +32,11 @@ using Signal = Clock;
 // Sender, receiver and whether a collective sent it.
 using Route = std::tuple<int, int, bool>;
 
+// The ranks' parts of it, and where their handles go once all have registered.
 struct Window {
-  std::map<int, std::pair<char*, size_t>> memory;  // by rank
+  std::map<int, std::pair<char*, size_t>> memory;
+  std::map<int, void**> handles;
+  bool symmetric = true;
 };
 
 struct Communicator;
@@ -79,7 +82,7 @@ struct Communicator {
   int colour = 0, key = 0;
   // Where a split's handle goes once it is made.
   void** handle = nullptr;
-  bool splitting = false;
+  bool splitting = false, registering = false;
   int rank = -1;
   int context = -1;
   bool blocking = true, aborted = false;
@@ -88,13 +91,15 @@ struct Communicator {
   size_t splits = 0, windows = 0;
   // Operations of one communicator run in the order of their launch, whatever their stream.
   uint64_t launched = 0, finished = 0;
+  // Operations that wait for signals, which an abort waits for.
+  int waiting = 0;
   Clock clock;
   // Not blocking: launched by the library's own thread, which is over after so many enquiries.
   std::vector<Launch> deferred;
   int enquiries_left = 0;
 
-  // True when every rank has come, to the last split as well.
-  bool ready() const { return world && world->complete() && !splitting; }
+  // True when every rank has come, to the last split or registration as well.
+  bool ready() const { return world && world->complete() && !splitting && !registering; }
   // Success, or the error, remembered as the last one.
   int fail(Result result, std::string why);
   std::string name() const { return "rank " + std::to_string(context); }
@@ -107,6 +112,8 @@ struct Nccl {
   std::map<void*, size_t> memory;
   std::string last_error;
   int version = 23203, unique_ids = 0;
+  // The rank whose windows are refused; -1: none.
+  int refuse_windows = -1;
   // How often a communicator that does not block says that its group is still being launched.
   int enquiries = 0;
   void reset();
@@ -116,6 +123,9 @@ Nccl& nccl();
 
 // Puts a group on its stream; call with the lock held.
 void launch(Launch launch);
+
+// A call that needs every rank returns when all have come, or at once with "in progress". Call with the lock held.
+int await(Lock& lock, const std::shared_ptr<Communicator>& comm);
 
 // Adds operations to the open group of the calling thread, or launches them at once; returns a Result. Locks.
 int add(void* communicator, void* stream, std::vector<Operation> operations);

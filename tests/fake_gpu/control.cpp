@@ -120,6 +120,12 @@ FAKE_API void fake_version(int version) {
   nccl().version = version;
 }
 
+// Registrations by a rank fail; -1: nobody's.
+FAKE_API void fake_refuse_windows(int rank) {
+  Lock lock(machine().mutex);
+  nccl().refuse_windows = rank;
+}
+
 // Groups of communicators that do not block are launched at the n-th enquiry for errors after them.
 FAKE_API void fake_enquiries(int count) {
   Lock lock(machine().mutex);

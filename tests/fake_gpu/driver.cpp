@@ -173,6 +173,24 @@ FAKE_API int cuEventSynchronize(void* event) {
   return synchronise(lock, found->context, [&] { return recorded->done; }, recorded->clock);
 }
 
+FAKE_API int cuMemcpyDtoDAsync_v2(uintptr_t target, uintptr_t source, size_t bytes, void* handle) {
+  if (machine().null_mode) return kSuccess;
+  Lock lock(machine().mutex);
+  auto found = machine().stream(handle);
+  if (!found) return kInvalidHandle;
+  found->push("copy", machine().host(found->context).clock, [target, source, bytes](Stream& stream, Lock& lock) {
+    auto* to = reinterpret_cast<char*>(target);
+    const auto* from = reinterpret_cast<const char*>(source);
+    const std::string what = "copy of " + std::to_string(bytes) + " bytes";
+    stream.access(false, from, bytes, what);
+    stream.access(true, to, bytes, what);
+    lock.unlock();
+    copy(stream, to, from, bytes);
+    lock.lock();
+  });
+  return kSuccess;
+}
+
 FAKE_API int cuGetErrorName(int code, const char** name) {
   *name = code ? "CUDA_ERROR_OF_THE_DOUBLE" : "CUDA_SUCCESS";
   return kSuccess;

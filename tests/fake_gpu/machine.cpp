@@ -16,6 +16,18 @@ int& current_context() {
   return context;
 }
 
+#if defined(__SANITIZE_THREAD__)
+__attribute__((no_sanitize("thread")))
+#endif
+void copy(Stream& stream, void* target, const void* source, size_t bytes) {
+  auto* to = static_cast<volatile char*>(target);
+  auto* from = static_cast<const volatile char*>(source);
+  for (size_t i = 0; i < bytes; i++) {
+    if (i == bytes / 2) stream.dawdle();
+    to[i] = from[i];
+  }
+}
+
 Stream::Stream(int context, std::string label)
     : context(context), label(std::move(label)), task(machine().tasks++), random_(machine().seed) {
   for (char c : this->label) random_.seed(random_() * 31 + c);

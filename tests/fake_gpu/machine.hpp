@@ -146,6 +146,9 @@ class Machine {
 
 Machine& machine();
 
+// From a body, without the lock: half, then a while later the rest, so that a reader who does not wait may see both.
+void copy(Stream& stream, void* target, const void* source, size_t bytes);
+
 // The calling thread's context: a rank, or -1.
 int& current_context();
 

@@ -20,6 +20,8 @@ constexpr std::array<Mutant, adf::kEdgeCount> kMutants{{
     {adf::Edge::ReadAfterRecv, "read_after_recv"},
     {adf::Edge::WriteAfterSend, "write_after_send"},
     {adf::Edge::HostAfterDone, "host_after_done"},
+    {adf::Edge::PutAfterCopyOut, "put_after_copy_out"},
+    {adf::Edge::CopyAfterPut, "copy_after_put"},
 }};
 
 constexpr bool every_edge_has_a_case() {

@@ -16,19 +16,6 @@ std::string label(const Communicator& comm, const Operation& operation) {
          "->" + std::to_string(to) + " of " + std::to_string(operation.bytes) + " bytes";
 }
 
-// Half, then a while later the rest, so that a reader who does not wait may see both.
-#if defined(__SANITIZE_THREAD__)
-__attribute__((no_sanitize("thread")))
-#endif
-void copy(Stream& stream, void* target, const void* source, size_t bytes) {
-  auto* to = static_cast<volatile char*>(target);
-  auto* from = static_cast<const volatile char*>(source);
-  for (size_t i = 0; i < bytes; i++) {
-    if (i == bytes / 2) stream.dawdle();
-    to[i] = from[i];
-  }
-}
-
 struct Run {
   Stream& stream;
   Lock& lock;
@@ -104,8 +91,12 @@ struct Run {
 
   void put(const Operation& operation, int part) {
     const std::string what = "put " + std::to_string(comm.rank) + "->" + std::to_string(operation.peer);
+    // Its signal tells of what came before it, not of the group's later puts.
+    tick(stream.clock, stream.task);
     if (operation.window) {
-      char* target = operation.window->memory[operation.peer].first + operation.offset;
+      auto* target = static_cast<char*>(operation.target);
+      if (!operation.window->memory.count(operation.peer))
+        machine().misuse(comm.name() + ": " + what + " met a window that is gone");
       stream.access(false, operation.source, operation.bytes, what, part);
       stream.access(true, target, operation.bytes, what, part);
       lock.unlock();
@@ -119,9 +110,13 @@ struct Run {
   bool wait_signal(const Operation& operation) {
     auto& signals = comm.world->signals[{operation.peer, comm.rank}];
     const auto count = static_cast<size_t>(operation.count);
-    if (!block(std::to_string(count) + " signals of rank " + std::to_string(operation.peer),
-               [&] { return signals.size() >= count; }))
-      return false;
+    // On one host the stream itself looks at the memory that the peer writes: an abort does not end that.
+    comm.waiting++;
+    const bool held = stream.block(lock, std::to_string(count) + " signals of rank " + std::to_string(operation.peer),
+                                   [&] { return signals.size() >= count; });
+    comm.waiting--;
+    machine().notify();
+    if (!held) return false;
     for (size_t i = 0; i < count; i++) {
       join(known, signals.front());
       signals.pop_front();

@@ -1,0 +1,47 @@
+// Phases of a channel: slots in a frozen order, and the memory that their transport shares for them.
+#include "channel.hpp"
+
+namespace adf {
+
+std::vector<const Group*> Channel::groups(const std::vector<int>& slots) const {
+  std::vector<const Group*> found;
+  for (int number : slots) found.push_back(&at(number));
+  return found;
+}
+
+std::vector<size_t> Channel::window(const std::vector<int>& slots) const { return transport_->window(groups(slots)); }
+
+void Channel::freeze(const std::string& phase, const std::vector<int>& slots,
+                     const std::vector<std::vector<size_t>>& windows) {
+  enter();
+  if (phases_.count(phase) != 0) throw std::invalid_argument("phase '" + phase + "' is frozen already");
+  for (size_t i = 0; i < slots.size(); ++i) {
+    Slot& slot = at(slots[i]);
+    if (slot.place >= 0) throw std::invalid_argument("slot '" + slot.name + "' belongs to phase '" + slot.phase + "'");
+    slot.phase = phase;
+    slot.place = static_cast<int>(i);
+  }
+  try {
+    transport_->open(groups(slots), windows);
+  } catch (const ExchangeError& error) {
+    fail("rank " + std::to_string(transport_->rank()) + ", phase '" + phase + "': " + error.what());
+    raise();
+  }
+  phases_[phase].slots = slots;
+}
+
+void Channel::release(const std::string& phase) {
+  enter();
+  const auto found = phases_.find(phase);
+  if (found == phases_.end()) throw std::invalid_argument("no phase '" + phase + "' is frozen");
+  drain(found->second.slots);
+  std::lock_guard<std::mutex> lock(mutex_);
+  for (int number : found->second.slots) {
+    under_way_ -= slots_[number]->marks.size();
+    transport_->detach(slots_[number].get());
+    slots_[number].reset();
+  }
+  phases_.erase(found);
+}
+
+}  // namespace adf
