@@ -131,6 +131,10 @@ bool ShmTransport::receive_some(Line* line, Lock* lock) {
       whole = (p.moved += piece) == p.bytes;
     }
     if (large) lock->lock();
+    // Its buffers may have gone while they were read.
+    if (p.source != 0 && segments_[line->peer]->inbox().closed.load(std::memory_order_seq_cst) != 0) {
+      raise_left(p, line->peer);
+    }
     if (error != 0) {
       throw ExchangeError("slot '" + p.group->name + "' (exchange " + std::to_string(p.epoch) +
                           "): the memory of rank " + std::to_string(line->peer) +

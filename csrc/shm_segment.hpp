@@ -51,6 +51,8 @@ struct Inbox {
   // 1 + the rank that stopped the exchange.
   std::atomic<uint32_t> stopped;
   std::atomic<uint32_t> left;
+  // The owner's buffers may be gone: what it announced and nobody has copied is lost.
+  std::atomic<uint32_t> closed;
   // Why the owner stopped the exchange.
   char reason[2048];
   // The owner's calling thread and its progress thread sleep here.

@@ -185,10 +185,14 @@ void ShmTransport::inspect() {
       continue;
     }
     const Pending& p = line.queue.empty() ? line.announced.front() : line.queue.front();
-    throw ExchangeError("slot '" + p.group->name + "' (exchange " + std::to_string(p.epoch) + ") waits for rank " +
-                        std::to_string(line.peer) +
-                        ", which has left the exchange: " + segments_[line.peer]->inbox().reason);
+    raise_left(p, line.peer);
   }
+}
+
+void ShmTransport::raise_left(const Pending& pending, int peer) const {
+  throw ExchangeError("slot '" + pending.group->name + "' (exchange " + std::to_string(pending.epoch) +
+                      ") waits for rank " + std::to_string(peer) +
+                      ", which has left the exchange: " + segments_[peer]->inbox().reason);
 }
 
 void ShmTransport::leave(const std::string& reason) {
@@ -216,6 +220,7 @@ void ShmTransport::abort(const std::string& reason) noexcept {
 
 void ShmTransport::close() {
   if (!health().broken()) leave("it was closed");
+  segments_[rank()]->inbox().closed.store(1, std::memory_order_seq_cst);
   join_worker();
 }
 

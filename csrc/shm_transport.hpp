@@ -85,6 +85,7 @@ class ShmTransport final : public Transport {
   bool advance_all(Lock* lock);
   bool send_some(Line* line, Lock* lock, bool everything);
   bool receive_some(Line* line, Lock* lock);
+  [[noreturn]] void raise_left(const Pending& pending, int peer) const;
   void check_header(const MessageHeader& header, const Pending& pending, int peer) const;
   bool pull(const Pending& pending, pid_t pid, int* error);
   bool wait_for(int mark, Lock* lock, Clock::time_point deadline);

@@ -199,6 +199,8 @@ def _dropped(rank):
         slot = exchange.slot("big", [Send(1 - rank, buffers[:2])], [Recv(1 - rank, buffers[2:])])
         exchange.freeze("phase")
         exchange.post(slot)
+        # A rank that has left takes no more posts.
+        exchange.world.gather(None, "posts")
         channel = exchange._channel
         for block in blocks:
             weakref.finalize(block, lambda c=channel: found.append(c.broken()))

@@ -197,6 +197,21 @@ def test_a_forked_child_is_refused():
         assert texts.count("the exchange does not survive fork()") == 2
 
 
+def _fetched_late(rank):
+    """Rank 0 announces what lies in its memory and goes; what rank 1 is told that comes to fetch it."""
+    number, _, _ = _ring(rank, nbytes=1 << 20)
+    if rank.rank == 0:
+        rank.channel.post(number)
+        rank.channel = None
+    rank.meet()
+    return rank.rank and rank.error(lambda: (rank.channel.post(number), rank.channel.wait(number)))[0]
+
+
+def test_the_memory_of_a_rank_that_has_gone_is_not_read():
+    text = shm_ranks.run(2, _fetched_late)[1]
+    assert "waits for rank 0, which has left the exchange: it was dropped without being closed" in text
+
+
 _open_at_the_end = []
 
 
