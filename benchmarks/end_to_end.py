@@ -147,13 +147,12 @@ def patch_options(text, options):
     return config
 
 
-def same_stages(patched):
-    """Options that divide another denoiser as this one is: times are never measured twice alike."""
-    Loop(patched.denoiser, patched.inputs, 2).call()
-    plan, options = patched.runtime.plan, patched.config
-    if options.get("balance") != "time":
+def same_stages(patched, options):
+    """Options that divide another denoiser as this one is, if into as many stages: what is compared is all the rest."""
+    if options.get("num_stages", 1) == 1 or options["num_stages"] != patched.config.get("num_stages"):
         return options
-    stages = [[] for _ in range(options["num_stages"])]
+    Loop(patched.denoiser, patched.inputs, 2).call()
+    plan, stages = patched.runtime.plan, [[] for _ in range(options["num_stages"])]
     for unit, stage in zip(plan.graph.units, plan.division.owner, strict=True):
         stages[stage].append(unit.name)
     return {**options, "stages": stages}
@@ -169,9 +168,9 @@ def measure_rank(options):
     config = patch_options(options.options, options)
     first, second = Patched(twin_of(denoiser), inputs, config, "engine" if both else options.exchange), None
     if both:
-        second = Patched(twin_of(denoiser), inputs, same_stages(first), "torch")
+        second = Patched(twin_of(denoiser), inputs, same_stages(first, config), "torch")
     elif options.beside:
-        second = Patched(twin_of(denoiser), inputs, patch_options(options.beside, options))
+        second = Patched(twin_of(denoiser), inputs, same_stages(first, patch_options(options.beside, options)))
     alone, cpu_alone = [], []
     for number in range(options.rounds):
         plain = Loop(denoiser, inputs, options.calls + 1)
