@@ -221,6 +221,8 @@ def _abandoned(rank, way):
     rank.channel.post(number)
     if rank.rank == 0:
         rank.channel.post(number)
+    # Nobody can post to a rank that has left.
+    rank.meet()
     if way == "dropped":
         rank.channel = None
     else:
