@@ -18,16 +18,14 @@ import statistics
 import sys
 import time
 
+import both_ways
 import exchange_on_gpu
 import measure
 import torch
 import torch.distributed as dist
 
 from asyncdiff_fast import _C
-from asyncdiff_fast.config import EXCHANGE_VARIABLE
-from asyncdiff_fast.exchange import Recv, Send, open_exchange
 from asyncdiff_fast.launch import launch
-from asyncdiff_fast.world import World, start_process_group, stop_process_group
 
 OPERATIONS = (2, 6, 14)  # with 1, 3 and 7 peers
 SIZES = tuple(1 << n for n in range(12, 25, 2))
@@ -192,25 +190,13 @@ def ctypes_us(options, double, peers):
 def shm_rank(options):
     """Rows of both ways for every size; on rank 0, else None."""
     torch.set_num_threads(1)
-    start_process_group(60)
-    world = World(range(dist.get_world_size()), 60)
-    ways = {}
-    for way in ("engine", "torch"):
-        os.environ[EXCHANGE_VARIABLE] = way
-        ways[way] = open_exchange(world, "cpu")
-    rows = [shm_row(options, world, ways, size) for size in SIZES]
-    for exchange in ways.values():
-        exchange.close()
-    stop_process_group()
+    with both_ways.opened("cpu") as (world, ways):
+        rows = [shm_row(options, world, ways, size) for size in SIZES]
     return rows if world.rank == 0 else None
 
 
 def shm_row(options, world, ways, size):
-    peer, slots = 1 - world.rank, {}
-    for way, exchange in ways.items():
-        buffers = [tuple(torch.full((size,), world.rank, dtype=torch.int8) for _ in range(2)) for _ in range(2)]
-        slots[way] = exchange.slot(f"{size}", [Send(peer, buffers[0])], [Recv(peer, buffers[1])])
-        exchange.freeze(f"{size} bytes")
+    slots = {way: both_ways.slot_of(world, exchange, size, "cpu") for way, exchange in ways.items()}
     calls = max(20, min(500, (64 << 20) // size))
     found = {way: [] for way in ways}
     for _ in range(options.rounds):

@@ -184,25 +184,25 @@ def measure_rank(options):
             patched.round(options.calls, options.profile if patched is first and number + 1 == options.rounds else None)
     rows = [report(options, patched, alone, cpu_alone) for patched in (first, second) if patched]
     if second:
-        compare(rows[0], first, second)
+        compare(rows, first, second)
     return rows
 
 
-def compare(row, first, second):
-    """Add to the first's row how long calls of the second take, in units of the first's, round by round."""
+def compare(rows, first, second):
+    """Add to the first row how long calls of the second take, in units of the first's, round by round."""
     cpu = [None] * dist.get_world_size()
     dist.all_gather_object(cpu, (first.cpu, second.cpu))
-    if row is None:
+    if dist.get_rank():
         return
     totals = [[sum(turn) for turn in zip(*(rank[i] for rank in cpu), strict=True)] for i in range(2)]
-    row["beside"] = {
-        "options": {name: x for name, x in second.config.items() if name != "stages"},
-        "exchange": second.runtime.exchange_kind,
+    beside = rows[0]["beside"] = {
+        "options": rows[1]["options"],
+        "exchange": rows[1]["exchange"],
         "call_ratios": [b / a for a, b in zip(first.together, second.together, strict=True)],
         "cpu_ratios": [b / a for a, b in zip(*totals, strict=True)],
     }
     for name in ("call", "cpu"):
-        row["beside"][f"{name}_ratio"] = statistics.median(row["beside"][f"{name}_ratios"])
+        beside[f"{name}_ratio"] = statistics.median(beside[f"{name}_ratios"])
 
 
 def profiler(folder):

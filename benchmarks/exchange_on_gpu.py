@@ -8,12 +8,8 @@ import os
 import statistics
 import time
 
+import both_ways
 import torch
-import torch.distributed as dist
-
-from asyncdiff_fast.config import EXCHANGE_VARIABLE
-from asyncdiff_fast.exchange import Recv, Send, open_exchange
-from asyncdiff_fast.world import World, start_process_group, stop_process_group
 
 # Fewer than the engine lets a host run ahead of its device: none of them waits for the device.
 BURST = 4
@@ -27,29 +23,17 @@ def rank_rows(options):
     """Rows of both ways; on rank 0, else None."""
     # Both ranks on the first GPU, which NCCL allows to hosts of different names only.
     os.environ |= {"NCCL_HOSTID": f"rank{os.environ['RANK']}", "NCCL_SOCKET_IFNAME": "lo", "LOCAL_RANK": "0"}
-    start_process_group(60)
-    world = World(range(dist.get_world_size()), 60)
-    ways = {}
-    for way in ("engine", "torch"):
-        os.environ[EXCHANGE_VARIABLE] = way
-        ways[way] = open_exchange(world, "cuda")
-    row = {"part": "gpu", "bytes": SMALL, "calls": BURST * BURSTS * options.rounds}
-    for way, exchange in ways.items():
-        row |= {f"{way}_{name}": us for name, us in host_us(options, world, exchange).items()}
-    rows = [row] + [overlap_row(options, world, ways, size) for size in SIZES]
-    for exchange in ways.values():
-        exchange.close()
-    stop_process_group()
+    with both_ways.opened("cuda") as (world, ways):
+        row = {"part": "gpu", "bytes": SMALL, "calls": BURST * BURSTS * options.rounds}
+        for way, exchange in ways.items():
+            row |= {f"{way}_{name}": us for name, us in host_us(options, world, exchange).items()}
+        rows = [row] + [overlap_row(options, world, ways, size) for size in SIZES]
     return rows if world.rank == 0 else None
 
 
 def slot_of(world, exchange, size):
-    """A slot that goes both ways."""
-    buffers = [tuple(torch.zeros(size, dtype=torch.int8, device="cuda") for _ in range(2)) for _ in range(2)]
-    peer = 1 - world.rank
-    slot = exchange.slot(f"{size}", [Send(peer, buffers[0])], [Recv(peer, buffers[1])])
-    exchange.freeze(f"{size} bytes")
-    # The first one connects.
+    """A slot that goes both ways, after its first exchange, which connects."""
+    slot = both_ways.slot_of(world, exchange, size, "cuda")
     exchange.post(slot)
     exchange.wait(slot)
     exchange.drain()
