@@ -21,12 +21,12 @@ Channel::Channel(std::shared_ptr<Transport> transport, double timeout_s, std::ve
     : transport_(std::move(transport)),
       timeout_s_(timeout_s),
       fork_count_(forks.load() + watching_forks),
+      pids_(pids.begin(), pids.end()),
       left_(transport_->size(), false) {
   if (!pids.empty() && static_cast<int>(pids.size()) != transport_->size()) {
     throw std::invalid_argument("pids must have one entry for each rank, or none");
   }
-  watchdog_ = std::make_unique<Watchdog>(std::vector<pid_t>(pids.begin(), pids.end()), use_pidfd,
-                                         [this](const std::vector<int>& ended) { look(ended); });
+  watchdog_ = std::make_unique<Watchdog>(pids_, use_pidfd, [this](const std::vector<int>& ended) { look(ended); });
 }
 
 Channel::~Channel() {
@@ -37,7 +37,7 @@ Channel::~Channel() {
     return;
   }
   if (!closed_) leave("it was dropped without being closed");
-  watchdog_.reset();
+  watchdog_->stop();
   // Slots and buffers go next: nothing may still be copying.
   try {
     transport_->close();

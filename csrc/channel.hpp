@@ -123,7 +123,8 @@ class Channel {
   std::atomic<bool> told_{false};
   int fork_count_;
 
-  // The watchdog reads these.
+  // The watchdog reads these; `pids_` stays as it is.
+  std::vector<pid_t> pids_;
   mutable std::mutex mutex_;
   std::vector<Posted> history_ = std::vector<Posted>(kHistory);
   // Marks of all slots: at most so many posts are under way.
@@ -136,6 +137,7 @@ class Channel {
   uint64_t stands_at_ = 0;
   std::optional<Clock::time_point> stands_since_, ended_since_;
 
+  // Its thread calls `look`, from before this pointer is set: nothing that it runs may go through it.
   std::unique_ptr<Watchdog> watchdog_;
 };
 

@@ -135,7 +135,7 @@ std::optional<std::string> Channel::lost_peer(const std::vector<int>& ended) {
       last = "last posted: slot '" + posted.slot->name + "' (exchange " + std::to_string(posted.epoch) + ")";
     }
     return "rank " + std::to_string(transport_->rank()) + " waited for rank " + std::to_string(rank) +
-           " and failed: its process " + std::to_string(watchdog_->pid(rank)) + " died (" + last +
+           " and failed: its process " + std::to_string(pids_[rank]) + " died (" + last +
            "); see that rank's log and start all ranks again";
   }
   return std::nullopt;

@@ -20,7 +20,6 @@ class Peers {
 
   // Sleeps until a process ends, `wake_fd` is readable or `milliseconds` have passed; returns the ranks that ended.
   std::vector<int> wait(int wake_fd, int milliseconds);
-  pid_t pid(int rank) const { return pids_[rank]; }
 
  private:
   std::vector<pid_t> pids_;
@@ -34,7 +33,6 @@ class Watchdog {
   Watchdog(std::vector<pid_t> pids, bool use_pidfd, std::function<void(const std::vector<int>&)> look);
   ~Watchdog();
   void stop();
-  pid_t pid(int rank) const { return peers_.pid(rank); }
 
  private:
   Peers peers_;

@@ -58,6 +58,27 @@ def _left_behind():
     return [name for name in os.listdir("/dev/shm") if "asyncdiff" in name]
 
 
+def _drop(rank, count):
+    """Rank 1 is killed; rank 0 makes channels after that and drops them while their watchdogs find out."""
+    transports = [rank.C.ShmTransport(rank.rank, rank.size, 4712 + i) for i in range(count)]
+    everyone = rank.meet([transport.address() for transport in transports])
+    for i, transport in enumerate(transports):
+        transport.connect([addresses[i] for addresses in everyone])
+    pids = rank.meet(os.getpid())
+    if rank.rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    rank.error(_busy, rank.channel.check)
+    for i, transport in enumerate(transports):
+        channel = rank.C.Channel(transport, pids=[0, pids[1]])
+        time.sleep(i % 10 * 2e-5)
+        del channel
+    return count
+
+
+def test_channels_are_dropped_while_a_lost_rank_is_noticed():
+    assert shm_ranks.run(2, _drop, 100) == [100, None]
+
+
 def _hang(rank):
     """Rank 1 stops before its second post; the others say so, and so does rank 1 once it goes on."""
     number, _, _ = _ring(rank)
