@@ -154,7 +154,7 @@ class Bands:
         """One patch's calls in a process that knows no other patch, to measure what a rank computes.
 
         Returns: (`PatchPlan`, a function of a `PatchMode` that carries out the patch's call with these arguments). The
-            exchange sees all its posts and waits; what it does not bring is zero.
+            exchange sees all its posts and waits; received is what it writes.
         """
         plan, bands, samples, whole, run = self._planned(forward, args, kwargs)
         band = bands[patch]

@@ -1,10 +1,12 @@
-"""What one rank of N computes in a call on its patch: one process; of the other ranks' parts it has zeros.
+"""What one rank of N computes in a call on its patch: one process, without the other ranks.
 
     python benchmarks/patch_compute.py --model sdxl --pixels 1024 2048 3840 --patches 1 2 4 8 --save
     python benchmarks/patch_compute.py --device cpu --model sd15_width --patches 2
 
-No message travels: this is the compute side of the speed-up, and its limit. Whole picture and patch take turns; on CPU
-their processor time is compared, on a GPU the time until the device is done. `limit` is N.
+No message travels: this is the compute side of the speed-up, and its limit, N. In place of the other ranks' rows and
+keys it has what it sent to them in the calls before: numbers as the model makes them, since zeros cost a GPU less
+power. Whole picture and patch take turns; on CPU their processor time is compared, on a GPU the time until the device
+is done.
 """
 
 import argparse
@@ -24,21 +26,32 @@ from asyncdiff_fast.schedule import PatchMode
 from asyncdiff_fast.signature import CallSignature
 
 
-class NoExchange:
-    """Slots that go nowhere; what would have travelled is counted."""
+class Mirror:
+    """Slots that go nowhere; their bytes are counted. While it `reflects`, every peer sends what it is sent."""
 
     kind = "none"
 
     def __init__(self):
-        self.sent_bytes = 0
+        self.sent_bytes, self.reflects = 0, True
 
     def slot(self, name, sends=(), recvs=(), depth=2):
-        """(bytes of a post, the tensors that would be received)."""
-        return sum(x.buffers[0].nbytes for x in sends), [x.buffers[0] for x in recvs]
+        """(bytes of a post, [(what is sent to a peer, the buffers for what it sends)])."""
+        outgoing, pairs = {}, []
+        for x in sends:
+            outgoing.setdefault(x.peer, []).append(x.buffers[0])
+        for x in recvs:
+            back = outgoing.get(x.peer) or [y.buffers[0] for y in sends]
+            pairs += [(back.pop(0), x.buffers)] if back else []
+        return sum(x.buffers[0].nbytes for x in sends), pairs
 
     def post(self, slot):
         """Count the slot's bytes."""
         self.sent_bytes += slot[0]
+        for sent, buffers in slot[1] if self.reflects else ():
+            for received in buffers:
+                # Uneven patches differ in size: the rows come round again.
+                times = -(-received.numel() // sent.numel())
+                received.view(-1).copy_(sent.reshape(-1).repeat(times)[: received.numel()])
 
     def nothing(self, *_):
         """Neither waits nor compares."""
@@ -94,14 +107,14 @@ def row(options, pixels, patches):
     if patches == 1:
         times = [seconds(lambda: plain(**inputs), options.device) for _ in range(options.rounds + 1)][1:]
         return {**common, "whole": measure.summary(times), "patch": measure.summary(times), "speedup": 1.0}
-    exchange = NoExchange()
+    exchange = Mirror()
     packed = PackedConvs(denoiser, active=config.kernels != "torch" and options.device == "cpu")
     bands = Bands(denoiser, config, None, exchange, CallSignature(denoiser), packed=packed)
     plan, call = bands.emulate(rank, denoiser.forward, (), inputs)
     call(PatchMode.SYNC)
     call(PatchMode.DISPLACED)
     call(PatchMode.DISPLACED)
-    exchange.sent_bytes = 0
+    exchange.sent_bytes, exchange.reflects = 0, False
     rounds = []
     for _ in range(options.rounds):
         whole = seconds(lambda: plain(**inputs), options.device)
