@@ -19,10 +19,9 @@ import measure
 import real_models
 import torch
 import torch.distributed as dist
-from diffusers import DDIMScheduler
+from rounds import SPENT, Loop, Patched, compared, one_round, paired_round, timed, twin_of
 
 import asyncdiff_fast
-from asyncdiff_fast.config import EXCHANGE_VARIABLE
 from asyncdiff_fast.launch import launch
 
 # glibc's.
@@ -59,94 +58,6 @@ def load(name, device):
     return denoiser.eval().requires_grad_(False), inputs
 
 
-def twin_of(denoiser):
-    """The same denoiser once more, with the same weights."""
-    with torch.device("meta"):
-        twin = type(denoiser).from_config(denoiser.config)
-    twin.load_state_dict(denoiser.state_dict(), assign=True)
-    return twin.eval().requires_grad_(False)
-
-
-class Loop:
-    """A plain sampling loop with classifier-free guidance around a denoiser."""
-
-    def __init__(self, denoiser, inputs, steps):
-        self.denoiser, self.inputs = denoiser, dict(inputs)
-        self.scheduler = DDIMScheduler(
-            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False
-        )
-        self.scheduler.set_timesteps(steps)
-        self.latent_name = next(n for n in ("sample", "hidden_states") if n in inputs)
-        self.times = iter(self.scheduler.timesteps)
-        x = self.inputs[self.latent_name]
-        self.latents = x[: x.shape[0] // 2 or 1].clone()
-
-    def call(self):
-        """One step of the generation."""
-        t = next(self.times)
-        batch = self.inputs[self.latent_name].shape[0]
-        self.inputs[self.latent_name] = torch.cat([self.latents] * (batch // len(self.latents)))
-        self.inputs["timestep"] = t.expand(self.inputs["timestep"].shape).to(self.inputs["timestep"])
-        prediction = self.denoiser(**self.inputs)
-        prediction = prediction[0] if isinstance(prediction, tuple) else prediction.sample
-        if batch > len(self.latents):
-            without, with_text = prediction.chunk(2)
-            prediction = without + 5.0 * (with_text - without)
-        self.latents = self.scheduler.step(prediction, t, self.latents, return_dict=False)[0]
-
-
-def synchronised():
-    """Time at which every rank has got here."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    dist.barrier()
-    return time.perf_counter()
-
-
-def timed(loop, calls, active):
-    """Seconds of each of `calls` steps of a loop; a rank that is not active sleeps meanwhile."""
-    seconds = []
-    began = synchronised()
-    for _ in range(calls if active else 0):
-        start = time.perf_counter()
-        loop.call()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-    return synchronised() - began, seconds
-
-
-class Patched:
-    """A denoiser shared by all ranks, and what each round of it took."""
-
-    def __init__(self, denoiser, inputs, config, exchange=None):
-        self.denoiser, self.inputs, self.config = denoiser, inputs, config
-        if exchange is not None:
-            os.environ[EXCHANGE_VARIABLE] = exchange
-        self.runtime = asyncdiff_fast.patch(denoiser, **config)
-        self.together, self.warm, self.waits, self.cpu = [], [], [], []
-        self.first_warmup_s = self._rehearse()
-
-    def _rehearse(self):
-        """Seconds of the first warm-up; after it and two calls more there are plans, buffers and packed weights."""
-        loop = Loop(self.denoiser, self.inputs, self.config["warmup_steps"] + 2)
-        seconds, _ = timed(loop, self.config["warmup_steps"], True)
-        timed(loop, 2, True)
-        return seconds
-
-    def round(self, calls, folder=None):
-        """Warm up, then time `calls` steady calls; a trace goes to `folder`."""
-        warmup = self.config["warmup_steps"]
-        loop = Loop(self.denoiser, self.inputs, warmup + calls)
-        self.warm.append(timed(loop, warmup, True)[0])
-        self.runtime.clear_stats()
-        began = time.process_time()
-        with profiler(folder):
-            self.together.append(timed(loop, calls, True)[0] / calls)
-        self.cpu.append((time.process_time() - began) / calls)
-        self.waits.append(self.runtime.stats()["wait_s"] / calls)
-
-
 def patch_options(text, options):
     """The options of one patched denoiser."""
     config = {"warmup_steps": options.warmup_steps, **asyncdiff_fast.config.parse_options(text)}
@@ -169,6 +80,7 @@ def measure_rank(options):
     """What one rank measures; all ranks run it together. Returns a row of each patched denoiser; None but on rank 0."""
     torch.set_grad_enabled(False)
     if options.device == "cpu":
+        SPENT.watch()
         torch.set_num_threads(1)
     denoiser, inputs = load(options.model, options.device)
     both = options.exchange == "both"
@@ -178,7 +90,7 @@ def measure_rank(options):
         second = Patched(twin_of(denoiser), inputs, same_stages(first, config), "torch")
     elif options.beside:
         second = Patched(twin_of(denoiser), inputs, same_stages(first, patch_options(options.beside, options)))
-    alone, cpu_alone = [], []
+    alone, cpu_alone, pairs = [], [], []
     for number in range(options.rounds):
         plain = Loop(denoiser, inputs, options.calls + 1)
         if number == 0:
@@ -186,39 +98,17 @@ def measure_rank(options):
         began = time.process_time()
         alone.append(timed(plain, options.calls, dist.get_rank() == 0)[0] / options.calls)
         cpu_alone.append((time.process_time() - began) / options.calls)
-        order = (first, second) if number % 2 else (second, first)
-        for patched in filter(None, order):
-            patched.round(options.calls, options.profile if patched is first and number + 1 == options.rounds else None)
+        folder = options.profile if number + 1 == options.rounds else None
+        if second:
+            paired_round((first, second), options.calls, folder, pairs)
+        else:
+            one_round(first, options.calls, folder)
     rows = [report(options, patched, alone, cpu_alone) for patched in (first, second) if patched]
     if second:
-        compare(rows, first, second)
+        found = compared(pairs)
+        if found:
+            rows[0]["beside"] = {"options": rows[1]["options"], "exchange": rows[1]["exchange"], **found}
     return rows
-
-
-def compare(rows, first, second):
-    """Add to the first row how long calls of the second take, in units of the first's, round by round."""
-    cpu = [None] * dist.get_world_size()
-    dist.all_gather_object(cpu, (first.cpu, second.cpu))
-    if dist.get_rank():
-        return
-    totals = [[sum(turn) for turn in zip(*(rank[i] for rank in cpu), strict=True)] for i in range(2)]
-    beside = rows[0]["beside"] = {
-        "options": rows[1]["options"],
-        "exchange": rows[1]["exchange"],
-        "call_ratios": [b / a for a, b in zip(first.together, second.together, strict=True)],
-        "cpu_ratios": [b / a for a, b in zip(*totals, strict=True)],
-    }
-    for name in ("call", "cpu"):
-        beside[f"{name}_ratio"] = statistics.median(beside[f"{name}_ratios"])
-
-
-def profiler(folder):
-    """A torch profiler that writes this rank's trace to a folder, or nothing."""
-    if folder is None:
-        return torch.autograd.profiler.profile(enabled=False)
-    os.makedirs(folder, exist_ok=True)
-    path = os.path.join(folder, f"rank{dist.get_rank()}.json")
-    return torch.profiler.profile(on_trace_ready=lambda p: p.export_chrome_trace(path))
 
 
 def balance(plan):
@@ -231,9 +121,12 @@ def report(options, patched, alone, cpu_alone):
     """Gather what the ranks measured into one row."""
     runtime, config, together, warm = patched.runtime, patched.config, patched.together, patched.warm
     mine = {
-        "wait_s": statistics.median(patched.waits), "rss": measure.peak_rss_mb(),
-        "cpu": (cpu_alone[-1], patched.cpu[-1]), "sent_bytes": runtime.stats()["sent_bytes"],
-    }  # fmt: skip
+        "wait_s": statistics.median(patched.waits),
+        "predict_s": statistics.median(patched.predicting),
+        "rss": measure.peak_rss_mb(),
+        "cpu": (cpu_alone[-1], patched.cpu[-1]),
+        "sent_bytes": runtime.stats()["sent_bytes"],
+    }
     ranks = [None] * dist.get_world_size()
     dist.all_gather_object(ranks, mine)
     if dist.get_rank():
@@ -257,6 +150,7 @@ def report(options, patched, alone, cpu_alone):
         "cpu_s": [r["cpu"][1] for r in ranks],
         "exposed_wait_share": max(r["wait_s"] for r in ranks) / call,
         "exposed_wait_shares": [r["wait_s"] / call for r in ranks],
+        "prediction_share": max(r["predict_s"] for r in ranks) / call,
         "bytes_per_call": sum(sent),
         "sent_bytes_per_call": sent,
         "peak_rss_mb": [r["rss"] for r in ranks],

@@ -110,7 +110,7 @@ def row(options, pixels, patches):
     exchange = Mirror()
     packed = PackedConvs(denoiser, active=config.kernels != "torch" and options.device == "cpu")
     bands = Bands(denoiser, config, None, exchange, CallSignature(denoiser), packed=packed)
-    plan, call = bands.emulate(rank, denoiser.forward, (), inputs)
+    plan, call = bands.planner.emulate(rank, denoiser.forward, (), inputs, exchange)
     call(PatchMode.SYNC)
     call(PatchMode.DISPLACED)
     call(PatchMode.DISPLACED)
