@@ -3,13 +3,14 @@
 import torch
 from torch.nn import functional as F
 
+from .band_slots import BandSlots
+from .band_way import Way, lost
+from .call_check import CallCheck
 from .fused_layers import exact
 from .patch_result import PatchResult
 from .patch_sites import make_state
-from .patch_state import messages
 from .prediction import Trend
 from .schedule import PatchMode
-from .self_check import Report, SelfCheck
 from .sites import CONV, JOINS, KINDS, NORM, seen
 
 # Sites whose predictions are looked at, at most.
@@ -33,35 +34,17 @@ class Band:
         # Whether the first convolution reads the latent where it lies.
         self.sees_latent = False
         self._states, self._order, self._constants, self._joins = {}, [], {}, {}
-        self._slots, self._groups, self._first_of, self._last_of = {}, [], {}, {}
-        # Sites met by the first displaced call, whose own parts are sent at its end; the way of all later ones.
-        self._met, self._way, self._cursor = [], None, 0
+        self.way, self.check, self._slots = Way(), CallCheck(), None
         self.trend = Trend(config.num_patches + LAYER_HOPS)
         # Number of the next displaced exchange; whether a call's values may be predicted from later.
         self.epoch, self.keep = 0, False
-        self.check, self.report = None, Report()
-        self._notes = self._was_exact = False
         self._result = self._latent = None
         self.displaced_calls = 0
-        self.restart()
 
     def note(self, part):
         """Let the check see what a part's latest value is."""
-        row = self._rows.get(id(part)) if self._notes else None
-        if row is not None:
-            self.check.note(row, part.latest(self.epoch))
-
-    def _bind_check(self):
-        """Of each site that predicts one part is looked at, of many sites some."""
-        pairs = [
-            (s.label, state.received[0])
-            for s, state in zip(self.plan.sites, self._order, strict=True)
-            if state.received
-        ]
-        pairs = [(label, part) for label, part in pairs if part.predicts]
-        pairs = pairs[:: max(1, -(-len(pairs) // CHECKED_SITES))]
-        self._rows = {id(part): row for row, (_, part) in enumerate(pairs)}
-        self.check = SelfCheck([label for label, _ in pairs], self.device)
+        if self.check.wants(id(part)):
+            self.check.note(id(part), part.latest(self.epoch))
 
     @property
     def weight(self):
@@ -70,24 +53,9 @@ class Band:
 
     # What is met in a forward.
 
-    def restart(self):
-        """A forward begins: the calls of its modules are counted from here."""
-        self._calls, self._stack, self._cursor = {}, [], 0
-
-    def enter(self, name):
-        """A module with sites is called; `leave` ends it. True if it lies in no other such module."""
-        call = self._calls[name] = self._calls.get(name, -1) + 1
-        # Its sites and its joins are counted apart.
-        self._stack.append([(name, call), -1, -1])
-        return len(self._stack) == 1
-
-    def leave(self):
-        """Ends the module call entered last."""
-        self._stack.pop()
-
     def constant(self):
         """The result of the module call entered last, if it follows from positions alone, else None."""
-        return self._constants.get(self._stack[-1][0])
+        return self._constants.get(self.way.key)
 
     @property
     def constant_modules(self):
@@ -101,15 +69,12 @@ class Band:
 
     def meet(self, func, args, kwargs):
         """The result of a watched function call on this patch."""
-        top = self._stack[-1]
-        key = top[0]
         if func in JOINS:
-            top[2] += 1
-            for i, x in self._joins.get((key, top[2]), ()):
+            for i, x in self._joins.get(self.way.at_join(), ()):
                 args = (*args[:i], x, *args[i + 1 :])
             return func(*args, **kwargs)
-        top[1] += 1
-        entry = self._states.get((key, top[1]))
+        key, place = self.way.at_site()
+        entry = self._states.get((key, place))
         if self.probing:
             result = func(*args, **kwargs) if entry is None else entry[1].run(func, args, kwargs, self)
             self._note(key, func, args, kwargs, result)
@@ -117,49 +82,35 @@ class Band:
         if entry is None and self.plan is None:
             return func(*args, **kwargs)
         if entry is None:
-            self._lost(f"{key[0]} was called once more")
+            lost(f"{key[0]} was called once more")
         index, state = entry
         self._follow(index)
         if self.mode is not PatchMode.DISPLACED:
             return state.run(func, args, kwargs, self)
-        if index in self._first_of:
-            self._exchange.wait(self._groups[self._first_of[index]])
+        self._slots.before(index)
         if getattr(state, "ready", None) is None:
             state.arrived(self)
         result = state.run(func, args, kwargs, self)
-        if index in self._last_of:
-            self._exchange.post(self._groups[self._last_of[index]])
+        self._slots.after(index)
         return result
 
     def _follow(self, index):
-        """Check that the sites are met in the order of the plan, or of the first displaced call."""
-        if self.mode is PatchMode.FROZEN:
-            return
-        way = range(len(self._order)) if self.mode is PatchMode.SYNC else self._way
-        if way is None:
-            self._met.append(index)
-        elif self._cursor >= len(way) or way[self._cursor] != index:
-            site = self.plan.sites[index]
-            self._lost(f"{site.label} was called out of turn")
-        self._cursor += 1
+        """A site of the plan is met: in the plan's order, or in that of the first displaced call."""
+        if self.mode is not PatchMode.FROZEN:
+            self.way.follow(index, self._expected(), self.plan.sites[index].label)
 
-    def _lost(self, what):
-        raise RuntimeError(
-            f"the denoiser took another way than at its first call: {what}; patches need the same modules at every step"
-        )
+    def _expected(self):
+        return range(len(self._order)) if self.mode is PatchMode.SYNC else self.way.displaced
 
     def _note(self, key, func, args, kwargs, result):
         first = not self.found
         self.found.setdefault(key, []).append(seen(KINDS[func], args, kwargs, result, sampled=False))
         if first and KINDS[func] == CONV:
-            self.sees_latent = self._lies_in_latent(args[0] if args else kwargs["input"])
+            self.sees_latent = self.cutter.lies_in(args[0] if args else kwargs["input"], self._latent)
 
     def exchange(self, state):
         """Synchronously: the others' parts of this call take their places."""
-        slot = self._slots.get(id(state))
-        if slot is not None:
-            self._exchange.post(slot)
-            self._exchange.wait(slot)
+        if self._slots is not None and self._slots.swap(state):
             state.arrived(self)
 
     def pick(self, op, x, facts, run):
@@ -176,8 +127,9 @@ class Band:
             added: as `patch_ops.patch_group_norm` takes it.
         Returns: what that module is to be called with; None where this must be done one by one.
         """
-        places = [((name, self._calls.get(name, -1) + 1), 0) for name in names]
-        if self.mode is not PatchMode.DISPLACED or self._way is None or any(p not in self._states for p in places):
+        places = [self.way.ahead(name) for name in names]
+        displaced = self.mode is PatchMode.DISPLACED and self.way.displaced is not None
+        if not displaced or any(place not in self._states for place in places):
             return None
         (index, state), (reader, halo) = (self._states[p] for p in places)
         borders = getattr(halo, "borders", None)
@@ -185,16 +137,14 @@ class Band:
             return None
         if not state.by_kernel(x, self.group_norm, self, ("silu", *borders["halo"], *sorted(added))):
             return None
-        self.enter(names[0])
+        self.way.enter(names[0])
         self._follow(index)
         for i in (index, reader):
-            if i in self._first_of:
-                self._exchange.wait(self._groups[self._first_of[i]])
+            self._slots.before(i)
         halo.arrived(self)
         y = state.fused(x, norm.weight, norm.bias, norm.eps, self.group_norm, self, silu=True, **borders, **added)
-        if index in self._last_of:
-            self._exchange.post(self._groups[self._last_of[index]])
-        self.leave()
+        self._slots.after(index)
+        self.way.leave()
         halo.ready = (y.data_ptr(), y.shape)
         return y
 
@@ -204,21 +154,12 @@ class Band:
 
     def rows_of_latent(self, x, above, count):
         """`count` rows of the latent seen as `x` sees its own, from `above` rows relative to the first of them."""
-        stride, latent = x.stride(-2), self._latent
-        if (stride, x.untyped_storage().nbytes()) != (
-            latent.stride(self.cutter.dim),
-            latent.untyped_storage().nbytes(),
-        ):
-            name = self._stack[-1][0][0]
-            raise RuntimeError(f"{name} no longer reads the latent where it lies; unpatch() and patch() anew")
-        shape = (*x.shape[:-2], count, x.shape[-1])
-        return torch.as_strided(x, shape, x.stride(), x.storage_offset() + above * stride)
-
-    def _lies_in_latent(self, x):
-        """True if a tensor is a view of the whole latent, rows for rows."""
-        latent, dim = self._latent, self.cutter.dim
-        same = x.untyped_storage()._cdata == latent.untyped_storage()._cdata
-        return same and x.dim() >= 4 and (x.stride(-2), x.stride(-1)) == (latent.stride(dim), latent.stride(-1))
+        rows = self.cutter.rows_beside(x, self._latent, above, count)
+        if rows is None:
+            raise RuntimeError(
+                f"{self.way.key[0]} no longer reads the latent where it lies; unpatch() and patch() anew"
+            )
+        return rows
 
     # The plan.
 
@@ -230,7 +171,7 @@ class Band:
 
     def bind(self, plan, exchange, phase, samples):
         """Allocate buffers and register slots for a plan. Collective."""
-        self.plan, self._exchange, self.phase = plan, exchange, phase
+        self.plan = plan
         self.probing, self.found = False, {}
         self._states = {}
         # Ordinary tensors, whatever mode the first call runs in: they are written in later ones too.
@@ -242,31 +183,14 @@ class Band:
             self._states[(site.name, site.call), site.place] = (index, state)
             state.sample = samples.get(index)
         if self.config.predicts_patches:
-            self._bind_check()
-        for norms in (False, True):
-            numbers = []
-            for index, (site, state) in enumerate(zip(plan.sites, self._order, strict=True)):
-                sends, recvs = messages(state)
-                if site.exchanges and (site.kind == NORM) == norms and (sends or recvs):
-                    self._slots[id(state)] = exchange.slot(site.label, sends, recvs, depth=1)
-                    numbers.append(index)
-            exchange.freeze(f"{phase} {'norms' if norms else 'sync'}", numbers)
+            self.check.bind(self._checked(), self.device)
+        self._slots = BandSlots(plan, self._order, exchange, phase)
 
-    def _bind_groups(self):
-        """Register what displaced steps post together, of the sites that the first of them has met. Collective.
-
-        With stages a rank meets only those of its own stage, the same on all patches.
-        """
-        numbers = []
-        for number, group in enumerate(self.plan.groups(self._way)):
-            pairs = [messages(self._order[i], displaced=True) for i in group]
-            sends, recvs = [s for p in pairs for s in p[0]], [r for p in pairs for r in p[1]]
-            if not sends and not recvs:
-                continue
-            self._first_of[group[0]] = self._last_of[group[-1]] = len(self._groups)
-            self._groups.append(self._exchange.slot(f"patches {number}", sends, recvs, depth=2))
-            numbers.append(number)
-        self._exchange.freeze(f"{self.phase} displaced", numbers)
+    def _checked(self):
+        """{key: name} of the parts whose predictions are looked at: one of each site, of many sites some."""
+        states = zip(self.plan.sites, self._order, strict=True)
+        pairs = [(id(state.received[0]), site.label) for site, state in states if state.predicts]
+        return dict(pairs[:: max(1, -(-len(pairs) // CHECKED_SITES))])
 
     def learn_result(self, whole, mine):
         """Learn where the rows are in the denoiser's results, on the whole picture and on this patch."""
@@ -274,13 +198,13 @@ class Band:
 
     def bind_result(self, exchange, phase):
         """Register the slot for the parts of the result. Collective."""
-        self._exchange, self.phase, self.probing, self.bound = exchange, phase, False, True
+        self.probing, self.bound = False, True
         self._result.bind(exchange, phase)
 
     def release(self):
         """Forget the slots and buffers of this plan."""
-        for name in [] if self.plan is None else ["sync", "norms"] + ["displaced"] * (self._way is not None):
-            self._exchange.release(f"{self.phase} {name}")
+        if self._slots is not None:
+            self._slots.release()
         self._result.release()
 
     # One call.
@@ -288,44 +212,33 @@ class Band:
     def begin_generation(self, instants):
         """Nothing that an earlier generation left is predicted from or compared with."""
         self.trend.begin(instants)
-        self.report.forget()
-        if self.check is not None:
-            self.check.restart()
+        self.check.begin_generation()
+        self.check.report.forget()
 
     def begin(self, signature, mode, args, kwargs, exact=False):
         """(args, kwargs) of this patch. With `exact` the result is the unpatched denoiser's, whatever the options."""
         self.mode, self._latent = mode, signature.latent(args, kwargs)
         self.bessel = self.config.bessel and not exact
-        sync = mode is PatchMode.SYNC
-        if sync and not self._was_exact and self.check is not None:
-            self.check.restart()
-        # A displaced call sees what the call before made: of a synchronous one, that was seen already.
-        self._notes = self.keep and self.check is not None and (sync or not self._was_exact)
-        self._was_exact = sync
-        if sync and self._way is not None:
-            # What displaced steps of an earlier generation have under way must not come later than what is sent now.
-            self._exchange.drain({f"{self.phase} displaced"})
+        self.check.begin(mode is PatchMode.SYNC, self.keep)
+        if mode is PatchMode.SYNC and self._slots is not None:
+            self._slots.settle()
         return self.cutter.cut(signature, args, kwargs)
 
     def end(self, result):
         """The result for the whole picture, in new tensors."""
         self._latent = None
         self.displaced_calls += self.mode is PatchMode.DISPLACED
-        if self.mode is PatchMode.DISPLACED and self._way is None:
-            self._way = tuple(self._met)
-            self._bind_groups()
-            for slot in self._groups:
-                self._exchange.post(slot)
+        if self.mode is PatchMode.DISPLACED and self.way.displaced is None:
+            # Its own parts are sent at its end.
+            self.way.displaced = tuple(self.way.met)
+            self._slots.group(self.way.displaced)
         elif self.mode in (PatchMode.SYNC, PatchMode.DISPLACED) and self.plan is not None:
-            expected = len(self._order) if self.mode is PatchMode.SYNC else len(self._way)
-            if self._cursor != expected:
-                self._lost(f"{expected - self._cursor} sites were not met")
+            self.way.end(self._expected())
         self.epoch += self.mode is PatchMode.DISPLACED
-        if self._notes:
-            self.check.judge(self.trend.weight_before if self.mode is PatchMode.DISPLACED else self.trend.weight)
+        self.check.judge(self.trend)
         if not self.config.checks:
             return self._result.share(result)
-        self._result.reports[self.patch].copy_(self.check.worst)
+        self._result.reports[self.patch].copy_(self.check.errors.worst)
         whole = self._result.share(result)
-        self.report.give(self._result.reports.amax(0))
+        self.check.report.give(self._result.reports.amax(0))
         return whole

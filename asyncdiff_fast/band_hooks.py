@@ -23,10 +23,25 @@ class BandHooks:
         def begun(*args, **kwargs):
             if self.active is None:
                 return forward(*args, **kwargs)
-            self.active.restart()
+            self.active.way.restart()
             return self._in_module("", forward, args, kwargs) if self._at_root else forward(*args, **kwargs)
 
         return begun
+
+    def on_patch(self, band, signature, mode, run, args, kwargs, exact=False):
+        """The denoiser's result for the whole picture, of one call on a band's patch. Collective over the patches.
+
+        Args:
+            run: `run(args, kwargs)` is the call on the patch; the forward in it is `counted`.
+            exact: see `Band.begin`.
+        """
+        cut_args, cut_kwargs = band.begin(signature, mode, args, kwargs, exact)
+        self.active = band
+        try:
+            result = run(cut_args, cut_kwargs)
+        finally:
+            self.active = None
+        return band.end(result) if band.bound else result
 
     def attach(self, recorder, band):
         """Put hooks on the modules in which a band will meet something, as a recorded forward tells."""
@@ -53,7 +68,7 @@ class BandHooks:
         band = self.active
         if band is None:
             return forward(*args, **kwargs)
-        outermost = band.enter(name)
+        outermost = band.way.enter(name)
         try:
             known = band.constant()
             if known is not None:
@@ -63,7 +78,7 @@ class BandHooks:
             with self._watch:
                 return forward(*args, **kwargs)
         finally:
-            band.leave()
+            band.way.leave()
 
     def _meet(self, func, args, kwargs):
         return self.active.meet(func, args, kwargs)

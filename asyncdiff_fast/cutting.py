@@ -66,6 +66,22 @@ class Cutter:
             raise ValueError("patch_axis must be rows where the denoiser works on tokens: pass patch_axis='rows'")
         return cls(latent_name, dim, axis, rows, levels, sizes, grid, patch)
 
+    def lies_in(self, x, latent):
+        """True if a tensor is a view of the whole latent, rows for rows."""
+        same = x.untyped_storage()._cdata == latent.untyped_storage()._cdata
+        return same and x.dim() >= 4 and (x.stride(-2), x.stride(-1)) == (latent.stride(self.dim), latent.stride(-1))
+
+    def rows_beside(self, x, latent, above, count):
+        """`count` rows of the latent seen as its view `x` sees its own, from `above` rows relative to its first.
+
+        Returns: None if `x` can be no such view.
+        """
+        stride = x.stride(-2)
+        if stride != latent.stride(self.dim) or x.untyped_storage().nbytes() != latent.untyped_storage().nbytes():
+            return None
+        shape = (*x.shape[:-2], count, x.shape[-1])
+        return torch.as_strided(x, shape, x.stride(), x.storage_offset() + above * stride)
+
     def describe(self, patch):
         """A patch in words."""
         start, stop = self.rows.held[patch]

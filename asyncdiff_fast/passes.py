@@ -6,12 +6,11 @@ A pipeline that calls twice per step (conditional, unconditional) has two passes
 import torch
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from .buffers import DEPTH, Buffer
+from .call_check import CallCheck
 from .cutset import NEXT_PREDICTION, PREDICTION
-from .prediction import Trend, extrapolate
+from .pass_slots import PassSlots
+from .prediction import Trend
 from .schedule import Mode
-from .self_check import Report, SelfCheck
-from .slots import Recv, Send
 
 _TENSOR = object()
 
@@ -30,11 +29,7 @@ class Pass:
         self.program = plan.program(rank)
         self.last_step = -1
         self.previous_timestep = self.timesteps = None
-        # A received value is predicted where the one before the last lies, so that takes a place of its own.
-        self._predicts = config.predict != "none"
-        self._received_depth = DEPTH + self._predicts
-        self.trend, self.report = Trend(plan.division.hops[1], config.stride), Report()
-        self._was_exact = False
+        self.trend, self.check = Trend(plan.division.hops[1], config.stride), CallCheck()
         self.intact = True
         self._device, self._placeholders = device, placeholders
         self._index = {unit.key: i for i, unit in enumerate(plan.graph.units)}
@@ -43,74 +38,31 @@ class Pass:
         self._rewritten = {plan.graph.values[v].ref.storage for unit in plan.graph.units for v in unit.writes}
         self._structures, self._ordinals, self._seen = {}, {}, 0
         self._result_structure = self._next = None
-        self._mode, self._keep = Mode.EXACT, False
+        self._mode, self._keep, self._slots = Mode.EXACT, False, None
 
     def bind(self, exchange, phase):
         """Allocate this rank's buffers and register its slots under a phase of the exchange. Collective."""
-        self.exchange, self.phase, self.epoch = exchange, phase, 0
-        self._buffers, self._slots, self._order = {}, {}, []
-        self._numbers = {t.name: n for n, t in enumerate(self.plan.transfers) if t.unit < 0}
-        for number, transfer in enumerate(self.plan.transfers):
-            sends = recvs = ()
-            if transfer.source == self.rank:
-                sends = [Send(t, self._buffer(number, v).flat) for t, values in transfer.targets for v in values]
-            else:
-                recvs = [
-                    Recv(transfer.source, self._buffer(number, v).flat)
-                    for target, values in transfer.targets
-                    for v in values
-                    if target == self.rank
-                ]
-            if sends or recvs:
-                depth = len((*sends, *recvs)[0].buffers)
-                self._slots[number] = exchange.slot(transfer.name, sends, recvs, depth)
-                self._order.append(number)
-        exchange.freeze(phase, self._order)
-        checked = [key for number in self.program.receives.values() for key in self._predicted(number)]
-        self._rows = {key: row for row, key in enumerate(checked)}
-        self.check = SelfCheck([self._label(*key) for key in checked], self._device) if self._predicts else None
+        predicts = self.config.predict != "none"
+        self._slots = PassSlots(self.plan, self.rank, self._device, predicts, self.check, exchange, phase)
 
-    def _predicted(self, number):
-        """[(number, value)] of a transfer's values that are predicted here."""
-        if not self._predicts:
-            return []
-        return [key for key, buffer in self._buffers.items() if key[0] == number and buffer.predictable]
-
-    def _label(self, number, value):
-        transfer = self.plan.transfers[number]
-        place = transfer.values.index(value)
-        return transfer.name if place == 0 else f"{transfer.name}.{place}"
-
-    def _buffer(self, number, value):
-        """The buffer of one value in one transfer; made when first asked for."""
-        if (number, value) not in self._buffers:
-            transfer = self.plan.transfers[number]
-            stale = transfer.unit >= 0 and transfer.source != self.rank
-            ref = self.plan.graph.values[value].ref if transfer.unit >= 0 else self.plan.outputs[value]
-            self._buffers[number, value] = Buffer(ref, self._device, self._received_depth if stale else DEPTH)
-        return self._buffers[number, value]
+    @property
+    def phase(self):
+        """The name under which this pass's slots are known to the exchange."""
+        return self._slots.phase
 
     def begin_generation(self, instants):
         """Nothing that an earlier generation left is predicted from or compared with."""
         self.trend.begin(instants)
-        if self.check is not None:
-            self.check.restart()
+        self.check.begin_generation()
 
     # One forward, in order: begin, run_unit for each unit, end.
 
     def begin(self, mode, keep):
         """Start a forward; with `keep`, an exact one leaves behind what a stale step will read."""
-        self._mode, self._keep, self._ready = mode, keep, set()
-        if mode is Mode.EXACT and not self._was_exact and self.check is not None:
-            self.check.restart()
-        # An asynchronous call sees what the call before made: of an exact one, that was seen already.
-        self._notes = keep and self.check is not None and not (mode is Mode.COMPUTE and self._was_exact)
-        self._was_exact = mode is Mode.EXACT
-        self._ordinals, self._seen, self._cursor = {}, 0, 0
-        if mode is Mode.COMPUTE:
-            self._post_receives()
-        elif keep:
-            self.exchange.drain({self.phase})
+        self._mode, self._keep = mode, keep
+        self.check.begin(mode is Mode.EXACT, keep)
+        self._ordinals, self._seen = {}, 0
+        self._slots.begin(mode is Mode.COMPUTE, keep)
 
     def run_unit(self, name, forward, args, kwargs):
         """What a unit's hook returns: its result, or a replay of it."""
@@ -133,11 +85,11 @@ class Pass:
         if index in self.program.computes:
             result = forward(*args, **kwargs)
             if index in self.program.sends:
-                self._send(self.program.sends[index], self._tensors(index, result, args, kwargs))
+                self._slots.send(self.program.sends[index], self._tensors(index, result, args, kwargs))
         else:
             result = self._replay(index, args, kwargs)
         for number in self.program.waits.get(index + 1, ()):
-            self._wait_stale(number)
+            self._slots.wait_stale(number, self.trend.weight)
         return result
 
     def end(self, result):
@@ -145,8 +97,7 @@ class Pass:
         if self._seen != len(self._index):
             self._lost(f"{len(self._index) - self._seen} units of the traced forward were not called")
         tensors = [x for x in tree_leaves(result) if isinstance(x, torch.Tensor)]
-        if self._notes:
-            self.check.judge(self.trend.weight if self._mode is Mode.EXACT else self.trend.weight_before)
+        self.check.judge(self.trend)
         if self._mode is Mode.EXACT:
             self._result_structure = _structure(result)
             if self._keep and self.config.stride == 2:
@@ -154,18 +105,17 @@ class Pass:
             return result
         self._next, results = None, tensors
         if self.config.checks:
-            tensors = [*results, self.check.worst]
+            tensors = [*results, self.check.errors.worst]
         if self.config.stride == 2 and self.rank == self.config.num_stages - 1:
-            self._send(self._numbers[NEXT_PREDICTION], tensors)
+            self._slots.send(NEXT_PREDICTION, tensors)
             self._next = results
         if self.rank == self.config.stage_ranks - 1:
-            self._send(self._numbers[PREDICTION], tensors)
-        self._post_receives()
-        self.epoch += 1
+            self._slots.send(PREDICTION, tensors)
+        self._slots.end()
         if self.rank != self.config.stage_ranks - 1:
             result = self._received(PREDICTION)
         elif self.config.checks:
-            self.report.give(self.check.worst)
+            self.check.report.give(self.check.errors.worst)
         return result
 
     def repeat(self):
@@ -201,29 +151,18 @@ class Pass:
             self._lost(f"{self.plan.graph.units[index].name} returned another structure or other numbers than before")
         number = self.program.receives.get(index)
         if self._keep and number is not None:
-            for v, x in self._tensors(index, result, args, kwargs).items():
-                if (number, v) in self._buffers:
-                    buffer = self._buffers[number, v]
-                    if self._predicts:
-                        buffer.view(self.epoch - 2).copy_(buffer.view(self.epoch - 1))
-                    buffer.view(self.epoch - 1).copy_(x)
-                    self._note((number, v), buffer)
-
-    def _note(self, key, buffer):
-        """Let the check see the latest value of a buffer."""
-        if self._notes and key in self._rows:
-            self.check.note(self._rows[key], buffer.flat[(self.epoch - 1) % len(buffer.flat)])
+            self._slots.learn(number, self._tensors(index, result, args, kwargs))
 
     def _replay(self, index, args, kwargs):
         """A unit's result from the step before where this rank reads it, placeholders elsewhere."""
         unit, values = self.plan.graph.units[index], self.plan.graph.values
         number = self.program.receives.get(index)
-        stale = {v: b.view(self._stale_epoch(b)) for (n, v), b in self._buffers.items() if n == number}
+        stale = self._slots.stale(number)
         arguments = (
             tree_leaves((args, kwargs)) if unit.writes or any(x and x[0] == "argument" for x in unit.leaves) else ()
         )
         if unit.writes and stale:
-            self._wait_stale(number)
+            self._slots.wait_stale(number, self.trend.weight)
         for v in unit.writes:
             target = arguments[values[v].argument]
             if v not in stale:
@@ -243,53 +182,12 @@ class Pass:
     def _placeholder(self, ref):
         return self._placeholders.get(ref, alone=ref.storage in self._rewritten)
 
-    # Exchange: slots are posted in the plan's order; receives as early as that order allows.
-
-    def _post_receives(self):
-        while self._cursor < len(self._order):
-            slot = self._slots[self._order[self._cursor]]
-            if slot.sends:
-                return
-            self.exchange.post(slot)
-            self._cursor += 1
-
-    def _send(self, number, tensors):
-        slot, transfer = self._slots[number], self.plan.transfers[number]
-        self.exchange.acquire(slot)
-        for v in transfer.values:
-            self._buffers[number, v].view(self.epoch).copy_(tensors[v])
-        self.exchange.post(slot)
-        self._cursor += 1
-        self._post_receives()
-
-    def _wait_stale(self, number):
-        """Wait for the epoch before this call's; it is the latest, or one back if this call's was posted already.
-
-        Predictions are then made where the values of the epoch before that lie, which nothing reads any more.
-        """
-        slot = self._slots[number]
-        self.exchange.wait(slot, slot.epoch - self.epoch)
-        if not self._predicts or number in self._ready:
-            return
-        self._ready.add(number)
-        for key in self._predicted(number):
-            buffer = self._buffers[key]
-            self._note(key, buffer)
-            last, before = (buffer.flat[(self.epoch - back) % len(buffer.flat)] for back in (1, 2))
-            extrapolate(before, last, self.trend.weight)
-
-    def _stale_epoch(self, buffer):
-        """Where a replayed value is read: the last received, or its prediction."""
-        return self.epoch - 1 - (self._predicts and buffer.predictable)
-
     def _received(self, name):
-        number = self._numbers[name]
-        self.exchange.wait(self._slots[number])
-        views = [self._buffers[number, i].view(self.epoch - 1) for i in range(len(self.plan.outputs))]
+        views = self._slots.received(name)
         if self.config.checks:
             worst = views.pop()
             if name == PREDICTION:
-                self.report.give(worst)
+                self.check.report.give(worst)
         # Copies: a scheduler may keep a prediction for longer than the buffer keeps it.
         return self._result([view.clone() for view in views])
 

@@ -55,6 +55,11 @@ class State:
         self.site, self.patch = site, patch
         self.received = []
 
+    @property
+    def predicts(self):
+        """Whether displaced calls read the trend of what it receives carried on."""
+        return bool(self.received) and self.received[0].predicts
+
     def sends(self):
         """[(target, tensor)] that travel after every call."""
         return []

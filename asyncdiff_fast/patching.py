@@ -5,7 +5,8 @@ import weakref
 import torch
 
 from . import fingerprint, modules, op_choice
-from .bands import Bands
+from .band_hooks import BandHooks
+from .band_planning import BandPlanner
 from .config import Config
 from .halves import half_of
 from .patch_plan import MeshPlan
@@ -246,15 +247,16 @@ def _plan_call(denoiser, config, args, kwargs):
         args, kwargs = half_of(0, latent.shape[0], args, kwargs) if latent.shape[0] % 2 == 0 else (args, kwargs)
     if config.num_patches == 1:
         return make_plan(denoiser, denoiser.forward, args, kwargs, config)
-    bands = Bands(denoiser, config, None, None, signature)
+    hooks = BandHooks(denoiser)
+    planner = BandPlanner(denoiser, config, None, signature, hooks)
     try:
-        patches = bands.plan_alone(denoiser.forward, args, kwargs)
+        patches = planner.plan_alone(denoiser.forward, args, kwargs)
         if config.num_stages == 1:
             return patches
         # The stages of every patch are those of the first.
-        return MeshPlan(patches, bands.on_first_patch(denoiser.forward, args, kwargs, make_plan))
+        return MeshPlan(patches, planner.on_first_patch(denoiser.forward, args, kwargs, make_plan))
     finally:
-        bands.forget(released=True)
+        hooks.remove()
 
 
 class _FirstCall(Exception):

@@ -33,7 +33,7 @@ class StageCalls:
         """What an earlier generation left behind is not read again."""
         for current in self._passes.values():
             current.last_step = -1
-            current.report.forget()
+            current.check.report.forget()
         self._pace.begin_generation()
 
     def call(self, tick, key, planning, forward, args, kwargs):
@@ -55,7 +55,7 @@ class StageCalls:
 
     def errors(self):
         """{received tensor: its prediction's relative error, and that of reuse}, of the latest calls."""
-        return summaries((place[0], current.check) for place, current in self._passes.items())
+        return summaries((place[0], current.check.errors) for place, current in self._passes.items())
 
     def forget(self, released=False):
         """Drop all plans, buffers and hooks; the slots too, unless they are `released`."""
@@ -70,10 +70,10 @@ class StageCalls:
     def _carry_out(self, current, tick, planning, forward, args, kwargs):
         timestep = self._signature.timestep(args, kwargs)
         if tick.call == 0:
-            self._pace.before(tick.step, current.check)
+            self._pace.before(tick.step, current.check.errors)
         config = self._pace.config
         mode = schedule.mode(config, tick.step, current.last_step == tick.step - 1)
-        if mode is Mode.COMPUTE and self._pace.resyncs(current.report):
+        if mode is Mode.COMPUTE and self._pace.resyncs(current.check.report):
             mode = Mode.EXACT
         offset = self._follow_timesteps(current, mode, tick, planning, timestep)
         if current.last_step < 0:

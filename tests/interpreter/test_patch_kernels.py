@@ -70,7 +70,7 @@ def displaced(build, kernels, patch, patches, group_norm, watch=None):
     bands = Bands(denoiser, config, None, exchange, CallSignature(denoiser), choice=choice)
     choice.patches = bands
     with torch.no_grad():
-        _, call = bands.emulate(patch, denoiser.forward, (), inputs(build))
+        _, call = bands.planner.emulate(patch, denoiser.forward, (), inputs(build), exchange)
         call(PatchMode.SYNC)
         random, results = torch.Generator().manual_seed(2), []
         for _ in range(3):
