@@ -11,19 +11,15 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from . import fingerprint
-from .bands import Bands
 from .clock import Clock, unwatch_schedulers, watch_schedulers
-from .exchange import open_exchange
 from .fused import Fusion
-from .halves import Halves
 from .modules import Attachment, on_pipeline_end, step_cache, structure
 from .op_choice import KernelChoice
 from .packed import PackedConvs
-from .patch_plan import MeshPlan
+from .parts import Parts
 from .schedule import Mode, PatchMode
 from .signature import CallSignature, device_of, inputs_key
-from .stage_calls import StageCalls
-from .world import ExchangeError, World, device
+from .world import device
 
 log = logging.getLogger(__name__)
 
@@ -39,14 +35,13 @@ class Runtime:
         self.on_refused = self._forward_error = self._structure = None
         # Whether the pipeline uses guidance, where it tells.
         self.guided = lambda: True
-        self._scheduler = scheduler
         self._signature = CallSignature(denoiser)
         self._clock = Clock()
-        self._worlds = {axis: World(self._along(axis), world.timeout_s) for axis in ("half", "patch", "stage")}
-        self._device_type = _device_type(denoiser)
-        self._packed = PackedConvs(denoiser, active=config.kernels != "torch" and self._device_type == "cpu")
+        device_type = _device_type(denoiser)
+        self._packed = PackedConvs(denoiser, active=config.kernels != "torch" and device_type == "cpu")
         self._choice = KernelChoice(config.kernels, world)
-        self._open()
+        uses = self._signature, scheduler, self._packed, self._choice
+        self._parts = Parts(denoiser, config, world, *uses, device_type)
         # The denoiser may call itself.
         self._inside = self._interrupted = False
         self._calls = dict.fromkeys(Mode, 0)
@@ -59,36 +54,12 @@ class Runtime:
     @property
     def plan(self):
         """The latest plan, None before the first call: a `Plan` of stages, a `PatchPlan`, or both in a `MeshPlan`."""
-        patches, stages = self._bands and self._bands.plan, self._stages and self._stages.plan
-        return MeshPlan(patches, stages) if patches and stages else patches or stages
+        return self._parts.plan
 
     @property
     def exchange_kind(self):
         """How slots travel: "nccl", "shm" or "torch.distributed"; None on one device."""
-        return next((part.exchange.kind for part in self._parts), None)
-
-    def _along(self, axis):
-        """torch.distributed ranks that differ from this one in one axis of the mesh."""
-        return [self.world.ranks[r] for r in self.config.mesh.along(axis, self.world.rank)]
-
-    def _open(self):
-        """Open an exchange along each axis of the mesh that has several ranks, for what is shared along it."""
-        halves, patches, stages = self._worlds.values()
-        self._halves = self._bands = self._stages = None
-        common = self.denoiser, self.config
-        if halves.size > 1:
-            self._halves = Halves(self.denoiser, halves, self._exchange(halves), self._signature)
-        if patches.size > 1:
-            patch_exchange = self._exchange(patches)
-            uses = self._signature, self._scheduler, self._packed, self._choice
-            self._bands = Bands(*common, patches, patch_exchange, *uses)
-        self._choice.patches = self._bands
-        if stages.size > 1:
-            self._stages = StageCalls(*common, stages, self._exchange(stages), self._signature, self._scheduler)
-        self._parts = [part for part in (self._halves, self._bands, self._stages) if part is not None]
-
-    def _exchange(self, world):
-        return open_exchange(world, self._device_type)
+        return self._parts.exchange_kind
 
     # One call of the denoiser.
 
@@ -105,7 +76,7 @@ class Runtime:
             if tick.begins:
                 self._packed.begin()
                 self._begin_generation(args, kwargs)
-            if self._halves is not None:
+            if self._parts.halves is not None:
                 return self._on_halves(tick, key, forward, args, kwargs)
             return self._on_patches(tick, key, forward, args, kwargs)
         except BaseException:
@@ -120,29 +91,30 @@ class Runtime:
             return self._on_patches(tick, inputs_key(args, kwargs), forward, args, kwargs)
 
         with self._planning(forward) as quiet:
-            return self._halves.call(tick, key, quiet, run, args, kwargs, self.guided())
+            return self._parts.halves.call(tick, key, quiet, run, args, kwargs, self.guided())
 
     def _on_patches(self, tick, key, forward, args, kwargs):
         """This call, shared by the patches: of the whole batch, or of this rank's half of the guidance."""
-        if self._bands is None:
+        if self._parts.bands is None:
             return self._on_stages(tick, key, forward, args, kwargs)
         with self._planning(forward) as quiet:
-            counted = self._bands.hooks.counted(quiet)
+            counted = self._parts.bands.hooks.counted(quiet)
 
             def run(args, kwargs):
                 return self._on_stages(tick, inputs_key(args, kwargs), counted, args, kwargs)
 
-            return self._bands.call(tick, key, quiet, run, args, kwargs)
+            return self._parts.bands.call(tick, key, quiet, run, args, kwargs)
 
     def _on_stages(self, tick, key, forward, args, kwargs):
         """This call, shared by the stages: of the whole picture, or of this rank's patch."""
-        if self._stages is None:
+        if self._parts.stages is None:
             result, mode = forward(*args, **kwargs), Mode.EXACT
-            if self._bands is not None and self._bands.mode is not PatchMode.SYNC:
+            if self._parts.bands is not None and self._parts.bands.mode is not PatchMode.SYNC:
                 mode = Mode.COMPUTE
         else:
-            planning = functools.partial(self._planning, forward, learning=self._bands is None and self._halves is None)
-            result, mode = self._stages.call(tick, key, planning, forward, args, kwargs)
+            alone = self._parts.bands is None and self._parts.halves is None
+            planning = functools.partial(self._planning, forward, learning=alone)
+            result, mode = self._parts.stages.call(tick, key, planning, forward, args, kwargs)
         self._calls[mode] += 1
         return result
 
@@ -185,11 +157,12 @@ class Runtime:
         everyone = self.world.gather(mine, "the start of a generation")
         where = device_of(args, kwargs)
         if any(report["interrupted"] for report in everyone):
-            self._restart("interrupted")
-        elif where is not None and where.type != self._device_type:
+            self._parts.restart("interrupted")
+            self._interrupted = False
+        elif where is not None and where.type != self._parts.device_type:
             # The weights were elsewhere at `patch`, or have moved.
-            self._device_type = where.type
-            self._restart()
+            self._parts.device_type = where.type
+            self._parts.restart()
         self._compare_inputs([report["inputs"] for report in everyone])
         now = structure(self.denoiser)
         if now != self._structure:
@@ -212,29 +185,6 @@ class Runtime:
                     "(generator=torch.Generator().manual_seed(0))"
                 )
 
-    def _restart(self, why=None):
-        """Begin again with new exchanges; after an exception inside a call, messages are left half-way."""
-        self._shut(why)
-        self._open()
-        self._interrupted = False
-
-    def _shut(self, why):
-        for part in self._parts:
-            if why:
-                part.exchange.abort(why)
-            part.forget(released=True)
-        failures = []
-        for part in self._parts:
-            try:
-                part.exchange.close()
-            except ExchangeError as error:
-                failures.append(error)
-                # Nobody need be waited for twice.
-                for other in self._parts:
-                    other.exchange.abort(str(error))
-        if failures:
-            raise failures[0]
-
     def _needs_gradients(self, args, kwargs):
         if not torch.is_grad_enabled():
             return False
@@ -246,14 +196,7 @@ class Runtime:
         latest relative errors of what was predicted, and of reuse, by what it is (waits for the device).
         """
         calls = {f"{mode.name.lower()}_calls": n for mode, n in self._calls.items()}
-        calls["kernels"] = self._fusion.summary()
-        calls["prediction"] = {}
-        for part in (self._bands, self._stages):
-            calls["prediction"] |= part.errors() if part is not None else {}
-        found = [part.exchange.stats() for part in self._parts]
-        waits = {name: wait for s in found for name, wait in s["wait_s_by_slot"].items()}
-        names = [name for name, number in found[0].items() if not isinstance(number, dict)] if found else []
-        return calls | {n: sum(s[n] for s in found) for n in names} | ({"wait_s_by_slot": waits} if found else {})
+        return calls | {"kernels": self._fusion.summary()} | self._parts.stats()
 
     def clear_stats(self):
         """Begin to count anew."""
@@ -267,9 +210,8 @@ class Runtime:
         self._undo_end()
         unwatch_schedulers()
         try:
-            self._shut("interrupted" if self._interrupted else None)
+            self._parts.close("interrupted" if self._interrupted else None)
         finally:
-            self._parts = []
             # These lie beneath the hooks.
             self._fusion.remove()
             self._packed.remove()

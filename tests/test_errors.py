@@ -552,7 +552,7 @@ def _mesh_of_patches_and_stages(rank):
     config = asyncdiff_fast.Config(num_patches=2, num_stages=2)
     found = patching._ranks(mesh, config)
     runtime = asyncdiff_fast.patch(Bare(), mesh=mesh, num_patches=2, num_stages=2, timeout_s=30)
-    along = {axis: runtime._along(axis) for axis in ("patch", "stage")}
+    along = {axis: runtime._parts.along(axis) for axis in ("patch", "stage")}
     asyncdiff_fast.unpatch(runtime.denoiser)
     dist.barrier()
     dist.destroy_process_group()

@@ -48,7 +48,7 @@ def _trace(delay_s):
         torch.manual_seed(0)
         net = Net().eval().requires_grad_(False)
     runtime = asyncdiff_fast.patch(net, stages=STAGES, warmup_steps=WARMUP_STEPS, timeout_s=30)
-    calls, exchange = [], runtime._stages.exchange
+    calls, exchange = [], runtime._parts.stages.exchange
 
     def note(what, name):
         calls[-1].append((what, name, time.perf_counter() - began[0]))

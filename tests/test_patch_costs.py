@@ -116,7 +116,7 @@ def _displaced(rank, name, num_patches):
         call(model, 600)
     with Allocated() as allocated:
         result = call(model, 500)
-    posted, exchange = [], runtime._bands.exchange
+    posted, exchange = [], runtime._parts.bands.exchange
     post = exchange.post
 
     def counted(slot):
@@ -127,7 +127,7 @@ def _displaced(rank, name, num_patches):
     runtime.clear_stats()
     call(model, 400)
     sent_bytes, plan = runtime.stats()["sent_bytes"], runtime.plan
-    (band,) = runtime._bands._bands.values()
+    (band,) = runtime._parts.bands._bands.values()
     buffers = {_memory(x): x.untyped_storage().nbytes() for x in _buffers(band)}
     start, stop = plan.rows.held[rank]
     of_result = result.nbytes * (stop - start) // plan.rows.size * (num_patches - 1)

@@ -1,0 +1,96 @@
+"""What one rank shares with others, along each axis of the mesh: halves, patches and stages, and their exchanges."""
+
+from .bands import Bands
+from .exchange import open_exchange
+from .halves import Halves
+from .patch_plan import MeshPlan
+from .stage_calls import StageCalls
+from .world import ExchangeError, World
+
+
+class Parts:
+    """`halves`, `bands` and `stages` of one denoiser, None where the mesh has a single rank along that axis.
+
+    Iterates over those that are there. Collective to make.
+
+    Args:
+        device_type: of the tensors that travel.
+        packed, choice: `PackedConvs` and `KernelChoice` that patches use.
+    """
+
+    def __init__(self, denoiser, config, world, signature, scheduler, packed, choice, device_type):
+        self._denoiser, self._config, self._world = denoiser, config, world
+        self._signature, self._scheduler = signature, scheduler
+        self._packed, self._choice = packed, choice
+        self._worlds = {axis: World(self.along(axis), world.timeout_s) for axis in ("half", "patch", "stage")}
+        self.device_type = device_type
+        self._open()
+
+    def __iter__(self):
+        return (part for part in (self.halves, self.bands, self.stages) if part is not None)
+
+    def along(self, axis):
+        """torch.distributed ranks that differ from this one in one axis of the mesh."""
+        return [self._world.ranks[r] for r in self._config.mesh.along(axis, self._world.rank)]
+
+    @property
+    def plan(self):
+        """The latest plan, None before the first call: a `Plan` of stages, a `PatchPlan`, or both in a `MeshPlan`."""
+        patches, stages = self.bands and self.bands.plan, self.stages and self.stages.plan
+        return MeshPlan(patches, stages) if patches and stages else patches or stages
+
+    @property
+    def exchange_kind(self):
+        """How slots travel: "nccl", "shm" or "torch.distributed"; None on one device."""
+        return next((part.exchange.kind for part in self), None)
+
+    def stats(self):
+        """Dict: the sums of what the exchanges count, and the latest errors of predictions."""
+        prediction = {}
+        for part in filter(None, (self.bands, self.stages)):
+            prediction |= part.errors()
+        found = [part.exchange.stats() for part in self]
+        waits = {name: wait for s in found for name, wait in s["wait_s_by_slot"].items()}
+        names = [name for name, number in found[0].items() if not isinstance(number, dict)] if found else []
+        sums = {n: sum(s[n] for s in found) for n in names}
+        return {"prediction": prediction} | sums | ({"wait_s_by_slot": waits} if found else {})
+
+    def restart(self, why=None):
+        """Begin again with new exchanges; after an exception inside a call (`why`), messages are left half-way."""
+        self.close(why)
+        self._open()
+
+    def close(self, why=None):
+        """Drop all plans and buffers, and close the exchanges; with `why` they are stopped on all ranks."""
+        parts, self.halves, self.bands, self.stages = list(self), None, None, None
+        for part in parts:
+            if why:
+                part.exchange.abort(why)
+            part.forget(released=True)
+        failures = []
+        for part in parts:
+            try:
+                part.exchange.close()
+            except ExchangeError as error:
+                failures.append(error)
+                # Nobody need be waited for twice.
+                for other in parts:
+                    other.exchange.abort(str(error))
+        if failures:
+            raise failures[0]
+
+    def _open(self):
+        halves, patches, stages = self._worlds.values()
+        self.halves = self.bands = self.stages = None
+        common = self._denoiser, self._config
+        if halves.size > 1:
+            self.halves = Halves(self._denoiser, halves, self._exchange(halves), self._signature)
+        if patches.size > 1:
+            uses = self._signature, self._scheduler, self._packed, self._choice
+            self.bands = Bands(*common, patches, self._exchange(patches), *uses)
+        self._choice.patches = self.bands
+        if stages.size > 1:
+            self.stages = StageCalls(*common, stages, self._exchange(stages), self._signature, self._scheduler)
+
+    def _exchange(self, world):
+        return open_exchange(world, self.device_type)
