@@ -22,7 +22,7 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 from . import op_timing
-from .ops import KERNELS
+from .op_registry import KERNELS
 
 log = logging.getLogger(__name__)
 
@@ -81,7 +81,7 @@ class KernelChoice:
         """Name of the implementation for one call of an op.
 
         Args:
-            op: a key of `ops.KERNELS`; x: its first tensor; facts: hashable, what else its time depends on.
+            op: a key of `KERNELS`; x: its first tensor; facts: hashable, what else its time depends on.
             run: function of a name that calls the op with these arguments.
         """
         if self.mode == "triton":

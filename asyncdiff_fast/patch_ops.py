@@ -8,7 +8,7 @@ patches' keys and values is `ops.attention`, whose one segment is the view of a 
 import torch
 
 from .kernels import pixels
-from .ops import op
+from .op_registry import op
 
 
 def _fake_patch_statistics(x, num_groups, *_):

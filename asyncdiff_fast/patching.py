@@ -5,14 +5,9 @@ import weakref
 import torch
 
 from . import fingerprint, modules, op_choice
-from .band_hooks import BandHooks
-from .band_planning import BandPlanner
 from .config import Config
-from .halves import half_of
-from .patch_plan import MeshPlan
-from .planning import make_plan
+from .first_call import first_call, plan_call
 from .runtime import Runtime
-from .signature import CallSignature
 from .world import World, device, start_process_group, stop_process_group
 
 _ATTRIBUTE = "_asyncdiff_fast"
@@ -84,8 +79,8 @@ def plan(target, inputs=None, **options):
     if denoiser is target:
         args, kwargs = (), dict(inputs or {})
     else:
-        args, kwargs = _first_call(target, denoiser, {"prompt": "a photograph"} if inputs is None else inputs)
-    return _plan_call(denoiser, config, args, kwargs)
+        args, kwargs = first_call(target, denoiser, {"prompt": "a photograph"} if inputs is None else inputs)
+    return plan_call(denoiser, config, args, kwargs)
 
 
 def denoisers(target):
@@ -237,47 +232,6 @@ def _release(denoiser):
         vars(denoiser).pop(_ATTRIBUTE).close()
     finally:
         stop_process_group()
-
-
-def _plan_call(denoiser, config, args, kwargs):
-    """The plan of one call, of half its batch if the CFG halves are shared out."""
-    signature = CallSignature(denoiser)
-    if config.cfg_parallel:
-        latent = signature.latent(args, kwargs)
-        args, kwargs = half_of(0, latent.shape[0], args, kwargs) if latent.shape[0] % 2 == 0 else (args, kwargs)
-    if config.num_patches == 1:
-        return make_plan(denoiser, denoiser.forward, args, kwargs, config)
-    hooks = BandHooks(denoiser)
-    planner = BandPlanner(denoiser, config, None, signature, hooks)
-    try:
-        patches = planner.plan_alone(denoiser.forward, args, kwargs)
-        if config.num_stages == 1:
-            return patches
-        # The stages of every patch are those of the first.
-        return MeshPlan(patches, planner.on_first_patch(denoiser.forward, args, kwargs, make_plan))
-    finally:
-        hooks.remove()
-
-
-class _FirstCall(Exception):
-    """Carries the first call's arguments out of a pipeline."""
-
-
-def _first_call(pipe, denoiser, inputs):
-    """The arguments with which a pipeline calls its denoiser first."""
-
-    def stop(forward, args, kwargs):
-        raise _FirstCall(args, kwargs)
-
-    attachment = modules.Attachment(denoiser, stop)
-    try:
-        with torch.no_grad():
-            pipe(**inputs)
-    except _FirstCall as first:
-        return first.args
-    finally:
-        attachment.remove()
-    raise ValueError(f"{type(pipe).__name__} did not call its denoiser; pass inputs= that make it run")
 
 
 __all__ = ["device", "patch", "plan", "unpatch"]

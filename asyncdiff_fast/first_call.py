@@ -1,0 +1,52 @@
+"""The first call of a pipeline's denoiser, and the plan of it that one process makes before anything is patched."""
+
+import torch
+
+from . import modules
+from .band_hooks import BandHooks
+from .band_planning import BandPlanner
+from .halves import half_of
+from .patch_plan import MeshPlan
+from .planning import make_plan
+from .signature import CallSignature
+
+
+class _FirstCall(Exception):
+    """Carries the first call's arguments out of a pipeline."""
+
+
+def first_call(pipe, denoiser, inputs):
+    """The arguments with which a pipeline calls its denoiser first."""
+
+    def stop(forward, args, kwargs):
+        raise _FirstCall(args, kwargs)
+
+    attachment = modules.Attachment(denoiser, stop)
+    try:
+        with torch.no_grad():
+            pipe(**inputs)
+    except _FirstCall as first:
+        return first.args
+    finally:
+        attachment.remove()
+    raise ValueError(f"{type(pipe).__name__} did not call its denoiser; pass inputs= that make it run")
+
+
+def plan_call(denoiser, config, args, kwargs):
+    """The plan of one call, of half its batch if the CFG halves are shared out."""
+    signature = CallSignature(denoiser)
+    if config.cfg_parallel:
+        latent = signature.latent(args, kwargs)
+        args, kwargs = half_of(0, latent.shape[0], args, kwargs) if latent.shape[0] % 2 == 0 else (args, kwargs)
+    if config.num_patches == 1:
+        return make_plan(denoiser, denoiser.forward, args, kwargs, config)
+    hooks = BandHooks(denoiser)
+    planner = BandPlanner(denoiser, config, None, signature, hooks)
+    try:
+        patches = planner.plan_alone(denoiser.forward, args, kwargs)
+        if config.num_stages == 1:
+            return patches
+        # The stages of every patch are those of the first.
+        return MeshPlan(patches, planner.on_first_patch(denoiser.forward, args, kwargs, make_plan))
+    finally:
+        hooks.remove()
