@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch.utils.flop_counter import FlopCounterMode
 
 import asyncdiff_fast
-from asyncdiff_fast import passes
+from asyncdiff_fast import pass_slots
 from asyncdiff_fast.config import EXCHANGE_VARIABLE
 from asyncdiff_fast.engine import Engine
 from asyncdiff_fast.exchange import Recv, Send, open_exchange
@@ -106,7 +106,7 @@ def _traffic(name, rank, options):
         counters[-1].__exit__(None, None, None)
         flops.append(counters[-1].get_total_flops())
 
-    buffer_class = passes.Buffer
+    buffer_class = pass_slots.Buffer
 
     def counted_buffer(*args):
         made[0] += 1
@@ -114,7 +114,7 @@ def _traffic(name, rank, options):
 
     runtime = asyncdiff_fast.patch(pipe, warmup_steps=WARMUP_STEPS, timeout_s=60, **options)
     handles = [denoiser.register_forward_pre_hook(before), denoiser.register_forward_hook(after)]
-    passes.Buffer = counted_buffer
+    pass_slots.Buffer = counted_buffer
     buffers = []
     try:
         with watched_transport(log):
@@ -122,7 +122,7 @@ def _traffic(name, rank, options):
                 tiny_pipelines.generate(pipe, name, seed=seed, steps=STEPS)
                 buffers.append(made[0])
     finally:
-        passes.Buffer = buffer_class
+        pass_slots.Buffer = buffer_class
         for handle in handles:
             handle.remove()
     plan, stats = runtime.plan, runtime.stats()

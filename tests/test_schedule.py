@@ -54,7 +54,7 @@ def test_one_stage_is_always_exact():
 
 
 class Rank:
-    """One rank's exchange as `passes.Pass` drives it, with sets in place of tensors."""
+    """One rank's exchange as `pass_slots.PassSlots` drives it, with sets in place of tensors."""
 
     def __init__(self, graph, division, config, ordered, rank):
         self.graph, self.config, self.ordered, self.rank = graph, config, ordered, rank
