@@ -21,29 +21,41 @@ class Slot:
 
 
 class Meeting:
-    """Where ranks freeze a phase together: each then knows the windows of all, as through the store of a `World`."""
+    """Where ranks freeze a phase together: each then knows the windows of all, as through the store of a `World`.
+
+    It holds no `Rank`: ranks hold it, and in a ring of references a channel would outlive the double that numbers its
+    events, to destroy those of the next one.
+    """
 
     def __init__(self, size):
-        self._size, self._phases, self._changed = size, {}, threading.Condition()
+        self._size, self._phases, self._changed, self._over = size, {}, threading.Condition(), False
 
     def freeze(self, rank, phase, numbers, patient=False):
         """Freeze on every rank once the last has come. `patient`: wait for that, in a thread of this rank's own."""
         with self._changed:
             # The same name again is another phase, once the first is over.
             come = self._phases.setdefault(phase, {})
-            come[rank.rank] = rank, numbers
+            come[rank.rank] = rank.channel, rank.gpu.rank, rank.device, numbers
             if len(come) == self._size:
                 self._phases.pop(phase)
                 self._freeze(phase, [come[r] for r in range(self._size)])
                 self._changed.notify_all()
-            elif patient and not self._changed.wait_for(lambda: self._phases.get(phase) is not come, PATIENCE_S):
-                raise TimeoutError(f"ranks {sorted(come)} alone have frozen {phase}")
+            elif patient:
+                self._changed.wait_for(lambda: self._over or self._phases.get(phase) is not come, PATIENCE_S)
+                if self._phases.get(phase) is come:
+                    raise TimeoutError(f"ranks {sorted(come)} alone have frozen {phase}")
+
+    def end(self):
+        """Nobody need wait any longer for a rank that will not come."""
+        with self._changed:
+            self._over = True
+            self._changed.notify_all()
 
     def _freeze(self, phase, everyone):
-        windows = [rank.channel.window(numbers) for rank, numbers in everyone]
-        for rank, numbers in everyone:
-            with rank.gpu.rank(rank.device):
-                rank.channel.freeze(phase, numbers, windows)
+        windows = [channel.window(numbers) for channel, _, _, numbers in everyone]
+        for channel, on, device, numbers in everyone:
+            with on(device):
+                channel.freeze(phase, numbers, windows)
 
 
 class Rank:

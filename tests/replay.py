@@ -78,6 +78,7 @@ def replay(path, extension, programs, without=None, delay_us=0, seed=0, puts=Fal
             errors.append(str(error))
             for rank in ranks:
                 rank.channel.abort("over")
+            ranks[0].meeting.end()
 
         for rank, (sizes, events) in zip(ranks, programs, strict=True):
             left_out = without[1] if without and without[0] == rank.rank else None
