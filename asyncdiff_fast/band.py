@@ -213,7 +213,6 @@ class Band:
         """Nothing that an earlier generation left is predicted from or compared with."""
         self.trend.begin(instants)
         self.check.begin_generation()
-        self.check.report.forget()
 
     def begin(self, signature, mode, args, kwargs, exact=False):
         """(args, kwargs) of this patch. With `exact` the result is the unpatched denoiser's, whatever the options."""

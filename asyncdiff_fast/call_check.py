@@ -22,6 +22,7 @@ class CallCheck:
         """What an earlier generation left is not compared with."""
         if self.errors is not None:
             self.errors.restart()
+        self.report.forget()
 
     def begin(self, exact, keep):
         """A call begins. `keep`: whether its values may be predicted from later."""

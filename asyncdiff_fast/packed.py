@@ -15,11 +15,16 @@ LEAST_WEIGHTS, MOST_PIXELS = 1 << 20, 512
 NUM_SAMPLES = 64
 
 
+def packs(kernels, device_type):
+    """Whether convolutions of a denoiser on that device are packed with that choice of kernels."""
+    return kernels != "torch" and device_type == "cpu" and torch.backends.mkldnn.is_available()
+
+
 class PackedConvs:
     """Packed copies of a denoiser's weights, and with `install` the forwards that use them. `remove` undoes it all."""
 
     def __init__(self, denoiser, active):
-        self.active = active and torch.backends.mkldnn.is_available()
+        self.active = active
         self._copies, self._generation, self._installed = {}, 0, []
         for module in filter(_may_pay, denoiser.modules() if self.active else ()):
             module.forward = functools.partial(self._forward, module)

@@ -4,8 +4,10 @@ from dataclasses import dataclass
 
 from . import cutset, graph, stages, tracing, units
 from .modules import containers
+from .packed import packs
 from .recording import TensorRef
 from .schedule import stage_of
+from .signature import device_of
 
 # A later call of the same step keeps to the first one's division if no more than this share of it falls outside.
 KEPT_GLUE = 0.05
@@ -143,7 +145,10 @@ def _decide(denoiser, forward, args, kwargs, config, recording):
         raise ValueError(f"{names} leaves a tensor behind that other modules read; list a module that holds both")
     if config.balance == "time" and traced.units:
         keys = [u.key for u in traced.units]
-        traced = traced.with_costs(tracing.measure(denoiser, forward, keys, args, kwargs))
+        where = device_of(args, kwargs)
+        # The first two pack weights, where that is done.
+        repeats = 4 if packs(config.kernels, where and where.type) else 2
+        traced = traced.with_costs(tracing.measure(denoiser, forward, keys, args, kwargs, repeats))
     if config.stages is not None:
         return traced, stages.from_names(traced, config.stages)
     return _merged(recording, traced, stages.divide(traced, config.num_stages, config.predict != "none"))

@@ -15,7 +15,7 @@ from .clock import Clock, unwatch_schedulers, watch_schedulers
 from .fused import Fusion
 from .modules import Attachment, on_pipeline_end, step_cache, structure
 from .op_choice import KernelChoice
-from .packed import PackedConvs
+from .packed import PackedConvs, packs
 from .parts import Parts
 from .schedule import Mode, PatchMode
 from .signature import CallSignature, device_of, inputs_key
@@ -38,7 +38,7 @@ class Runtime:
         self._signature = CallSignature(denoiser)
         self._clock = Clock()
         device_type = _device_type(denoiser)
-        self._packed = PackedConvs(denoiser, active=config.kernels != "torch" and device_type == "cpu")
+        self._packed = PackedConvs(denoiser, active=packs(config.kernels, device_type))
         self._choice = KernelChoice(config.kernels, world)
         uses = self._signature, scheduler, self._packed, self._choice
         self._parts = Parts(denoiser, config, world, *uses, device_type)

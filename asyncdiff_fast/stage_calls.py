@@ -33,7 +33,6 @@ class StageCalls:
         """What an earlier generation left behind is not read again."""
         for current in self._passes.values():
             current.last_step = -1
-            current.check.report.forget()
         self._pace.begin_generation()
 
     def call(self, tick, key, planning, forward, args, kwargs):

@@ -189,8 +189,8 @@ def _copy(x):
         return x.clone()
 
 
-def measure(denoiser, forward, keys, args, kwargs, repeats=4):
-    """Seconds of each unit, the least of `repeats` forwards on copies of the inputs: the first two may pack weights.
+def measure(denoiser, forward, keys, args, kwargs, repeats):
+    """Seconds of each unit, the least of `repeats` forwards on copies of the inputs.
 
     Args:
         keys: (name, call) of each unit.

@@ -17,13 +17,15 @@ def opened(device):
     start_process_group(60)
     world = World(range(dist.get_world_size()), 60)
     ways = {}
-    for way in ("engine", "torch"):
-        os.environ[EXCHANGE_VARIABLE] = way
-        ways[way] = open_exchange(world, device)
-    yield world, ways
-    for exchange in ways.values():
-        exchange.close()
-    stop_process_group()
+    try:
+        for way in ("engine", "torch"):
+            os.environ[EXCHANGE_VARIABLE] = way
+            ways[way] = open_exchange(world, device)
+        yield world, ways
+    finally:
+        for exchange in ways.values():
+            exchange.close()
+        stop_process_group()
 
 
 def slot_of(world, exchange, size, device):

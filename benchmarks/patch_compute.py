@@ -21,7 +21,7 @@ import torch
 
 from asyncdiff_fast.bands import Bands
 from asyncdiff_fast.config import Config, parse_options
-from asyncdiff_fast.packed import PackedConvs
+from asyncdiff_fast.packed import PackedConvs, packs
 from asyncdiff_fast.schedule import PatchMode
 from asyncdiff_fast.signature import CallSignature
 
@@ -108,7 +108,7 @@ def row(options, pixels, patches):
         times = [seconds(lambda: plain(**inputs), options.device) for _ in range(options.rounds + 1)][1:]
         return {**common, "whole": measure.summary(times), "patch": measure.summary(times), "speedup": 1.0}
     exchange = Mirror()
-    packed = PackedConvs(denoiser, active=config.kernels != "torch" and options.device == "cpu")
+    packed = PackedConvs(denoiser, active=packs(config.kernels, options.device))
     bands = Bands(denoiser, config, None, exchange, CallSignature(denoiser), packed=packed)
     plan, call = bands.planner.emulate(rank, denoiser.forward, (), inputs, exchange)
     call(PatchMode.SYNC)

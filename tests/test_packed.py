@@ -124,3 +124,14 @@ def test_gradients_take_torchs_own():
         for _ in range(3):
             convs.conv2d(x, weight).sum().backward()
     assert x.grad is not None
+
+
+@pytest.mark.parametrize("kernels, forwards", [("auto", 5), ("torch", 3)])
+def test_a_division_by_time_warms_up_only_where_weights_are_packed(kernels, forwards):
+    calls = []
+    net = Net().eval()
+    net.first.register_forward_pre_hook(lambda module, args: calls.append(module))
+    inputs = {"sample": torch.ones(1, 4, 8, 8), "timestep": 5.0}
+    asyncdiff_fast.plan(net, inputs, num_stages=2, balance="time", kernels=kernels)
+    # One is the traced one.
+    assert len(calls) == forwards
