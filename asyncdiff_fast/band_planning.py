@@ -10,6 +10,7 @@ from .band import Band
 from .cutting import Cutter
 from .packed import PackedConvs
 from .patch_plan import PatchPlan
+from .projections import KeptBytes
 from .schedule import PatchMode
 
 # How far the patches' synchronous result may be from the whole picture's, of its largest element.
@@ -29,13 +30,13 @@ class BandPlanner:
 
         Raises: ValueError if the denoiser cannot be shared out as patches, on every rank.
         """
-        whole, recorder = self._look(forward, args, kwargs)
+        whole, recorder, kept_bytes = self._look(forward, args, kwargs)
         run = self._quiet(forward)
         band = self._band(recorder, args, kwargs, axis, self.world.rank)
         self._probe(band, run, args, kwargs, whole)
         if not self.config.naive:
             everyone = self.world.gather((band.found, band.sees_latent), "the rows of every site")
-            plan = self._plan(band.cutter, recorder, everyone, whole)
+            plan = self._plan(band.cutter, recorder, everyone, whole, kept_bytes)
             if len(set(self.world.gather(plan.digest(), "the plan of the patches"))) > 1:
                 raise ValueError("ranks planned different patches: the denoisers or their inputs differ")
             band.bind(plan, exchange, phase, _samples(plan, recorder))
@@ -70,18 +71,18 @@ class BandPlanner:
 
     def _planned(self, forward, args, kwargs):
         """(plan, a band of every patch, samples of its sites, the whole result, a quiet forward)."""
-        whole, recorder = self._look(forward, args, kwargs)
+        whole, recorder, kept_bytes = self._look(forward, args, kwargs)
         run, bands = self._quiet(forward), []
         for patch in range(self.config.num_patches):
             bands.append(self._band(recorder, args, kwargs, schedule.patch_axis(self.config, 0), patch))
             self._on_patch(bands[-1], PatchMode.LOCAL, run, args, kwargs)
         everyone = [(band.found, band.sees_latent) for band in bands]
-        plan = self._plan(bands[0].cutter, recorder, everyone, whole)
+        plan = self._plan(bands[0].cutter, recorder, everyone, whole, kept_bytes)
         return plan, bands, _samples(plan, recorder), whole, run
 
     def on_first_patch(self, forward, args, kwargs, make_plan):
         """What `make_plan(denoiser, forward, args, kwargs, config)` makes of the first patch's call."""
-        _, recorder = self._look(forward, args, kwargs)
+        _, recorder, _ = self._look(forward, args, kwargs)
         self.hooks.active = self._band(recorder, args, kwargs, schedule.patch_axis(self.config, 0), 0)
         cut_args, cut_kwargs = self.hooks.active.begin(self._signature, PatchMode.LOCAL, args, kwargs)
         try:
@@ -102,20 +103,20 @@ class BandPlanner:
         return run
 
     def _look(self, forward, args, kwargs):
-        """(result, `Recorder`) of a forward on the whole picture."""
+        """(result, `Recorder`, bytes of projections to keep) of a forward on the whole picture."""
         latent = self._signature.latent(args, kwargs)
         if not isinstance(latent, torch.Tensor) or latent.dim() not in (3, 4, 5):
             kind = tuple(latent.shape) if isinstance(latent, torch.Tensor) else type(latent).__name__
             raise ValueError(f"num_patches needs a latent of 3, 4 or 5 dimensions as the denoiser's input: got {kind}")
         paused = contextlib.nullcontext() if self._choice is None else self._choice.paused()
-        with side_effects.restored(self.denoiser), paused:
+        with side_effects.restored(self.denoiser), paused, KeptBytes((args, kwargs), latent) as kept:
             whole, recorder = sites.record(self.denoiser, forward, latent, args, kwargs)
         if recorder.steered_by:
             raise ValueError(
                 f"{', '.join(dict.fromkeys(recorder.steered_by))} reads numbers from activations into Python, which "
                 "differ from patch to patch: use num_stages instead"
             )
-        return whole, recorder
+        return whole, recorder, kept.nbytes
 
     def _band(self, recorder, args, kwargs, axis, patch):
         """A band without a plan, ready for a first look."""
@@ -126,7 +127,7 @@ class BandPlanner:
         self.hooks.attach(recorder, band)
         return band
 
-    def _plan(self, cutter, recorder, everyone, whole):
+    def _plan(self, cutter, recorder, everyone, whole, kept_bytes):
         """The plan from what every patch has found; without sites for naive patches, which exchange results only."""
         found = ()
         if not self.config.naive:
@@ -134,7 +135,7 @@ class BandPlanner:
             frames = cutter.grid.outer if cutter.grid is not None else 1
             found = site_rows.make_sites(recorder, cutter.levels, cutter.rows.size, seen, all(sees_latent), frames)
         nbytes = sum(x.nbytes for x in tree_leaves(whole) if isinstance(x, torch.Tensor))
-        return PatchPlan(self.config, cutter.rows, cutter.levels, found, nbytes)
+        return PatchPlan(self.config, cutter.rows, cutter.levels, found, nbytes, kept_bytes)
 
     def _probe(self, band, run, args, kwargs, whole):
         """Run the denoiser on this patch alone: the numbers mean nothing yet, but all shapes are seen."""

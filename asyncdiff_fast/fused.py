@@ -30,8 +30,11 @@ class Fusion:
 
     def __init__(self, denoiser, choice, patches=False):
         self.choice = choice
+        # Ids of modules that the forwards below may leave uncalled.
+        self.taken_over = set()
         self._installed = []
-        for module, row in _fitting(denoiser, PATCH_ROWS if patches else ROWS) if choice.active else ():
+        rows = (PATCH_ROWS if patches else ROWS) if choice.active else {}
+        for module, row in _fitting(denoiser, rows, self.taken_over):
             forward = functools.partial(row.run, module, choice)
             module.forward = forward
             self._installed.append((module, forward))
@@ -55,9 +58,8 @@ class Fusion:
         self._installed.clear()
 
 
-def _fitting(denoiser, rows):
-    """(module, row) of the modules to replace."""
-    owned = set()
+def _fitting(denoiser, rows, owned):
+    """(module, row) of the modules to replace; to `owned` the ids are added of what their rows take over."""
     # Outer modules come before what is inside them.
     for module in denoiser.modules():
         row = rows.get(type(module))

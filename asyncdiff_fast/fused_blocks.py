@@ -193,7 +193,7 @@ def _second_norms(block):
 ROWS = (
     Row(attention.JointTransformerBlock, _joint_block, takes_over=_second_norms),
     Row(flux.FluxTransformerBlock, _flux_block, takes_over=_second_norms),
-    Row(flux.FluxSingleTransformerBlock, _flux_single_block),
+    Row(flux.FluxSingleTransformerBlock, _flux_single_block, takes_over=lambda block: (block.act_mlp,)),
     Row(flux.FluxAttention, _flux_attention),
     Row(attention.BasicTransformerBlock, _basic_block, _is_pixart),
 )

@@ -15,7 +15,8 @@ GROUP_BYTES, GROUP_SITES = 4 << 20, 32
 class PatchPlan:
     """The patches of one call of a denoiser.
 
-    `sites`: in order of execution. `rows`: of the latent. `levels`: {rows: Rows} of every resolution.
+    `sites`: in order of execution. `rows`: of the latent. `levels`: {rows: Rows} of every resolution. `kept_bytes`: of
+    projections of the text and other constant inputs, which every patch keeps from call to call.
     """
 
     config: object
@@ -23,6 +24,7 @@ class PatchPlan:
     levels: dict = field(repr=False)
     sites: tuple = field(repr=False)
     result_bytes: int = 0
+    kept_bytes: int = 0
 
     def displaced(self, i):
         """True if a site's messages travel after the call that makes them."""
@@ -63,11 +65,11 @@ class PatchPlan:
         return sum(self.sent_bytes(patch) + self.sent_result_bytes(patch) for patch in patches)
 
     def memory_bytes(self, patch):
-        """Bytes of a patch's long-lived buffers: halos, statistics, keys and values of all patches.
+        """Bytes of a patch's long-lived buffers: halos, statistics, keys and values of all patches and of the text.
 
         What is predicted is received beside the place where it is read, into two buffers by turns.
         """
-        total = 2 * self.predicted_bytes(patch)
+        total = 2 * self.predicted_bytes(patch) + self.kept_bytes
         for site in self.sites:
             if isinstance(site, Ring):
                 tokens = site.tokens.extra + sum(site.tokens.count(p) for p in range(len(site.shapes)))

@@ -17,6 +17,7 @@ from .modules import Attachment, on_pipeline_end, step_cache, structure
 from .op_choice import KernelChoice
 from .packed import PackedConvs, packs
 from .parts import Parts
+from .projections import Projections
 from .schedule import Mode, PatchMode
 from .signature import CallSignature, device_of, inputs_key
 from .world import device
@@ -47,6 +48,7 @@ class Runtime:
         self._calls = dict.fromkeys(Mode, 0)
         # Beneath every hook of ours.
         self._fusion = Fusion(denoiser, self._choice, patches=config.num_patches > 1)
+        self._projections = Projections(denoiser, active=config.num_patches > 1, taken=self._fusion.taken_over)
         watch_schedulers()
         self._undo_end = on_pipeline_end(denoiser, self._clock.end)
         self._root = Attachment(denoiser, self._call)
@@ -75,6 +77,7 @@ class Runtime:
             self._inside = True
             if tick.begins:
                 self._packed.begin()
+                self._projections.begin()
                 self._begin_generation(args, kwargs)
             if self._parts.halves is not None:
                 return self._on_halves(tick, key, forward, args, kwargs)
@@ -107,14 +110,15 @@ class Runtime:
 
     def _on_stages(self, tick, key, forward, args, kwargs):
         """This call, shared by the stages: of the whole picture, or of this rank's patch."""
+        kept = self._projections.during(forward, self._signature.latent)
         if self._parts.stages is None:
-            result, mode = forward(*args, **kwargs), Mode.EXACT
+            result, mode = kept(*args, **kwargs), Mode.EXACT
             if self._parts.bands is not None and self._parts.bands.mode is not PatchMode.SYNC:
                 mode = Mode.COMPUTE
         else:
             alone = self._parts.bands is None and self._parts.halves is None
             planning = functools.partial(self._planning, forward, learning=alone)
-            result, mode = self._parts.stages.call(tick, key, planning, forward, args, kwargs)
+            result, mode = self._parts.stages.call(tick, key, planning, kept, args, kwargs)
         self._calls[mode] += 1
         return result
 
@@ -213,6 +217,7 @@ class Runtime:
             self._parts.close("interrupted" if self._interrupted else None)
         finally:
             # These lie beneath the hooks.
+            self._projections.remove()
             self._fusion.remove()
             self._packed.remove()
 

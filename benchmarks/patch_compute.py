@@ -22,6 +22,7 @@ import torch
 from asyncdiff_fast.bands import Bands
 from asyncdiff_fast.config import Config, parse_options
 from asyncdiff_fast.packed import PackedConvs, packs
+from asyncdiff_fast.projections import Projections
 from asyncdiff_fast.schedule import PatchMode
 from asyncdiff_fast.signature import CallSignature
 
@@ -109,8 +110,10 @@ def row(options, pixels, patches):
         return {**common, "whole": measure.summary(times), "patch": measure.summary(times), "speedup": 1.0}
     exchange = Mirror()
     packed = PackedConvs(denoiser, active=packs(config.kernels, options.device))
-    bands = Bands(denoiser, config, None, exchange, CallSignature(denoiser), packed=packed)
-    plan, call = bands.planner.emulate(rank, denoiser.forward, (), inputs, exchange)
+    signature, projections = CallSignature(denoiser), Projections(denoiser, active=True)
+    bands = Bands(denoiser, config, None, exchange, signature, packed=packed)
+    forward = projections.during(denoiser.forward, signature.latent)
+    plan, call = bands.planner.emulate(rank, forward, (), inputs, exchange)
     call(PatchMode.SYNC)
     call(PatchMode.DISPLACED)
     call(PatchMode.DISPLACED)
@@ -122,6 +125,7 @@ def row(options, pixels, patches):
     if options.profile:
         show_profile(lambda: call(PatchMode.DISPLACED), lambda: plain(**inputs), options.device)
     bands.forget(released=True)
+    projections.remove()
     return {
         **common,
         "whole": measure.summary([a for a, _ in rounds]),

@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn.functional import conv2d
 
 import asyncdiff_fast
-from asyncdiff_fast import packed
+from asyncdiff_fast import packed, weights
 
 
 @pytest.fixture(autouse=True)
@@ -60,7 +60,7 @@ def test_copies_outlive_a_generation_unless_a_weight_has_changed(monkeypatch, sh
     convs = packed.PackedConvs(nn.Module(), active=True)
     values = torch.randn(1000)[offset:][: torch.Size(shape).numel()]
     weight, x = nn.Parameter(values.view(shape)), torch.randn(2, shape[1], 5, 5)
-    monkeypatch.setattr(packed, "NUM_SAMPLES", 1)
+    monkeypatch.setattr(weights, "NUM_SAMPLES", 1)
     for count in (1, 1, 2):
         for _ in range(3):
             torch.testing.assert_close(convs.conv2d(x, weight), conv2d(x, weight))

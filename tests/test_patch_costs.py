@@ -129,12 +129,13 @@ def _displaced(rank, name, num_patches):
     sent_bytes, plan = runtime.stats()["sent_bytes"], runtime.plan
     (band,) = runtime._parts.bands._bands.values()
     buffers = {_memory(x): x.untyped_storage().nbytes() for x in _buffers(band)}
+    held = sum(buffers.values()) + runtime._projections.nbytes
     start, stop = plan.rows.held[rank]
     of_result = result.nbytes * (stop - start) // plan.rows.size * (num_patches - 1)
     planned = plan.sent_bytes(rank) + of_result
     asyncdiff_fast.unpatch(model)
     share = mine.get_total_flops() / whole.get_total_flops()
-    memory_bytes = sum(buffers.values()), plan.memory_bytes(rank)
+    memory_bytes = held, plan.memory_bytes(rank)
     return share, allocated.shapes, tuple(result.shape), sent_bytes, sum(posted), planned, memory_bytes, str(plan)
 
 
@@ -252,7 +253,7 @@ def test_halos_go_to_neighbours_only():
 
 
 def test_memory_is_that_of_the_buffers():
-    """Keys and values of all patches, statistics of all, halos sent and received."""
+    """Keys and values of all patches and of the text, statistics of all, halos sent and received."""
     plan = sdxl_plan(1024, 2)
     keys = sum(
         2 * 2 * math.prod(s.key[1:]) * s.tokens.rows.size * s.tokens.inner * 2
@@ -263,4 +264,6 @@ def test_memory_is_that_of_the_buffers():
     for patch in range(2):
         halos = 2 * plan.sent_bytes(patch, "convolution")
         norms = 2 * plan.sent_bytes(patch, "norm")
-        assert plan.memory_bytes(patch) == pytest.approx(keys + halos + norms, rel=0.01)
+        assert plan.memory_bytes(patch) == pytest.approx(keys + halos + norms + plan.kept_bytes, rel=0.01)
+    # Two prompts of 77 tokens, in fp16, in 10 layers of 640 features and 60 of 1280.
+    assert plan.kept_bytes == 2 * 77 * 2 * (10 * 640 + 60 * 1280) * 2
