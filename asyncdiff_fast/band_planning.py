@@ -8,7 +8,7 @@ from torch.utils._pytree import tree_leaves
 from . import schedule, side_effects, site_rows, sites
 from .band import Band
 from .cutting import Cutter
-from .packed import PackedConvs
+from .packed import PackedWeights
 from .patch_plan import PatchPlan
 from .projections import KeptBytes
 from .schedule import PatchMode
@@ -22,7 +22,7 @@ class BandPlanner:
 
     def __init__(self, denoiser, config, world, signature, hooks, packed=None, choice=None):
         self.denoiser, self.config, self.world, self.hooks = denoiser, config, world, hooks
-        self._signature, self._packed = signature, packed or PackedConvs(denoiser, active=False)
+        self._signature, self._packed = signature, packed or PackedWeights(denoiser, active=False)
         self._choice = choice
 
     def first(self, forward, args, kwargs, axis, exchange, phase):

@@ -15,7 +15,7 @@ class Parts:
 
     Args:
         device_type: of the tensors that travel.
-        packed, choice: `PackedConvs` and `KernelChoice` that patches use.
+        packed, choice: `PackedWeights` and `KernelChoice` that patches use.
     """
 
     def __init__(self, denoiser, config, world, signature, scheduler, packed, choice, device_type):

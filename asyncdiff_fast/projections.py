@@ -28,15 +28,17 @@ class Projections:
 
     Args:
         taken: ids of modules that are left alone.
+        beneath: {id of a module: its forward, if that is not the class's}; a module with any other is left alone too.
     """
 
-    def __init__(self, denoiser, active, taken=()):
+    def __init__(self, denoiser, active, taken=(), beneath=None):
         self._known, self._arguments, self._found, self._installed = [], {}, {}, []
         self._inside = False
         for module in denoiser.modules() if active else ():
-            if type(module) in FUNCTIONS and "forward" not in vars(module) and id(module) not in taken:
-                module.forward = functools.partial(self._forward, module)
-                self._installed.append((module, module.forward))
+            own = vars(module).get("forward")
+            if type(module) in FUNCTIONS and id(module) not in taken and own is (beneath or {}).get(id(module)):
+                module.forward = functools.partial(self._forward, module, own)
+                self._installed.append((module, module.forward, own))
 
     def begin(self):
         """A generation begins: everything is made anew."""
@@ -66,19 +68,22 @@ class Projections:
     def remove(self):
         """Forget everything and restore every forward. One that somebody's hook lies upon stays, without effect."""
         self._known.clear()
-        for module, forward in self._installed:
+        for module, forward, own in self._installed:
             if vars(module).get("forward") is forward:
                 del module.forward
+                if own is not None:
+                    module.forward = own
         self._installed.clear()
 
-    def _forward(self, module, input):
+    def _forward(self, module, own, input):
+        own = own or functools.partial(type(module).forward, module)
         constant = self._constant(input) if self._inside and not torch.compiler.is_compiling() else None
         if constant is None or torch.is_autocast_enabled(input.device.type):
-            return type(module).forward(module, input)
+            return own(input)
         key = (id(module), input.storage_offset(), input.shape, input.stride(), input.dtype)
         kept = constant.results.get(key)
         if kept is None or not kept.is_made_by(module):
-            result = type(module).forward(module, input)
+            result = own(input)
             if result.requires_grad or result.is_inference():
                 return result
             kept = constant.results[key] = _Result(result, module)

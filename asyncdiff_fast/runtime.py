@@ -15,7 +15,7 @@ from .clock import Clock, unwatch_schedulers, watch_schedulers
 from .fused import Fusion
 from .modules import Attachment, on_pipeline_end, step_cache, structure
 from .op_choice import KernelChoice
-from .packed import PackedConvs, packs
+from .packed import PackedWeights, packs
 from .parts import Parts
 from .projections import Projections
 from .schedule import Mode, PatchMode
@@ -39,7 +39,7 @@ class Runtime:
         self._signature = CallSignature(denoiser)
         self._clock = Clock()
         device_type = _device_type(denoiser)
-        self._packed = PackedConvs(denoiser, active=packs(config.kernels, device_type))
+        self._packed = PackedWeights(denoiser, active=packs(config.kernels, device_type))
         self._choice = KernelChoice(config.kernels, world)
         uses = self._signature, scheduler, self._packed, self._choice
         self._parts = Parts(denoiser, config, world, *uses, device_type)
@@ -48,7 +48,8 @@ class Runtime:
         self._calls = dict.fromkeys(Mode, 0)
         # Beneath every hook of ours.
         self._fusion = Fusion(denoiser, self._choice, patches=config.num_patches > 1)
-        self._projections = Projections(denoiser, active=config.num_patches > 1, taken=self._fusion.taken_over)
+        beneath = self._fusion.taken_over, self._packed.forwards
+        self._projections = Projections(denoiser, config.num_patches > 1, *beneath)
         watch_schedulers()
         self._undo_end = on_pipeline_end(denoiser, self._clock.end)
         self._root = Attachment(denoiser, self._call)

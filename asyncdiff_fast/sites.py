@@ -95,10 +95,10 @@ class Watch(TorchFunctionMode):
 
     def __init__(self, watched, handle):
         super().__init__()
-        self._watched, self._handle = watched, handle
+        self.watched, self._handle = watched, handle
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func in self._watched:
+        if func in self.watched:
             return self._handle(func, args, kwargs or {})
         return func(*args, **(kwargs or {}))
 

@@ -21,7 +21,7 @@ import torch
 
 from asyncdiff_fast.bands import Bands
 from asyncdiff_fast.config import Config, parse_options
-from asyncdiff_fast.packed import PackedConvs, packs
+from asyncdiff_fast.packed import PackedWeights, packs
 from asyncdiff_fast.projections import Projections
 from asyncdiff_fast.schedule import PatchMode
 from asyncdiff_fast.signature import CallSignature
@@ -109,8 +109,8 @@ def row(options, pixels, patches):
         times = [seconds(lambda: plain(**inputs), options.device) for _ in range(options.rounds + 1)][1:]
         return {**common, "whole": measure.summary(times), "patch": measure.summary(times), "speedup": 1.0}
     exchange = Mirror()
-    packed = PackedConvs(denoiser, active=packs(config.kernels, options.device))
-    signature, projections = CallSignature(denoiser), Projections(denoiser, active=True)
+    packed = PackedWeights(denoiser, active=packs(config.kernels, options.device))
+    signature, projections = CallSignature(denoiser), Projections(denoiser, active=True, beneath=packed.forwards)
     bands = Bands(denoiser, config, None, exchange, signature, packed=packed)
     forward = projections.during(denoiser.forward, signature.latent)
     plan, call = bands.planner.emulate(rank, forward, (), inputs, exchange)

@@ -1,12 +1,14 @@
-"""Convolutions with packed weights: equal to torch's, and never with weights of before."""
+"""Convolutions and linear layers with packed weights: equal to torch's, and never with weights of before."""
 
 import pytest
 import torch
 from torch import nn
-from torch.nn.functional import conv2d
+from torch.nn.functional import conv2d, linear
+from torch.overrides import TorchFunctionMode
 
 import asyncdiff_fast
 from asyncdiff_fast import packed, weights
+from asyncdiff_fast.sites import Watch
 
 
 @pytest.fixture(autouse=True)
@@ -32,10 +34,16 @@ def _counted(monkeypatch):
     return calls
 
 
+def _counted_copies(monkeypatch):
+    calls, pack = [], packed._Copy.pack
+    monkeypatch.setattr(packed._Copy, "pack", lambda *args: calls.append(args) or pack(*args))
+    return calls
+
+
 @pytest.mark.parametrize("change", ["in place", "data", "replaced", "moved storage"])
 def test_a_changed_weight_is_packed_anew(monkeypatch, change):
     packs = _counted(monkeypatch)
-    convs = packed.PackedConvs(nn.Module(), active=True)
+    convs = packed.PackedWeights(nn.Module(), active=True)
     weight, x = nn.Parameter(torch.randn(6, 4, 3, 3)), torch.randn(2, 4, 5, 5)
     for _ in range(3):
         torch.testing.assert_close(convs.conv2d(x, weight, padding=1), conv2d(x, weight, padding=1))
@@ -57,7 +65,7 @@ def test_a_changed_weight_is_packed_anew(monkeypatch, change):
 @pytest.mark.parametrize("shape", [(6, 4, 3, 3), (5, 3, 3, 3)])
 def test_copies_outlive_a_generation_unless_a_weight_has_changed(monkeypatch, shape, offset):
     packs = _counted(monkeypatch)
-    convs = packed.PackedConvs(nn.Module(), active=True)
+    convs = packed.PackedWeights(nn.Module(), active=True)
     values = torch.randn(1000)[offset:][: torch.Size(shape).numel()]
     weight, x = nn.Parameter(values.view(shape)), torch.randn(2, shape[1], 5, 5)
     monkeypatch.setattr(weights, "NUM_SAMPLES", 1)
@@ -75,16 +83,75 @@ def test_copies_outlive_a_generation_unless_a_weight_has_changed(monkeypatch, sh
 
 @pytest.mark.parametrize("options", [{}, {"stride": 2}, {"padding": (1, 0)}, {"dilation": 2}, {"bias": True}])
 def test_options_of_a_convolution(options):
-    convs = packed.PackedConvs(nn.Module(), active=True)
+    convs = packed.PackedWeights(nn.Module(), active=True)
     options = {**options, "bias": torch.randn(6) if options.get("bias") else None}
     weight, x = torch.randn(6, 4, 3, 3), torch.randn(2, 4, 7, 6)
     for _ in range(3):
         torch.testing.assert_close(convs.conv2d(x, weight, **options), conv2d(x, weight, **options))
 
 
+@pytest.mark.parametrize("shape", [(5,), (3, 5), (2, 3, 5)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_linear_layers(monkeypatch, shape, bias):
+    packs = _counted_copies(monkeypatch)
+    layers = packed.PackedWeights(nn.Module(), active=True)
+    weight, x = nn.Parameter(torch.randn(6, 5)), torch.randn(shape)
+    bias = torch.randn(6) if bias else None
+    for count in (1, 1, 2):
+        for _ in range(3):
+            torch.testing.assert_close(layers.linear(x, weight, bias), linear(x, weight, bias))
+        # One that does not lie in one piece.
+        x = torch.randn(*shape[:-1], 10)[..., ::2] if count == 1 else x
+        torch.testing.assert_close(layers.linear(x, weight, bias), linear(x, weight, bias))
+        assert len(packs) == count
+        if layers._generation == 1:
+            weight.data[3] += 1
+        layers.begin()
+
+
+def test_linear_layers_that_do_not_pay(monkeypatch):
+    packs = _counted_copies(monkeypatch)
+    layers = packed.PackedWeights(nn.Module(), active=True)
+    weight = torch.randn(6, 5)
+    inputs = [torch.randn(0, 5), torch.randn(packed.MOST_PIXELS + 1, 5), torch.randn(3, 5).double()]
+    for x in inputs:
+        for _ in range(3):
+            assert torch.equal(layers.linear(x, weight.to(x.dtype)), linear(x, weight.to(x.dtype)))
+    for _ in range(3):
+        assert torch.equal(layers.linear(inputs[0], weight.t().contiguous().t()), linear(inputs[0], weight))
+    assert not packs
+
+
+def test_modes_that_follow_a_function_see_it(monkeypatch):
+    """Patches watch convolutions, not linear layers; anybody else may watch both."""
+    packs = _counted_copies(monkeypatch)
+    net = nn.ModuleList([nn.Conv2d(4, 6, 3), nn.Linear(5, 6)])
+    layers, seen = packed.PackedWeights(net, active=True), []
+
+    def watched(function, args, kwargs):
+        seen.append(function)
+        return function(*args, **kwargs)
+
+    class Anybody(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            return func(*args, **(kwargs or {}))
+
+    inputs = torch.randn(1, 4, 5, 5), torch.randn(3, 5)
+    for _ in range(3):
+        with Anybody():
+            results = [module(x) for module, x in zip(net, inputs, strict=True)]
+    assert not packs
+    for _ in range(3):
+        with Watch({torch.conv2d}, watched):
+            again = [module(x) for module, x in zip(net, inputs, strict=True)]
+    assert len(seen) == 3 and len(packs) == 1
+    torch.testing.assert_close(again, results)
+    layers.remove()
+
+
 def test_shapes_that_take_turns_are_not_packed(monkeypatch):
     packs = _counted(monkeypatch)
-    convs = packed.PackedConvs(nn.Module(), active=True)
+    convs = packed.PackedWeights(nn.Module(), active=True)
     weight = torch.randn(6, 4, 3, 3)
     for size in (5, 6, 5, 6):
         convs.conv2d(torch.randn(1, 4, size, size), weight)
@@ -118,7 +185,7 @@ def test_torch_kernels_pack_nothing(monkeypatch):
 
 
 def test_gradients_take_torchs_own():
-    convs = packed.PackedConvs(nn.Module(), active=True)
+    convs = packed.PackedWeights(nn.Module(), active=True)
     weight, x = torch.randn(6, 4, 3, 3), torch.randn(2, 4, 5, 5, requires_grad=True)
     with torch.enable_grad():
         for _ in range(3):
