@@ -125,7 +125,7 @@ def report(options, patched, alone, cpu_alone):
         "predict_s": statistics.median(patched.predicting),
         "rss": measure.peak_rss_mb(),
         "cpu": (cpu_alone[-1], patched.cpu[-1]),
-        "sent_bytes": runtime.stats()["sent_bytes"],
+        "sent_bytes": runtime.stats().get("sent_bytes", 0),
     }
     ranks = [None] * dist.get_world_size()
     dist.all_gather_object(ranks, mine)

@@ -71,7 +71,7 @@ def end_to_end():
                 f"{row['bytes_per_call'] / 1e6:.2f}",
                 f"{row['whole_speedup']:.2f}×",
                 " / ".join(f"{m:.0f}" for m in row["peak_rss_mb"]),
-                f"{row['device']}, torch {row['torch']}, {row['exchange']}, {row['date']}",
+                ", ".join(x for x in (row["device"], f"torch {row['torch']}", row["exchange"], row["date"]) if x),
             ]
         )
     return table(header, body)

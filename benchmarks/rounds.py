@@ -111,7 +111,7 @@ class Patched:
         self.together.append(seconds)
         self.cpu.append(cpu)
         self.predicting.append(predicting)
-        self.waits.append(self.runtime.stats()["wait_s"] / calls)
+        self.waits.append(self.runtime.stats().get("wait_s", 0.0) / calls)
 
 
 def one_round(patched, calls, folder):
