@@ -121,8 +121,10 @@ class KeptBytes(TorchFunctionMode):
         self.nbytes, self._constants = 0, _by_place(arguments, latent)
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        if func in FUNCTIONS.values() and type(args[0]) is torch.Tensor and _place(args[0]) in self._constants:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        input = args[0] if args else kwargs.get("input")
+        if func in FUNCTIONS.values() and type(input) is torch.Tensor and _place(input) in self._constants:
             self.nbytes += result.nbytes
             self._constants[_place(result)] = result
         return result

@@ -251,6 +251,9 @@ def test_bytes_are_known_beforehand(made):
     for _ in range(3):
         run(sample, text)
     assert counted.nbytes == projections.nbytes
+    with KeptBytes([sample, text], sample) as counted:
+        F.linear(input=text, weight=net.keys.weight)
+    assert counted.nbytes == text[..., :4].numel() * 4
 
 
 def test_nothing_is_touched_where_it_is_not_active():
