@@ -13,6 +13,7 @@ import logging
 from collections import Counter
 
 from . import fused_blocks, fused_layers, fused_patches, fused_unet
+from .modules import Forwards
 
 log = logging.getLogger(__name__)
 ROWS = {row.kind: row for row in (*fused_unet.ROWS, *fused_layers.ROWS, *fused_blocks.ROWS)}
@@ -32,18 +33,16 @@ class Fusion:
         self.choice = choice
         # Ids of modules that the forwards below may leave uncalled.
         self.taken_over = set()
-        self._installed = []
+        self._forwards = Forwards()
         rows = (PATCH_ROWS if patches else ROWS) if choice.active else {}
         for module, row in _fitting(denoiser, rows, self.taken_over):
-            forward = functools.partial(row.run, module, choice)
-            module.forward = forward
-            self._installed.append((module, forward))
-        if self._installed:
+            self._forwards.replace(module, functools.partial(row.run, module, choice))
+        if self._forwards.replaced:
             log.info("kernels=%s in %s: %s", choice.mode, type(denoiser).__name__, self.layers())
 
     def layers(self):
         """{class name: how many of its instances are replaced}."""
-        return dict(Counter(type(module).__name__ for module, _ in self._installed))
+        return dict(Counter(type(module).__name__ for module in self._forwards.replaced))
 
     def summary(self):
         """Dict, fit for JSON: what is replaced, and what was chosen for it."""
@@ -52,10 +51,7 @@ class Fusion:
     def remove(self):
         """Restore every forward. One that somebody's hook lies upon stays, and runs the module's own."""
         self.choice.active = False
-        for module, forward in self._installed:
-            if vars(module).get("forward") is forward:
-                del module.forward
-        self._installed.clear()
+        self._forwards.restore()
 
 
 def _fitting(denoiser, rows, owned):

@@ -51,6 +51,31 @@ class Attachment:
                 del self.module._diffusers_hook
 
 
+class Forwards:
+    """Forwards of single modules that are replaced, beneath every hook that comes later.
+
+    `replaced` is {module: its forward from us}.
+    """
+
+    def __init__(self):
+        self.replaced, self._before = {}, {}
+
+    def replace(self, module, forward):
+        """Give a module another forward until `restore`."""
+        self._before[module] = vars(module).get("forward")
+        self.replaced[module] = module.forward = forward
+
+    def restore(self):
+        """Give the modules back what they had; a forward that somebody's hook lies upon stays."""
+        for module, forward in self.replaced.items():
+            if vars(module).get("forward") is forward:
+                del module.forward
+                if self._before[module] is not None:
+                    module.forward = self._before[module]
+        self.replaced.clear()
+        self._before.clear()
+
+
 def is_plain(module, kind):
     """True if a module is of a class exactly, and its forward is its class's own but for hooks of ours."""
     if type(module) is not kind or module._forward_hooks or module._forward_pre_hooks:

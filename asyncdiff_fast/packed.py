@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.overrides import _get_current_function_mode_stack
 
+from .modules import Forwards
 from .sites import Watch
 from .weights import Stamp, flat
 
@@ -29,15 +30,14 @@ class PackedWeights:
 
     def __init__(self, denoiser, active):
         self.active = active
-        self._copies, self._generation, self._installed = {}, 0, []
+        self._copies, self._generation, self._forwards = {}, 0, Forwards()
         for module in filter(_may_pay, denoiser.modules() if self.active else ()):
-            module.forward = functools.partial(self._forward, module)
-            self._installed.append((module, module.forward))
+            self._forwards.replace(module, functools.partial(self._forward, module))
 
     @property
     def forwards(self):
-        """{id of a module: its forward that uses packed weights}."""
-        return {id(module): forward for module, forward in self._installed}
+        """{module: its forward that uses packed weights}."""
+        return self._forwards.replaced
 
     def begin(self):
         """A generation begins: weights may have changed since the last; what that did not use is dropped."""
@@ -48,10 +48,7 @@ class PackedWeights:
         """Restore every forward. One that somebody's hook lies upon stays, and runs the module's own."""
         self.active = False
         self._copies.clear()
-        for module, forward in self._installed:
-            if vars(module).get("forward") is forward:
-                del module.forward
-        self._installed.clear()
+        self._forwards.restore()
 
     def _forward(self, module, input):
         # Whoever follows this function must see it; patches come back to `conv2d`.

@@ -15,6 +15,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from .modules import Forwards
 from .weights import Stamp
 
 # Constants that are looked for among a call's arguments: those of all calls of a step, and some that prove not to be.
@@ -28,17 +29,16 @@ class Projections:
 
     Args:
         taken: ids of modules that are left alone.
-        beneath: {id of a module: its forward, if that is not the class's}; a module with any other is left alone too.
+        beneath: {module: its forward, if that is not the class's}; a module with any other is left alone too.
     """
 
     def __init__(self, denoiser, active, taken=(), beneath=None):
-        self._known, self._arguments, self._found, self._installed = [], {}, {}, []
-        self._inside = False
+        self._known, self._arguments, self._found = [], {}, {}
+        self._inside, self._forwards = False, Forwards()
         for module in denoiser.modules() if active else ():
             own = vars(module).get("forward")
-            if type(module) in FUNCTIONS and id(module) not in taken and own is (beneath or {}).get(id(module)):
-                module.forward = functools.partial(self._forward, module, own)
-                self._installed.append((module, module.forward, own))
+            if type(module) in FUNCTIONS and id(module) not in taken and own is (beneath or {}).get(module):
+                self._forwards.replace(module, functools.partial(self._forward, module, own))
 
     def begin(self):
         """A generation begins: everything is made anew."""
@@ -48,7 +48,7 @@ class Projections:
         """`forward` of the denoiser, such that what was kept is used in it; `latent(args, kwargs)` is no constant."""
 
         def run(*args, **kwargs):
-            if not self._installed:
+            if not self._forwards.replaced:
                 return forward(*args, **kwargs)
             self._arguments = _by_place((args, kwargs), latent(args, kwargs))
             self._inside = True
@@ -68,12 +68,7 @@ class Projections:
     def remove(self):
         """Forget everything and restore every forward. One that somebody's hook lies upon stays, without effect."""
         self._known.clear()
-        for module, forward, own in self._installed:
-            if vars(module).get("forward") is forward:
-                del module.forward
-                if own is not None:
-                    module.forward = own
-        self._installed.clear()
+        self._forwards.restore()
 
     def _forward(self, module, own, input):
         own = own or functools.partial(type(module).forward, module)

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from asyncdiff_fast import packed
 from asyncdiff_fast.projections import KeptBytes, Projections
 
 
@@ -262,3 +263,23 @@ def test_nothing_is_touched_where_it_is_not_active():
     assert not any("forward" in vars(module) for module in net.modules())
     Projections(net, active=True, taken={id(net.act)})
     assert {name for name, m in net.named_modules() if "forward" in vars(m)} == {"keys", "project", "values", "own"}
+
+
+def test_packed_weights_lie_beneath(monkeypatch):
+    monkeypatch.setattr(packed, "LEAST_WEIGHTS", 1)
+    net = Net().eval()
+    sample, text = _inputs()
+    with torch.no_grad():
+        expected = net.forward(sample, text)
+        weights = packed.PackedWeights(net, active=True)
+        beneath = dict(weights.forwards)
+        projections = Projections(net, active=True, beneath=beneath)
+        run = projections.during(net.forward, _latent)
+        for _ in range(4):
+            torch.testing.assert_close(run(sample, text), expected)
+        assert projections.nbytes
+        projections.remove()
+        assert {m: vars(m).get("forward") for m in beneath} == beneath
+        weights.remove()
+        assert not any("forward" in vars(module) for module in net.modules())
+        assert torch.equal(net.forward(sample, text), expected)
