@@ -56,9 +56,11 @@ def missing_tool():
     return None
 
 
+WINGS = ("calls", "commands", "exchange", "fused", "patches", "prediction", "stages", "tracing")
+
 # Named one by one: find_packages() would also take folders of the checkout that are no part of the package.
 setup(
-    packages=["asyncdiff_fast", "asyncdiff_fast.kernels"],
+    packages=["asyncdiff_fast", "asyncdiff_fast.kernels", *(f"asyncdiff_fast.{wing}" for wing in WINGS)],
     package_dir={"asyncdiff_fast.kernels": "kernels"},
     ext_modules=[Extension("asyncdiff_fast._C", sources=[])],
     cmdclass={"build_ext": BuildEngine},

@@ -12,7 +12,7 @@ __version__ = "0.1.0"
 __all__ = ["Config", "ExchangeError", "__version__", "device", "patch", "plan", "unpatch"]
 
 # Loaded when first used: torch and diffusers take seconds to import, which `asyncdiff-fast --help` need not wait for.
-_PLACES = dict.fromkeys(("device", "patch", "plan", "unpatch"), "patching") | {"ExchangeError": "world"}
+_PLACES = dict.fromkeys(("device", "patch", "plan", "unpatch"), "patching") | {"ExchangeError": "exchange.world"}
 
 
 def __getattr__(name):

@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 from diffusers import DiffusionPipeline
 
+from .commands.launch import complete
 from .config import Config, environment_options
-from .launch import complete
 from .patching import denoisers, device, is_patched, patch, unpatch
 
 _wrapped = []

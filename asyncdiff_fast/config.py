@@ -4,7 +4,7 @@ import dataclasses
 import os
 from dataclasses import dataclass
 
-from .layout import Mesh
+from .patches.layout import Mesh
 
 EXCHANGE_VARIABLE = "ASYNCDIFF_FAST_EXCHANGE"
 ENGINE_CHOICES = ("", "engine", "nccl-puts", "torch")

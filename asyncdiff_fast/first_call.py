@@ -3,12 +3,12 @@
 import torch
 
 from . import modules
-from .band_hooks import BandHooks
-from .band_planning import BandPlanner
+from .calls.signature import CallSignature
 from .halves import half_of
-from .patch_plan import MeshPlan
-from .planning import make_plan
-from .signature import CallSignature
+from .patches.hooks import BandHooks
+from .patches.plan import MeshPlan
+from .patches.planning import BandPlanner
+from .stages.plan import make_plan
 
 
 class _FirstCall(Exception):

@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_map_only, tree_unflatten
 
-from .slots import Recv, Send
+from .exchange.slots import Recv, Send
 
 # How far half a batch may be from the same rows of the whole, of the largest element: other kernels for other sizes.
 CLOSE = 2e-2

@@ -1,11 +1,11 @@
 """What one rank shares with others, along each axis of the mesh: halves, patches and stages, and their exchanges."""
 
-from .bands import Bands
-from .exchange import open_exchange
+from .exchange.choice import open_exchange
+from .exchange.world import ExchangeError, World
 from .halves import Halves
-from .patch_plan import MeshPlan
-from .stage_calls import StageCalls
-from .world import ExchangeError, World
+from .patches.calls import Bands
+from .patches.plan import MeshPlan
+from .stages.calls import StageCalls
 
 
 class Parts:

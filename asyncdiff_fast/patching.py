@@ -4,11 +4,13 @@ import weakref
 
 import torch
 
-from . import fingerprint, modules, op_choice
+from . import modules
 from .config import Config
+from .exchange import fingerprint
+from .exchange.world import World, device, start_process_group, stop_process_group
 from .first_call import first_call, plan_call
+from .fused import choice
 from .runtime import Runtime
-from .world import World, device, start_process_group, stop_process_group
 
 _ATTRIBUTE = "_asyncdiff_fast"
 
@@ -160,7 +162,7 @@ def _agree(world, config, found, problem):
 
 
 def _check(world, config, found):
-    op_choice.check(config.kernels)
+    choice.check(config.kernels)
     if config.world_size != world.size:
         raise ValueError(
             f"world_size must be cfg halves * num_patches * (num_stages + stride - 1): got {config.mesh.halves} * "

@@ -10,17 +10,17 @@ import logging
 import torch
 from torch.utils._pytree import tree_leaves
 
-from . import fingerprint
-from .clock import Clock, unwatch_schedulers, watch_schedulers
-from .fused import Fusion
+from .calls.clock import Clock, unwatch_schedulers, watch_schedulers
+from .calls.schedule import Mode, PatchMode
+from .calls.signature import CallSignature, device_of, inputs_key
+from .exchange import fingerprint
+from .exchange.world import device
+from .fused.choice import KernelChoice
+from .fused.fusion import Fusion
+from .fused.packed import PackedWeights, packs
 from .modules import Attachment, on_pipeline_end, step_cache, structure
-from .op_choice import KernelChoice
-from .packed import PackedWeights, packs
 from .parts import Parts
-from .projections import Projections
-from .schedule import Mode, PatchMode
-from .signature import CallSignature, device_of, inputs_key
-from .world import device
+from .patches.projections import Projections
 
 log = logging.getLogger(__name__)
 

@@ -16,9 +16,9 @@ from asyncdiff_fast.kernels.kv_ring import KVRing
 from asyncdiff_fast.kernels.reference_attention import attention_reference
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from asyncdiff_fast import ops
-from asyncdiff_fast.op_choice import KernelChoice
-from asyncdiff_fast.world import World
+from asyncdiff_fast.exchange.world import World
+from asyncdiff_fast.fused import ops
+from asyncdiff_fast.fused.choice import KernelChoice
 
 # Norm of the difference over norm of the reference: rounding of the probabilities and of the result.
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}

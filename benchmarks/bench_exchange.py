@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 
 from asyncdiff_fast import _C
-from asyncdiff_fast.launch import launch
+from asyncdiff_fast.commands.launch import launch
 
 OPERATIONS = (2, 6, 14)  # with 1, 3 and 7 peers
 SIZES = tuple(1 << n for n in range(12, 25, 2))
@@ -66,7 +66,7 @@ def best_us(rounds, calls, action):
 
 def null_gpu():
     """(path of the double, its functions), set to return at once."""
-    sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent / "tests"))
+    sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent / "tests" / "support"))
     import building
 
     path = str(building.build()[0])

@@ -11,9 +11,9 @@ import itertools
 import op_bench
 import torch
 
-from asyncdiff_fast import ops
-from asyncdiff_fast.op_choice import KernelChoice
-from asyncdiff_fast.world import World
+from asyncdiff_fast.exchange.world import World
+from asyncdiff_fast.fused import ops
+from asyncdiff_fast.fused.choice import KernelChoice
 
 # Rounding of the result, in units of the largest element or 1; torch's own rounds in between too.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}

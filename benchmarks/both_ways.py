@@ -7,8 +7,8 @@ import torch
 import torch.distributed as dist
 
 from asyncdiff_fast.config import EXCHANGE_VARIABLE
-from asyncdiff_fast.exchange import Recv, Send, open_exchange
-from asyncdiff_fast.world import World, start_process_group, stop_process_group
+from asyncdiff_fast.exchange.choice import Recv, Send, open_exchange
+from asyncdiff_fast.exchange.world import World, start_process_group, stop_process_group
 
 
 @contextlib.contextmanager

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from rounds import SPENT, Loop, Patched, compared, one_round, paired_round, timed, twin_of
 
 import asyncdiff_fast
-from asyncdiff_fast.launch import launch
+from asyncdiff_fast.commands.launch import launch
 
 # glibc's.
 KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 32), "MALLOC_TRIM_THRESHOLD_": str(1 << 36)}

@@ -19,12 +19,12 @@ import measure
 import real_models
 import torch
 
-from asyncdiff_fast.bands import Bands
+from asyncdiff_fast.calls.schedule import PatchMode
+from asyncdiff_fast.calls.signature import CallSignature
 from asyncdiff_fast.config import Config, parse_options
-from asyncdiff_fast.packed import PackedWeights, packs
-from asyncdiff_fast.projections import Projections
-from asyncdiff_fast.schedule import PatchMode
-from asyncdiff_fast.signature import CallSignature
+from asyncdiff_fast.fused.packed import PackedWeights, packs
+from asyncdiff_fast.patches.calls import Bands
+from asyncdiff_fast.patches.projections import Projections
 
 
 class Mirror:

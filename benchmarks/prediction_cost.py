@@ -3,13 +3,13 @@
 import functools
 import time
 
-from asyncdiff_fast import pass_slots
-from asyncdiff_fast.patch_state import Received
-from asyncdiff_fast.self_check import SelfCheck
+from asyncdiff_fast.patches.state import Received
+from asyncdiff_fast.prediction.self_check import SelfCheck
+from asyncdiff_fast.stages import slots
 
 # All that runs with predict="linear" and not with predict="none", of stages and of patches.
 PLACES = (
-    (pass_slots, "extrapolate"),
+    (slots, "extrapolate"),
     (Received, "learn"),
     (Received, "predict"),
     (SelfCheck, "note"),

@@ -61,11 +61,11 @@ for name in "${parts[@]}"; do
     case $name in
         build)
             build
-            part doctor 120 "$python" -P -m asyncdiff_fast.cli doctor
+            part doctor 120 "$python" -P -m asyncdiff_fast.commands.cli doctor
             ;;
         tests)
-            tests tests_kernels 900 tests/test_gpu_kernels.py
-            tests tests_exchange 300 tests/test_gpu_exchange.py
+            tests tests_kernels 900 tests/kernels/test_gpu_kernels.py
+            tests tests_exchange 300 tests/exchange/test_gpu_exchange.py
             ;;
         pipelines) tests tests_pipelines 900 tests/test_gpu_pipelines.py ;;
         single)

@@ -72,14 +72,14 @@ def _wheel(folder, *arguments, **environment):
 def test_an_sdist_has_all_sources(sdist):
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    patterns = ("csrc/*.?pp", "asyncdiff_fast/*.py", "kernels/*.py")
+    patterns = ("csrc/*.?pp", "asyncdiff_fast/**/*.py", "kernels/*.py")
     sources = {str(p.relative_to(ROOT)) for pattern in patterns for p in ROOT.glob(pattern)}
     assert sources | {"CMakeLists.txt", "setup.py", "pyproject.toml", "LICENSE", "README.md"} <= names
 
 
 def test_a_wheel_of_the_sdist_without_isolation(sdist, tmp_path):
     wheel, _ = _wheel(tmp_path, "--no-build-isolation", str(sdist))
-    modules = {f"asyncdiff_fast/{p.name}" for p in (ROOT / "asyncdiff_fast").glob("*.py")}
+    modules = {str(p.relative_to(ROOT)) for p in (ROOT / "asyncdiff_fast").rglob("*.py")}
     modules |= {f"asyncdiff_fast/kernels/{p.name}" for p in (ROOT / "kernels").glob("*.py")}
     files = {name for name in wheel.namelist() if ".dist-info" not in name}
     assert files == modules | {EXTENSION}
@@ -102,9 +102,9 @@ def test_a_wheel_in_isolation(sources, tmp_path):
 def test_without_a_compiler_the_package_installs_and_says_so(sources, tmp_path, python):
     wheel, output = _wheel(tmp_path, "-v", "--no-build-isolation", str(sources), PATH="/nowhere")
     assert "_C is not built: no C++ compiler was found; exchanges will run on torch.distributed" in output
-    assert EXTENSION not in wheel.namelist() and "asyncdiff_fast/engine.py" in wheel.namelist()
+    assert EXTENSION not in wheel.namelist() and "asyncdiff_fast/exchange/engine.py" in wheel.namelist()
     wheel.extractall(tmp_path / "installed")
-    script = "from asyncdiff_fast import engine; print(engine.missing())"
+    script = "from asyncdiff_fast.exchange import engine; print(engine.missing())"
     said = _run(python, "-c", script, PYTHONPATH=str(tmp_path / "installed"))
     assert "asyncdiff_fast._C is not built" in said and "install a C++ compiler" in said
 

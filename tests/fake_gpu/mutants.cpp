@@ -12,7 +12,7 @@ struct Mutant {
   const char* test_case;
 };
 
-// Functions of tests/test_mutants.py.
+// Functions of tests/exchange/test_mutants.py.
 constexpr std::array<Mutant, adf::kEdgeCount> kMutants{{
     {adf::Edge::SendAfterProducer, "send_after_producer"},
     {adf::Edge::RecvAfterReaders, "recv_after_readers"},

@@ -1,11 +1,8 @@
 """Kernels on the CPU, in Triton's interpreter: a run of its own, `pytest tests/interpreter`, chosen before import."""
 
 import os
-import pathlib
-import sys
 
 os.environ["TRITON_INTERPRET"] = "1"
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
 import pytest
 import torch

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from asyncdiff_fast.kernels.kv_ring import KVRing
 from seen_ops import SeenOps
 
-from asyncdiff_fast import op_registry, ops
+from asyncdiff_fast.fused import ops, registry
 
 
 def _inputs(layout=torch.contiguous_format):
@@ -89,8 +89,8 @@ def test_attention_reads_a_ring_in_place(kernel):
 
 
 def test_every_op_is_registered():
-    assert set(_inputs()) | {"patch_statistics", "patch_group_norm", "patch_rows"} == set(op_registry.KERNELS)
-    assert all(names[0] == "torch" and "triton" in names for names in op_registry.KERNELS.values())
+    assert set(_inputs()) | {"patch_statistics", "patch_group_norm", "patch_rows"} == set(registry.KERNELS)
+    assert all(names[0] == "torch" and "triton" in names for names in registry.KERNELS.values())
 
 
 def test_tracers_see_the_op_and_others_go_straight_to_the_kernel():

@@ -5,14 +5,14 @@ import torch
 from diffusers import SD3Transformer2DModel, UNet2DConditionModel
 from seen_ops import SeenOps
 
-from asyncdiff_fast import fused_patches, patch_ops
-from asyncdiff_fast.bands import Bands
+from asyncdiff_fast.calls.schedule import PatchMode
+from asyncdiff_fast.calls.signature import CallSignature
 from asyncdiff_fast.config import Config
-from asyncdiff_fast.fused import Fusion
-from asyncdiff_fast.op_choice import KernelChoice
-from asyncdiff_fast.schedule import PatchMode
-from asyncdiff_fast.signature import CallSignature
-from asyncdiff_fast.world import World
+from asyncdiff_fast.exchange.world import World
+from asyncdiff_fast.fused import patch_ops, patches
+from asyncdiff_fast.fused.choice import KernelChoice
+from asyncdiff_fast.fused.fusion import Fusion
+from asyncdiff_fast.patches.calls import Bands
 
 
 class NoExchange:
@@ -105,7 +105,7 @@ def test_with_and_without_kernels(build, patch, patches, group_norm):
 
 def test_a_residual_block_makes_no_other_passes(monkeypatch):
     watch = SeenOps(of_activations=False, paused=True)
-    convolved = fused_patches._convolved
+    convolved = patches._convolved
 
     def counted(*args, **kwargs):
         watch.paused = False
@@ -114,7 +114,7 @@ def test_a_residual_block_makes_no_other_passes(monkeypatch):
         finally:
             watch.paused = True
 
-    monkeypatch.setattr(fused_patches, "_convolved", counted)
+    monkeypatch.setattr(patches, "_convolved", counted)
     calls = []
     norm = patch_ops.patch_group_norm
     monkeypatch.setattr(patch_ops, "patch_group_norm", lambda *a, **k: calls.append(k) or norm(*a, **k))

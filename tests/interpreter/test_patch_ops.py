@@ -6,7 +6,7 @@ import torch
 from diffusers.models.resnet import ResnetBlock2D
 from seen_ops import SeenOps
 
-from asyncdiff_fast import ops, patch_ops
+from asyncdiff_fast.fused import ops, patch_ops
 
 GROUPS, EPS = 3, 1e-5
 

@@ -1,0 +1,215 @@
+"""The command `asyncdiff-fast`: demo, run, plan, doctor.
+
+Nothing heavy is imported before a command needs it, so that help and errors come at once.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import re
+import sys
+import typing
+from pathlib import Path
+
+from ..config import Config, environment_options
+from .launch import UsageError, as_text, complete, is_rank, launch
+
+
+class _Parser(argparse.ArgumentParser):
+    """Answers a wrong command line with one line and exit code 2."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def main(argv=None):
+    """Carry out one command line. Returns its exit code; wrong usage exits with 2."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    parser = _parser()
+    args = parser.parse_args(argv)
+    args.command_line = argv
+    try:
+        return args.command(args) or 0
+    except UsageError as error:
+        parser.error(str(error))
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser():
+    from .. import __version__
+
+    parser = _Parser(
+        prog="asyncdiff-fast", description="One image of a diffusers pipeline faster, by several processes."
+    )
+    parser.add_argument("--version", action="version", version=f"asyncdiff_fast {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_demo(commands)
+    _add_run(commands)
+    _add_plan(commands)
+    doctor = commands.add_parser("doctor", help="what is installed, found, and would be used")
+    doctor.add_argument("--json", action="store_true", help="print JSON")
+    doctor.set_defaults(command=_doctor)
+    return parser
+
+
+def _add_demo(commands):
+    demo = commands.add_parser("demo", help="the same pictures unpatched and patched: a picture, a table, a report")
+    _add_path(demo)
+    demo.add_argument("--prompts", nargs="+", metavar="PROMPT", help="default: five captions of the small pipeline")
+    demo.add_argument("--steps", type=_positive, default=50, help="steps of the sampler (default: 50)")
+    demo.add_argument("--seed", type=int, default=0, help="seed of the first picture (default: 0)")
+    demo.add_argument(
+        "--out", type=Path, default=Path("out"), help="folder for compare.png and report.json (default: out)"
+    )
+    _add_options(demo, num_stages=2)
+    demo.set_defaults(command=_demo)
+
+
+def _add_run(commands):
+    text = "start a script of yours in several processes, its pipelines patched if an option is given"
+    run = commands.add_parser("run", help=text, description=f"{text}. Options stand before the script.")
+    run.add_argument("--nproc", type=_positive, help="processes (default: as many as the options need)")
+    _add_options(run)
+    run.add_argument("script", help="a Python script")
+    run.add_argument("arguments", nargs=argparse.REMAINDER, help="its arguments")
+    run.set_defaults(command=_run)
+
+
+def _add_plan(commands):
+    plan = commands.add_parser("plan", help="which process would compute what, and what would travel")
+    _add_path(plan)
+    plan.add_argument("--prompt", default="a photograph", help="what the pipeline is called with")
+    plan.add_argument("--height", type=_positive, help="pixels (default: the pipeline's)")
+    plan.add_argument("--width", type=_positive, help="pixels (default: the pipeline's)")
+    plan.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="default: float32")
+    plan.add_argument("--json", action="store_true", help="print JSON")
+    _add_options(plan, num_stages=2)
+    plan.set_defaults(command=_plan)
+
+
+def _add_path(parser):
+    parser.add_argument(
+        "path", nargs="?", metavar="PATH", help="folder of a pipeline (default: the checkout's small one)"
+    )
+
+
+def _add_options(parser, **defaults):
+    """One option for each field of `Config` that a word can express, with the help that its docstring has."""
+    parser.set_defaults(default_options=defaults)
+    group = parser.add_argument_group("options of patch()")
+    for field in dataclasses.fields(Config):
+        kinds = [k for k in (field.type, *typing.get_args(field.type)) if k in (bool, int, float, str)]
+        if kinds:
+            yes_no, value = (
+                {"action": argparse.BooleanOptionalAction},
+                {"type": kinds[0], "metavar": kinds[0].__name__.upper()},
+            )
+            how = yes_no if kinds[0] is bool else value
+            text = f"{_help(field.name)} (default: {defaults.get(field.name, field.default)})"
+            group.add_argument(f"--{field.name.replace('_', '-')}", dest=f"option_{field.name}", help=text, **how)
+
+
+def _help(name):
+    """What the docstring of `Config` says of a field."""
+    found = re.search(rf"^ +{name}: (.*?)(?=^ +\w+: |^ *Raises:)", Config.__doc__ or "", re.DOTALL | re.MULTILINE)
+    return " ".join(found[1].split()).rstrip(".").replace("%", "%%") if found else ""
+
+
+def _positive(text):
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be an integer of at least 1: got {text!r}")
+    return int(text)
+
+
+def _options(args):
+    """{name: value} of the options of `patch` that were given, or that the command sets."""
+    given = {name.removeprefix("option_"): value for name, value in vars(args).items() if name.startswith("option_")}
+    given = {name: value for name, value in given.items() if value is not None}
+    # Who asks for another way to share a call gets that one alone.
+    shared = given.get("num_patches", 1) > 1 or given.get("cfg_parallel")
+    return ({} if shared else args.default_options) | given
+
+
+def _config(options):
+    try:
+        return Config.from_options(options)
+    except (ValueError, TypeError) as error:
+        raise UsageError(str(error)) from error
+
+
+def _demo(args):
+    from . import folder
+
+    config = _config(_options(args))
+    path = folder.checked(args.path)
+    if args.out.exists() and not args.out.is_dir():
+        raise UsageError(f"--out must be a folder: {args.out} is a file; name another")
+    from . import demo
+
+    if not is_rank():
+        return demo.start(config, args.command_line)
+    world_size = int(os.environ["WORLD_SIZE"])
+    if world_size != config.world_size:
+        raise UsageError(
+            f"these options need {config.world_size} processes: got WORLD_SIZE={world_size}; start as many"
+        )
+    return demo.draw_and_compare(path, config, args.prompts or demo.PROMPTS, args.steps, args.out, args.seed)
+
+
+def _run(args):
+    if not Path(args.script).is_file():
+        raise UsageError(f"the script must be a file: there is no file {args.script}; options stand before the script")
+    given = _options(args)
+    if not given:
+        return launch(args.nproc or _config(_from_environment()).world_size, [args.script, *args.arguments])
+    options = _from_environment() | given
+    options = complete(options, args.nproc) if args.nproc else options
+    config = _config(options)
+    num_processes = args.nproc or config.world_size
+    if num_processes != config.world_size:
+        raise UsageError(
+            f"--nproc must be what the options need: got --nproc {num_processes}, {as_text(options)} needs "
+            f"{config.world_size}; leave one of them out"
+        )
+    command = ["-m", "asyncdiff_fast.auto", args.script, *args.arguments]
+    return launch(num_processes, command, ASYNCDIFF_FAST=as_text(options))
+
+
+def _from_environment():
+    try:
+        return environment_options()
+    except ValueError as error:
+        raise UsageError(f"ASYNCDIFF_FAST: {error}") from error
+
+
+def _plan(args):
+    from . import folder
+
+    options = _options(args)
+    _config(options)
+    path = folder.checked(args.path)
+    inputs = {name: getattr(args, name) for name in ("prompt", "height", "width") if getattr(args, name) is not None}
+    import torch
+
+    from .. import plan
+    from . import plan_json
+
+    pipe = folder.load(path, "cpu", getattr(torch, args.dtype))
+    try:
+        made = plan(pipe, inputs, **options)
+    except (ValueError, TypeError) as error:
+        raise UsageError(f"no plan: {error}") from error
+    print(json.dumps(plan_json.as_dict(made), indent=1) if args.json else made)
+
+
+def _doctor(args):
+    from . import doctor
+
+    facts = doctor.facts()
+    print(json.dumps(facts, indent=1) if args.json else doctor.text(facts))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,55 @@
+"""Plans as dicts, fit for JSON."""
+
+import dataclasses
+
+from ..patches.plan import MeshPlan, PatchPlan
+
+
+def as_dict(plan):
+    """Dict of a `Plan` of stages, a `PatchPlan`, or a `MeshPlan` of both."""
+    if isinstance(plan, MeshPlan):
+        return {
+            "bytes_per_call": plan.bytes_per_call,
+            "patches": _patches(plan.patches),
+            "stages": _stages(plan.stages),
+        }
+    return _patches(plan) if isinstance(plan, PatchPlan) else _stages(plan)
+
+
+def _common(plan):
+    return {
+        "options": dataclasses.asdict(plan.config),
+        "processes": plan.config.world_size,
+        "bytes_per_call": plan.bytes_per_call,
+    }
+
+
+def _patches(plan):
+    patches = [
+        {
+            "rows": list(rows),
+            "sent_bytes": plan.sent_bytes(patch),
+            "result_bytes": plan.sent_result_bytes(patch),
+            "buffer_bytes": plan.memory_bytes(patch),
+        }
+        for patch, rows in enumerate(plan.rows.held)
+    ]
+    return {**_common(plan), "rows": plan.rows.size, "patches": patches}
+
+
+def _stages(plan):
+    units = list(zip(plan.graph.units, plan.division.owner, strict=True))
+    stages = [
+        {"cost": cost, "weight_bytes": nbytes, "units": [unit.name for unit, owner in units if owner == stage]}
+        for stage, (cost, nbytes) in enumerate(zip(plan.division.costs, plan.weight_bytes, strict=False))
+    ]
+    return {
+        **_common(plan),
+        "balance": plan.division.balance,
+        "stale_hops": plan.division.hops,
+        "glue_cost": plan.graph.glue_cost,
+        "stages": stages,
+        "sends": [
+            {"from": s, "to": t, "bytes": n, "tensors_of": name} for (s, t, name), n in plan.sent_bytes().items()
+        ],
+    }

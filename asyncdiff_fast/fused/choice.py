@@ -1,0 +1,220 @@
+"""Which implementation an op runs on, for each shape, dtype and memory layout: measured once, kept on disk.
+
+With `kernels="auto"`, an implementation takes the place of torch's if it was measured to be no slower on this device
+with these very arguments, both launched one by one from Python and replayed from a CUDA graph: so neither an eager
+pipeline, which small kernels can make wait for the host, nor a captured one loses. Rank 0 measures and decides for all.
+Where nothing can be measured, while a CUDA graph is captured, a rule of thumb stands in (`rule`).
+"""
+
+import contextlib
+import functools
+import hashlib
+import json
+import logging
+import os
+import tempfile
+import weakref
+from collections import Counter
+from importlib import util
+from pathlib import Path
+
+import torch
+from torch.utils._python_dispatch import _disable_current_modes
+
+from . import timing
+from .registry import KERNELS
+
+log = logging.getLogger(__name__)
+
+
+def interpreting():
+    """True if Triton runs its kernels in its interpreter, on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
+
+
+def why_not():
+    """Why Triton kernels cannot run here; None if they can."""
+    if util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    if not interpreting() and not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    return None
+
+
+def check(mode):
+    """Raises: ValueError if `mode` is "triton" and Triton cannot run here."""
+    if mode == "triton" and why_not():
+        raise ValueError(
+            f'kernels="triton" needs Triton and a CUDA device (or TRITON_INTERPRET=1): {why_not()}; install what is '
+            'missing, or pass kernels="auto"'
+        )
+
+
+class KernelChoice:
+    """The choices of one patched denoiser, alike on all its ranks. Collective to make.
+
+    `active` says whether anything but torch may be chosen, `alone` whether there is one rank only, `on_cpu` whether
+    kernels take CPU tensors too. With several ranks, unknown shapes are measured only while `learning`, when all ranks
+    are known to run the same forward.
+    """
+
+    def __init__(self, mode, world, gpu=timing):
+        self.mode, self._world, self._gpu = mode, world, gpu
+        self.alone, self.on_cpu = world.size == 1, mode == "triton" and interpreting()
+        self._learning = self.alone
+        wanted = mode == "triton" or (mode == "auto" and gpu.available())
+        self._path = cache_path(gpu.environment()) if wanted and mode == "auto" and world.rank == 0 else None
+        known = _read(self._path) if self._path else {}
+        # One rank without a GPU, and all do without: they must go the same way through their modules.
+        everyone = world.gather((wanted, known), "the choice of kernels")
+        self.active = all(able for able, _ in everyone)
+        self._known = everyone[0][1]
+        self._picked = {}
+        self._sum = None
+        # What shares a picture out as patches (`Bands`), if that is done.
+        self.patches = None
+
+    def __deepcopy__(self, memo):
+        return self
+
+    def pick(self, op, x, facts, run):
+        """Name of the implementation for one call of an op.
+
+        Args:
+            op: a key of `KERNELS`; x: its first tensor; facts: hashable, what else its time depends on.
+            run: function of a name that calls the op with these arguments.
+        """
+        if self.mode == "triton":
+            return "triton"
+        if not x.is_cuda:
+            return "torch"
+        key = (op, x.shape, x.stride(), x.dtype, x.device.index, facts)
+        return (not self._together and self._picked.get(key)) or self._settle(key, op, run)
+
+    def remember(self, y, partials):
+        """Keep the statistics that came with a residual sum, for a norm that reads it next.
+
+        Only with one rank: to those who follow tensors between modules this would be a way past them.
+        """
+        if self.alone and not torch.compiler.is_compiling() and not y.is_inference():
+            self._sum = weakref.ref(y), y._version, partials
+
+    def recall(self, x):
+        """The statistics of `x`, if it is the latest residual sum, unchanged; else None."""
+        if self._sum is None or torch.compiler.is_compiling() or self._sum[0]() is not x:
+            return None
+        return self._sum[2] if self._sum[1] == x._version else None
+
+    @property
+    def _together(self):
+        """Whether ranks learn in step. Their patches may differ, and with them what each knows already."""
+        return self._learning and not self.alone
+
+    @contextlib.contextmanager
+    def learning(self):
+        """While it is open, all ranks run the same forward, so that what one of them meets all meet."""
+        self._learning = True
+        try:
+            yield
+        finally:
+            self._learning = self.alone
+
+    @contextlib.contextmanager
+    def paused(self):
+        """While it is open, all modules run their own forwards: who follows tensors through torch sees no kernels."""
+        active, self.active = self.active, False
+        try:
+            yield
+        finally:
+            self.active = active
+
+    def summary(self):
+        """Dict: the mode, and for each op how many of the shapes seen use which implementation."""
+        counts = Counter((key[0], kernel) for key, kernel in self._picked.items())
+        if self.mode == "triton" or not self.active:
+            return {"mode": self.mode, "active": self.active}
+        return {"mode": self.mode, "active": True, "shapes": {f"{op}: {k}": n for (op, k), n in counts.items()}}
+
+    def _settle(self, key, op, run):
+        op, shape, strides, dtype, device_idx, facts = key
+        text = f"{op} {tuple(shape)} {strides} {str(dtype).removeprefix('torch.')} {facts}"
+        known = text in self._known
+        if self._together:
+            known = all(self._world.gather(known, f"who knows the kernel of {op}"))
+        if not known:
+            if self._gpu.capturing() or not self._learning:
+                return rule(op, shape, facts)
+            self._known[text] = self._learn(text, op, run, device_idx)
+        self._picked[key] = self._known[text]["kernel"]
+        return self._picked[key]
+
+    def _learn(self, text, op, run, device_idx):
+        found = self._known.get(text)
+        if self._world.rank == 0 and found is None:
+            # Whoever traces this forward must not see the trials.
+            with torch.no_grad(), _disable_current_modes():
+                trials = {name: functools.partial(run, name) for name in KERNELS[op]}
+                found = decide({name: self._gpu.times_us(trial, device_idx) for name, trial in trials.items()})
+            _write(self._path, text, found)
+            log.info("%s: %s of %s us (launched, replayed)", text, found["kernel"], found["us"])
+        return self._world.broadcast(found, f"the kernel of {op}")
+
+
+def decide(times):
+    """The choice by measured times.
+
+    Args:
+        times: {implementation: (launched us, replayed us), or None where it does not run}; the first is torch's.
+    Returns: dict, fit for JSON: kernel, us.
+    """
+    (plain, limit), *others = times.items()
+    best, name = limit, plain
+    for other, us in others:
+        able = us is not None and (limit is None or (us[0] <= limit[0] and us[1] <= limit[1]))
+        if able and (best is None or us[1] < best[1]):
+            best, name = us, other
+    return {"kernel": name, "us": times}
+
+
+def rule(op, shape, facts):
+    """The implementation to use unmeasured; `facts` of "attention" begin with the keys of each segment.
+
+    Attention is left to cuDNN where its 128 queries to a tile fill the device well and one segment holds all keys.
+    """
+    if op != "attention":
+        return "triton"
+    b, s_q, h, d = shape
+    if torch.version.hip:
+        # Our larger heads spill there, and there is no cuDNN.
+        return "triton" if d <= 96 else "torch"
+    tiles = b * h * -(-s_q // 128)
+    processors = torch.cuda.get_device_properties().multi_processor_count
+    full = tiles / (-(-tiles // processors) * processors)
+    return "cudnn" if len(facts[0]) == 1 and full >= 0.7 else "triton"
+
+
+def cache_path(environment):
+    """The file of the choices on one kind of device with certain versions."""
+    folder = os.environ.get("ASYNCDIFF_FAST_CACHE") or Path.home() / ".cache" / "asyncdiff_fast"
+    digest = hashlib.sha256(json.dumps(environment, sort_keys=True).encode()).hexdigest()[:16]
+    return Path(folder) / f"kernels-{digest}.json"
+
+
+def _read(path):
+    """The choices in a file; none if it is not there or not ours."""
+    try:
+        found = json.loads(path.read_text())
+        return {text: entry for text, entry in found.items() if entry["kernel"] in KERNELS[text.split()[0]]}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return {}
+
+
+def _write(path, text, entry):
+    """Add one choice to a file, which other processes may do at the same time: the last one wins, whole."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+            json.dump(_read(path) | {text: entry}, file, indent=1)
+        os.replace(file.name, path)
+    except OSError as error:
+        log.warning("the choice of kernels is not kept: %s", error)

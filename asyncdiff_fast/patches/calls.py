@@ -1,0 +1,103 @@
+"""The patches of one denoiser, seen from one rank: plans them at the first call, then carries out each call."""
+
+from ..calls import schedule
+from ..calls.clock import last_scheduler
+from ..calls.schedule import PatchMode
+from ..prediction.self_check import Pace, summaries
+from ..prediction.trend import Instants
+from .hooks import BandHooks
+from .planning import BandPlanner
+
+# Plans kept for inputs seen before, per denoiser.
+KEPT_BANDS = 8
+
+
+class Bands:
+    """`plan` is the latest plan (None before the first call)."""
+
+    def __init__(self, denoiser, config, world, exchange, signature, scheduler=None, packed=None, choice=None):
+        self.denoiser, self.config, self.world, self.exchange = denoiser, config, world, exchange
+        self.plan, self.hooks = None, BandHooks(denoiser)
+        self.planner = BandPlanner(denoiser, config, world, signature, self.hooks, packed, choice)
+        self._signature = signature
+        self._bands, self._phases = {}, 0
+        self._scheduler, self._pace = scheduler, Pace(config, world)
+        # {place of a band: step of its latest call in this generation}
+        self._last_steps = {}
+
+    def call(self, tick, key, forward, run, args, kwargs):
+        """What the denoiser returns for the whole picture. Collective over the patches.
+
+        Args:
+            tick: the call's place in time.
+            key: changes with the inputs' shapes.
+            forward: the denoiser's own, for the plan.
+            run: `run(args, kwargs)` is this call on the patch; the forward in it goes through `hooks.counted`.
+        """
+        axis = schedule.patch_axis(self.config, tick.step)
+        place = (tick.call, key, axis)
+        if place in self._bands:
+            # The last used come last.
+            self._bands[place] = self._bands.pop(place)
+        else:
+            phase = f"patches, plan {self._phases}"
+            self._phases += 1
+            self._bands[place] = self.planner.first(forward, args, kwargs, axis, self.exchange, phase)
+            for old in list(self._bands)[:-KEPT_BANDS]:
+                self._bands.pop(old).release()
+            if tick.call == 0 or self.plan is None:
+                self.plan = self._bands[place].plan
+        band = self._bands[place]
+        if tick.call == 0:
+            self._pace.before(tick.step, band.check.errors)
+        mode = self._mode(place, tick.step)
+        if mode is PatchMode.DISPLACED and self._pace.resyncs(band.check.report):
+            mode = PatchMode.SYNC
+        if place not in self._last_steps:
+            timestep = self._signature.timestep(args, kwargs)
+            band.begin_generation(Instants(self._scheduler or last_scheduler(), timestep, tick.step))
+        self._last_steps[place] = tick.step
+        band.trend.weigh(tick.step)
+        late = self._pace.warming or tick.step >= self._pace.config.warmup_steps - 3
+        band.keep = self.config.predicts_patches and late
+        first = mode is PatchMode.DISPLACED and band.displaced_calls < 2
+        with self.exchange.step(), self.planner.learning(first):
+            result = self.hooks.on_patch(band, self._signature, mode, run, args, kwargs)
+        if band.keep:
+            band.trend.made(tick.step)
+        return result
+
+    @property
+    def mode(self):
+        """`PatchMode` of the call under way."""
+        return self.hooks.active.mode
+
+    def begin_generation(self):
+        """What an earlier generation left behind is not read again."""
+        self._last_steps.clear()
+        self._pace.begin_generation()
+
+    def _mode(self, place, step):
+        """The scheduled mode, but synchronous where the call was not made at the step before: the second of two calls
+        may be left out at some steps, and what displaced patches would read is then of long ago.
+        """
+        mode, last = schedule.patch_mode(self._pace.config, step), self._last_steps.get(place)
+        missing = {PatchMode.DISPLACED: last != step - 1, PatchMode.FROZEN: last is None}
+        return PatchMode.SYNC if missing.get(mode) else mode
+
+    def norm_before(self, norm, conv, x, **added):
+        """See `Band.norm_before`; of modules."""
+        names = self.hooks.names.get(norm), self.hooks.names.get(conv)
+        return None if self.hooks.active is None else self.hooks.active.norm_before(names, norm, x, **added)
+
+    def errors(self):
+        """{site: its prediction's relative error, and that of reuse}, of the latest calls."""
+        return summaries((place[0], band.check.errors) for place, band in self._bands.items())
+
+    def forget(self, released=False):
+        """Drop all plans, buffers and hooks; the slots too, unless they are `released`."""
+        for band in () if released else self._bands.values():
+            band.release()
+        self._bands.clear()
+        self.hooks.remove()
+        self.plan = None

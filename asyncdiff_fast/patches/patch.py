@@ -1,0 +1,243 @@
+"""One patch of one call: the state of every site, the slots between patches, and what the forward meets on its way."""
+
+import torch
+from torch.nn import functional as F
+
+from ..calls.schedule import PatchMode
+from ..fused.layers import exact
+from ..prediction.call_check import CallCheck
+from ..prediction.trend import Trend
+from .kinds import make_state
+from .result import PatchResult
+from .sites import CONV, JOINS, KINDS, NORM, seen
+from .slots import BandSlots
+from .way import Way, lost
+
+# Sites whose predictions are looked at, at most.
+CHECKED_SITES = 16
+# Within one call what is stale goes through many layers: that counts like this many hops, beside one for each patch.
+LAYER_HOPS = 2
+
+
+class Band:
+    """A patch's part of one pass, for one plan.
+
+    While it is `probing` there is no plan yet: every patch works for itself, and `found` collects what it meets.
+    """
+
+    def __init__(self, config, cutter, patch, device, packed, choice):
+        self._packed, self._choice = packed, choice
+        self.config, self.cutter, self.patch, self.device = config, cutter, patch, device
+        self.mode, self.group_norm, self.bessel = PatchMode.LOCAL, config.group_norm, config.bessel
+        self.plan = None
+        self.probing, self.bound, self.found = True, False, {}
+        # Whether the first convolution reads the latent where it lies.
+        self.sees_latent = False
+        self._states, self._order, self._constants, self._joins = {}, [], {}, {}
+        self.way, self.check, self._slots = Way(), CallCheck(), None
+        self.trend = Trend(config.num_patches + LAYER_HOPS)
+        # Number of the next displaced exchange; whether a call's values may be predicted from later.
+        self.epoch, self.keep = 0, False
+        self._result = self._latent = None
+        self.displaced_calls = 0
+
+    def note(self, part):
+        """Let the check see what a part's latest value is."""
+        if self.check.wants(id(part)):
+            self.check.note(id(part), part.latest(self.epoch))
+
+    @property
+    def weight(self):
+        """What the last change counts in a prediction."""
+        return self.trend.weight
+
+    # What is met in a forward.
+
+    def constant(self):
+        """The result of the module call entered last, if it follows from positions alone, else None."""
+        return self._constants.get(self.way.key)
+
+    @property
+    def constant_modules(self):
+        """Names of the modules whose results follow from positions alone."""
+        return {name for name, _ in self._constants}
+
+    @property
+    def joining_modules(self):
+        """Names of the modules that join an activation with positions."""
+        return {key[0] for key, _ in self._joins}
+
+    def meet(self, func, args, kwargs):
+        """The result of a watched function call on this patch."""
+        if func in JOINS:
+            for i, x in self._joins.get(self.way.at_join(), ()):
+                args = (*args[:i], x, *args[i + 1 :])
+            return func(*args, **kwargs)
+        key, place = self.way.at_site()
+        entry = self._states.get((key, place))
+        if self.probing:
+            result = func(*args, **kwargs) if entry is None else entry[1].run(func, args, kwargs, self)
+            self._note(key, func, args, kwargs, result)
+            return result
+        if entry is None and self.plan is None:
+            return func(*args, **kwargs)
+        if entry is None:
+            lost(f"{key[0]} was called once more")
+        index, state = entry
+        self._follow(index)
+        if self.mode is not PatchMode.DISPLACED:
+            return state.run(func, args, kwargs, self)
+        self._slots.before(index)
+        if getattr(state, "ready", None) is None:
+            state.arrived(self)
+        result = state.run(func, args, kwargs, self)
+        self._slots.after(index)
+        return result
+
+    def _follow(self, index):
+        """A site of the plan is met: in the plan's order, or in that of the first displaced call."""
+        if self.mode is not PatchMode.FROZEN:
+            self.way.follow(index, self._expected(), self.plan.sites[index].label)
+
+    def _expected(self):
+        return range(len(self._order)) if self.mode is PatchMode.SYNC else self.way.displaced
+
+    def _note(self, key, func, args, kwargs, result):
+        first = not self.found
+        self.found.setdefault(key, []).append(seen(KINDS[func], args, kwargs, result, sampled=False))
+        if first and KINDS[func] == CONV:
+            self.sees_latent = self.cutter.lies_in(args[0] if args else kwargs["input"], self._latent)
+
+    def exchange(self, state):
+        """Synchronously: the others' parts of this call take their places."""
+        if self._slots is not None and self._slots.swap(state):
+            state.arrived(self)
+
+    def pick(self, op, x, facts, run):
+        """Name of the implementation of an op on this patch, see `KernelChoice.pick`."""
+        if self._choice is None or exact(self._choice, x):
+            return "torch"
+        return self._choice.pick(op, x, facts, run)
+
+    def norm_before(self, names, norm, x, **added):
+        """GroupNorm, SiLU and the rows around the result in one pass, at a displaced step.
+
+        Args:
+            names: of the norm's module and of the convolution's that reads the result.
+            added: as `patch_ops.patch_group_norm` takes it.
+        Returns: what that module is to be called with; None where this must be done one by one.
+        """
+        places = [self.way.ahead(name) for name in names]
+        displaced = self.mode is PatchMode.DISPLACED and self.way.displaced is not None
+        if not displaced or any(place not in self._states for place in places):
+            return None
+        (index, state), (reader, halo) = (self._states[p] for p in places)
+        borders = getattr(halo, "borders", None)
+        if borders is None or state.site.kind != NORM or self.group_norm in ("sync", "local"):
+            return None
+        if not state.by_kernel(x, self.group_norm, self, ("silu", *borders["halo"], *sorted(added))):
+            return None
+        self.way.enter(names[0])
+        self._follow(index)
+        for i in (index, reader):
+            self._slots.before(i)
+        halo.arrived(self)
+        y = state.fused(x, norm.weight, norm.bias, norm.eps, self.group_norm, self, silu=True, **borders, **added)
+        self._slots.after(index)
+        self.way.leave()
+        halo.ready = (y.data_ptr(), y.shape)
+        return y
+
+    def convolve(self, func, named):
+        """The result of a convolution with named arguments."""
+        return self._packed.conv2d(**named) if func is F.conv2d else func(**named)
+
+    def rows_of_latent(self, x, above, count):
+        """`count` rows of the latent seen as `x` sees its own, from `above` rows relative to the first of them."""
+        rows = self.cutter.rows_beside(x, self._latent, above, count)
+        if rows is None:
+            raise RuntimeError(
+                f"{self.way.key[0]} no longer reads the latent where it lies; unpatch() and patch() anew"
+            )
+        return rows
+
+    # The plan.
+
+    def prepare(self, sites, constants, joins):
+        """What is known before the first look: the sites that change the rows, and this patch's positions."""
+        for site in sites:
+            self._states[(site.name, site.call), site.place] = (-1, make_state(site, self.patch, None))
+        self._constants, self._joins = constants, joins
+
+    def bind(self, plan, exchange, phase, samples):
+        """Allocate buffers and register slots for a plan. Collective."""
+        self.plan = plan
+        self.probing, self.found = False, {}
+        self._states = {}
+        # Ordinary tensors, whatever mode the first call runs in: they are written in later ones too.
+        with torch.inference_mode(False):
+            self._order = [
+                make_state(site, self.patch, self.device, self.config.predicts_patches) for site in plan.sites
+            ]
+        for index, (site, state) in enumerate(zip(plan.sites, self._order, strict=True)):
+            self._states[(site.name, site.call), site.place] = (index, state)
+            state.sample = samples.get(index)
+        if self.config.predicts_patches:
+            self.check.bind(self._checked(), self.device)
+        self._slots = BandSlots(plan, self._order, exchange, phase)
+
+    def _checked(self):
+        """{key: name} of the parts whose predictions are looked at: one of each site, of many sites some."""
+        states = zip(self.plan.sites, self._order, strict=True)
+        pairs = [(id(state.received[0]), site.label) for site, state in states if state.predicts]
+        return dict(pairs[:: max(1, -(-len(pairs) // CHECKED_SITES))])
+
+    def learn_result(self, whole, mine):
+        """Learn where the rows are in the denoiser's results, on the whole picture and on this patch."""
+        self._result = PatchResult(self.cutter.rows, self.patch, whole, mine, self.config.checks)
+
+    def bind_result(self, exchange, phase):
+        """Register the slot for the parts of the result. Collective."""
+        self.probing, self.bound = False, True
+        self._result.bind(exchange, phase)
+
+    def release(self):
+        """Forget the slots and buffers of this plan."""
+        if self._slots is not None:
+            self._slots.release()
+        self._result.release()
+
+    # One call.
+
+    def begin_generation(self, instants):
+        """Nothing that an earlier generation left is predicted from or compared with."""
+        self.trend.begin(instants)
+        self.check.begin_generation()
+
+    def begin(self, signature, mode, args, kwargs, exact=False):
+        """(args, kwargs) of this patch. With `exact` the result is the unpatched denoiser's, whatever the options."""
+        self.mode, self._latent = mode, signature.latent(args, kwargs)
+        self.bessel = self.config.bessel and not exact
+        self.check.begin(mode is PatchMode.SYNC, self.keep)
+        if mode is PatchMode.SYNC and self._slots is not None:
+            self._slots.settle()
+        return self.cutter.cut(signature, args, kwargs)
+
+    def end(self, result):
+        """The result for the whole picture, in new tensors."""
+        self._latent = None
+        self.displaced_calls += self.mode is PatchMode.DISPLACED
+        if self.mode is PatchMode.DISPLACED and self.way.displaced is None:
+            # Its own parts are sent at its end.
+            self.way.displaced = tuple(self.way.met)
+            self._slots.group(self.way.displaced)
+        elif self.mode in (PatchMode.SYNC, PatchMode.DISPLACED) and self.plan is not None:
+            self.way.end(self._expected())
+        self.epoch += self.mode is PatchMode.DISPLACED
+        self.check.judge(self.trend)
+        if not self.config.checks:
+            return self._result.share(result)
+        self._result.reports[self.patch].copy_(self.check.errors.worst)
+        whole = self._result.share(result)
+        self.check.report.give(self._result.reports.amax(0))
+        return whole

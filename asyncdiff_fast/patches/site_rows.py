@@ -1,0 +1,144 @@
+"""Which rows each site reads, from one forward on the whole picture and one on each patch. Pure."""
+
+from . import layout
+from .site import Halo, Norm, Resize, Ring, Site
+from .sites import CONV, NORM, RESIZE
+
+
+def factor_of(recorder, size, axis=-2):
+    """Rows of the latent in one row of the coarsest resolution, by the convolutions and interpolations of a forward."""
+    factor, known = 1, {size}
+    for found in resamplings(recorder):
+        before, after = found.shape[axis], found.result[axis]
+        if before in known and after < before and after not in known:
+            factor *= -(-before // after)
+        known.add(after)
+    return factor
+
+
+def levels_of(recorder, rows, axis=-2):
+    """{size: Rows} of every resolution that convolutions and interpolations lead to."""
+    levels = {rows.size: rows}
+    for found in resamplings(recorder):
+        before, after = found.shape[axis], found.result[axis]
+        if before in levels and after not in levels:
+            known = levels[before]
+            if after < before:
+                levels[after] = known.coarser(after, -(-before // after))
+            else:
+                levels[after] = known.finer(after, after // before)
+    return levels
+
+
+def resamplings(recorder):
+    """The `Seen` convolutions and interpolations of pictures, in order."""
+    found = [s for key in recorder.order for s in recorder.sites[key]]
+    return [s for s in found if s.kind in (CONV, RESIZE) and len(s.shape) >= 4]
+
+
+def resampling_sites(recorder, levels):
+    """Sites of convolutions and interpolations alone, which are known before the patches' shapes."""
+    sites = []
+    for key in recorder.order:
+        for place, whole in enumerate(recorder.sites[key]):
+            if whole.kind in (CONV, RESIZE):
+                sites.append(_resampling((*key, place, whole.kind, (), whole.dtype), whole, levels, False))
+    return sites
+
+
+def make_sites(recorder, levels, start, patches, sees_latent, frames=1):
+    """Sites of the plan, from one forward on the whole picture and one on each patch.
+
+    Args:
+        levels: {size: Rows}.
+        start: the size of the latent's own resolution.
+        patches: for each patch, {(module, call): [Seen]}.
+        sees_latent: True if the first convolution can read rows of the latent around its own.
+        frames: of a clip whose tokens lie in one sequence.
+    Raises: ValueError that names the module if a site's rows cannot be told.
+    """
+    sites, level, first = [], start, True
+    for key in recorder.order:
+        if any(len(p.get(key, ())) != len(recorder.sites[key]) for p in patches):
+            raise ValueError(f"{key[0]} takes another way on a patch than on the whole picture")
+        for place, whole in enumerate(recorder.sites[key]):
+            parts = [p[key][place] for p in patches]
+            common = (*key, place, whole.kind, tuple(s.shape for s in parts), whole.dtype)
+            if whole.kind in (CONV, RESIZE):
+                site = _resampling(common, whole, levels, first and sees_latent)
+                if type(site) is not Site:
+                    _check_rows(key, site.before, parts)
+                    level, first = whole.result[-2], False
+                sites.append(site)
+            elif whole.kind == NORM:
+                sites.append(_norm(common, whole, parts, levels, level))
+            else:
+                sites.append(_ring(common, whole, parts, levels[level], frames))
+    return tuple(sites)
+
+
+def _resampling(common, whole, levels, first):
+    """The site of a convolution or interpolation."""
+    if len(whole.shape) < 4 or whole.shape[-2] not in levels:
+        return Site(*common)
+    before, after = levels[whole.shape[-2]], levels[whole.result[-2]]
+    if whole.kind == RESIZE:
+        return _resize(common, whole, before, after)
+    return _halo(common, whole, before, after, first)
+
+
+def _check_rows(key, before, parts):
+    held = [stop - start for start, stop in before.held]
+    found = [s.shape[-2] for s in parts]
+    if held != found:
+        raise ValueError(f"{key[0]} gets {found} rows on the patches, not {held}: something before it changes the rows")
+
+
+def _halo(common, whole, before, after, first):
+    kernel, stride, padding, dilation = whole.options[len(whole.shape) - 4]
+    if padding is None:
+        raise ValueError(f"{common[0]} pads more rows below than above (padding='same' with an even kernel)")
+    windows = tuple(layout.window(before, after, p, kernel, stride, padding, dilation) for p in range(len(before.held)))
+    return Halo(*common, before, after, windows, layout.halos(before, windows), first and kernel > 1)
+
+
+def _resize(common, whole, before, after):
+    if whole.options[0] != "nearest":
+        raise ValueError(f"{common[0]} interpolates {whole.options[0]}: patches support nearest-neighbour only")
+    for (low, high), (start, stop) in zip(before.held, after.held, strict=True):
+        first, last = (row * before.size // after.size for row in (start, stop - 1))
+        if start < stop and not low <= first <= last < high:
+            raise ValueError(
+                f"{common[0]} interpolates {before.size} rows to {after.size}, and a patch that holds rows {low} to "
+                f"{high} needs rows {first} to {last + 1}: use a size that the strides divide, or num_stages"
+            )
+    return Resize(*common, before, after, (whole.result[2:-2], whole.result[-1:]))
+
+
+def _norm(common, whole, parts, levels, level):
+    if all(s.shape == whole.shape for s in parts):
+        return Site(*common)
+    if len(whole.shape) >= 4:
+        return Norm(*common, whole.options[0], levels[whole.shape[-2]])
+    rows = levels[level]
+    if not rows.aligned:
+        raise ValueError(f"{common[0]} normalises a sequence, and patches share rows of it: use fewer patches")
+    layout.tokens_of(rows, whole.shape[-1], [s.shape[-1] for s in parts])
+    return Norm(*common, whole.options[0], rows)
+
+
+def _ring(common, whole, parts, rows, frames):
+    if all(s.shape[-2] == whole.shape[-2] for s in parts):
+        return Site(*common)
+    try:
+        per_row, extra = layout.tokens_of(rows, whole.shape[-2], [s.shape[-2] for s in parts])
+    except ValueError as error:
+        raise ValueError(f"{common[0]} attends to tokens that are not rows of the picture: {error}") from error
+    (value_shape, causal), shape = parts[0].options, parts[0].shape
+    if causal or len(shape) not in (3, 4):
+        how = "causally" if causal else f"with keys of {len(shape)} dimensions"
+        raise ValueError(f"{common[0]} attends {how}: patches cannot share it")
+    # (b, s, d) is one head.
+    heads = [s[1] if len(s) == 4 else 1 for s in (shape, value_shape)]
+    key, value = (shape[0], heads[0], shape[-1]), (shape[0], heads[1], value_shape[-1])
+    return Ring(*common, layout.Tokens(rows, per_row, extra, frames), key, value)

@@ -1,0 +1,163 @@
+"""The stages of one denoiser, seen from one rank: plans them at the first call, then carries out each call."""
+
+import logging
+
+from ..calls import schedule
+from ..calls.clock import last_scheduler
+from ..calls.schedule import Mode
+from ..calls.signature import device_of
+from ..calls.timesteps import Timesteps
+from ..modules import Attachment
+from ..prediction.self_check import Pace, summaries
+from ..prediction.trend import Instants
+from .buffers import Placeholders
+from .passes import Pass
+from .plan import make_plan
+
+log = logging.getLogger(__name__)
+# Plans kept for inputs seen before, per denoiser.
+KEPT_PASSES = 8
+
+
+class StageCalls:
+    """`plan` is the latest plan (None before the first call)."""
+
+    def __init__(self, denoiser, config, world, exchange, signature, scheduler=None):
+        self.denoiser, self.config, self.world, self.exchange = denoiser, config, world, exchange
+        self.plan = self._active = None
+        self._signature, self._scheduler = signature, scheduler
+        self._passes, self._units, self._placeholders, self._phases = {}, {}, {}, 0
+        self._pace = Pace(config, world)
+
+    def begin_generation(self):
+        """What an earlier generation left behind is not read again."""
+        for current in self._passes.values():
+            current.last_step = -1
+        self._pace.begin_generation()
+
+    def call(self, tick, key, planning, forward, args, kwargs):
+        """(the denoiser's result, how it was computed: a `Mode`). Collective over the stages.
+
+        Args:
+            tick: the call's place in time.
+            key: changes with the inputs' shapes.
+            planning: a context for what refuses a denoiser: its value is the forward to plan with.
+            forward: the denoiser's own.
+        """
+        current = self._pass_for(tick, key, planning, args, kwargs)
+        with self.exchange.step():
+            result, mode = self._carry_out(current, tick, planning, forward, args, kwargs)
+        if not current.intact:
+            log.info("%s is traced again: its modules or hooks have changed", type(self.denoiser).__name__)
+            self.forget()
+        return result, mode
+
+    def errors(self):
+        """{received tensor: its prediction's relative error, and that of reuse}, of the latest calls."""
+        return summaries((place[0], current.check.errors) for place, current in self._passes.items())
+
+    def forget(self, released=False):
+        """Drop all plans, buffers and hooks; the slots too, unless they are `released`."""
+        for current in () if released else self._passes.values():
+            self.exchange.release(current.phase)
+        self._passes.clear()
+        for attachment in self._units.values():
+            attachment.remove()
+        self._units.clear()
+        self.plan = None
+
+    def _carry_out(self, current, tick, planning, forward, args, kwargs):
+        timestep = self._signature.timestep(args, kwargs)
+        if tick.call == 0:
+            self._pace.before(tick.step, current.check.errors)
+        config = self._pace.config
+        mode = schedule.mode(config, tick.step, current.last_step == tick.step - 1)
+        if mode is Mode.COMPUTE and self._pace.resyncs(current.check.report):
+            mode = Mode.EXACT
+        offset = self._follow_timesteps(current, mode, tick, planning, timestep)
+        if current.last_step < 0:
+            current.begin_generation(Instants(self._scheduler or last_scheduler(), timestep, tick.step))
+        current.last_step = tick.step
+        if mode is Mode.REPEAT:
+            result = current.repeat()
+        else:
+            if mode is Mode.COMPUTE:
+                args, kwargs = self._retimed(current, offset, timestep, args, kwargs)
+            # The last exact calls of a warm-up leave behind what the next ones may read.
+            keep = self._pace.warming or tick.step >= config.warmup_steps - (1 if config.predict == "none" else 3)
+            current.trend.weigh(tick.step + offset)
+            current.begin(mode, keep)
+            self._active = current
+            try:
+                result = current.end(forward(*args, **kwargs))
+            finally:
+                self._active = None
+            if keep:
+                current.trend.made(tick.step + (self._offset(current, 0) if mode is Mode.COMPUTE else 0))
+        current.previous_timestep = timestep
+        return result, mode
+
+    def _follow_timesteps(self, current, mode, tick, planning, timestep):
+        """Keep the place in the scheduler's list up to date; returns the offset this rank computes with."""
+        if self.config.stride == 1:
+            return self._offset(current, self.world.rank)
+        if mode is Mode.EXACT:
+            with planning():
+                if tick.step == 0 or current.timesteps is None:
+                    current.timesteps = Timesteps(self._scheduler or last_scheduler())
+                current.timesteps.see(timestep)
+        else:
+            current.timesteps.skip()
+        return self._offset(current, self.world.rank)
+
+    def _offset(self, current, rank):
+        is_last = self.config.stride == 2 and current.timesteps.is_last
+        return schedule.timestep_offset(self.config, rank, is_last)
+
+    def _retimed(self, current, offset, timestep, args, kwargs):
+        if offset == 0:
+            return args, kwargs
+        other = current.previous_timestep if offset < 0 else current.timesteps.following(timestep)
+        return self._signature.with_timestep(args, kwargs, other)
+
+    def _run_unit(self, name, forward, args, kwargs):
+        if self._active is None:
+            return forward(*args, **kwargs)
+        return self._active.run_unit(name, forward, args, kwargs)
+
+    # Plans.
+
+    def _pass_for(self, tick, key, planning, args, kwargs):
+        place = (tick.call, key)
+        if place not in self._passes:
+            known = None
+            if self.plan is not None and tick.call:
+                known = {u.key: s for u, s in zip(self.plan.graph.units, self.plan.division.owner, strict=True)}
+            with planning() as forward:
+                plan = make_plan(self.denoiser, forward, args, kwargs, self.config, self.world, known)
+            self._attach(plan)
+            device = device_of(args, kwargs)
+            placeholders = self._placeholders.setdefault(device, Placeholders(device))
+            current = Pass(plan, self.config, self.world.rank, device, placeholders)
+            current.bind(self.exchange, f"call {tick.call}, plan {self._phases}")
+            self._phases += 1
+            self._passes[place] = current
+            if tick.call == 0 or self.plan is None:
+                self.plan = plan
+            self._evict(tick)
+        return self._passes[place]
+
+    def _evict(self, tick):
+        for place in list(self._passes)[:-KEPT_PASSES]:
+            if tick.step == 0 and self._passes[place].last_step < 0:
+                self.exchange.release(self._passes.pop(place).phase)
+
+    def _attach(self, plan):
+        modules = dict(self.denoiser.named_modules())
+        for name in dict.fromkeys(unit.name for unit in plan.graph.units):
+            if name not in self._units:
+
+                def handler(forward, args, kwargs, name=name):
+                    return self._run_unit(name, forward, args, kwargs)
+
+                self._units[name] = Attachment(modules[name], handler)

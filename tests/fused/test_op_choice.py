@@ -1,0 +1,194 @@
+"""Which kernel an op runs on: by times, by rank 0 for all, kept on disk; refused clearly where there is none."""
+
+import itertools
+import json
+import os
+from unittest import mock
+
+import pytest
+import ranks
+import tiny_denoisers
+import torch
+
+import asyncdiff_fast
+from asyncdiff_fast.exchange.world import World, start_process_group, stop_process_group
+from asyncdiff_fast.fused import choice
+
+KEY = ("geglu", torch.Size((2, 8)), (8, 1), torch.float16, 0, ())
+
+
+@pytest.mark.parametrize(
+    ("times", "kernel"),
+    [
+        (dict(torch=(10.0, 4.0), triton=(9.0, 3.0)), "triton"),
+        (dict(torch=(10.0, 4.0), triton=(10.0, 4.0)), "torch"),
+        (dict(torch=(10.0, 4.0), triton=(11.0, 3.0)), "torch"),
+        (dict(torch=(10.0, 4.0), triton=(9.0, 4.1)), "torch"),
+        (dict(torch=(10.0, 4.0), triton=None), "torch"),
+        (dict(torch=None, triton=(10.0, 4.0)), "triton"),
+        (dict(torch=None, triton=None), "torch"),
+        (dict(torch=(9.0, 9.0), cudnn=(8.0, 5.0), flash=(7.0, 6.0), triton=(10.0, 1.0)), "cudnn"),
+    ],
+)
+def test_nothing_slower_is_chosen(times, kernel):
+    assert choice.decide(times)["kernel"] == kernel
+
+
+def test_choice_beats_torch_both_ways():
+    values = (1.0, 2.0, 3.0)
+    for a, b, c, d in itertools.product(values, repeat=4):
+        chosen = choice.decide(dict(torch=(a, b), triton=(c, d)))["kernel"]
+        assert chosen == "torch" or (c <= a and d <= b)
+
+
+class _Gpu:
+    """A GPU on which implementations take these times, in the order in which they are tried."""
+
+    def __init__(self, *times, name="a GPU"):
+        self.times, self.name, self.measured = list(times), name, 0
+
+    def available(self):
+        return True
+
+    def environment(self):
+        return self.name
+
+    def capturing(self):
+        return False
+
+    def times_us(self, run, device_idx):
+        self.measured += 1
+        return self.times.pop(0)
+
+
+SLOW, FAST = (2.0, 2.0), (1.0, 1.0)
+
+
+def _choice(gpu, world=None):
+    return choice.KernelChoice("auto", world or World([0], 1.0), gpu)
+
+
+def _settle(choice, key=KEY):
+    return choice._settle(key, key[0], lambda kernel: kernel)
+
+
+def test_measured_once_and_kept_on_disk(monkeypatch, tmp_path):
+    monkeypatch.setenv("ASYNCDIFF_FAST_CACHE", str(tmp_path / "made"))
+    gpu = _Gpu(SLOW, FAST)
+    choice = _choice(gpu)
+    assert _settle(choice) == _settle(choice) == "triton"
+    assert gpu.measured == 2
+    assert choice.summary()["shapes"] == {"geglu: triton": 1}
+    [file] = (tmp_path / "made").iterdir()
+    assert list(json.loads(file.read_text())) == ["geglu (2, 8) (8, 1) float16 ()"]
+
+    gpu = _Gpu()
+    assert _settle(_choice(gpu)) == "triton"
+    assert not gpu.measured
+
+    gpu = _Gpu(FAST, SLOW, name="another GPU")
+    assert _settle(_choice(gpu)) == "torch"
+    assert len(list(file.parent.iterdir())) == 2
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "3", '{"geglu (2, 8) (8, 1) float16 ()": {"kernel": "cuda"}}', '{"x": 1}']
+)
+def test_a_damaged_cache_is_measured_again(monkeypatch, tmp_path, text):
+    monkeypatch.setenv("ASYNCDIFF_FAST_CACHE", str(tmp_path))
+    gpu = _Gpu(SLOW, FAST)
+    choice.cache_path(gpu.environment()).write_text(text)
+    assert _settle(_choice(gpu)) == "triton"
+    assert gpu.measured
+    assert _settle(_choice(_Gpu())) == "triton", "the file must be whole again"
+
+
+def test_a_cache_that_cannot_be_written_is_no_error(monkeypatch, tmp_path, caplog):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("ASYNCDIFF_FAST_CACHE", str(tmp_path / "file" / "below"))
+    assert _settle(_choice(_Gpu(SLOW, FAST))) == "triton"
+    assert "not kept" in caplog.text
+
+
+def _two_ranks(rank, folder):
+    """Each rank's choices for two layers, and how often it measured."""
+    os.environ["ASYNCDIFF_FAST_CACHE"] = f"{folder}/{rank}"
+    start_process_group(60)
+    try:
+        # Rank 1 would choose otherwise.
+        gpu = _Gpu(FAST, SLOW) if rank else _Gpu(SLOW, FAST)
+        choice = _choice(gpu, World(range(2), 60.0))
+        before = _settle(choice, ("adaln", *KEY[1:]))
+        # Uneven patches: what is one shape on rank 0 are two on rank 1.
+        shapes = [(2, 8), (1, 8)] if rank else [(2, 8), (2, 8)]
+        with choice.learning():
+            settled = [_settle(choice, (KEY[0], torch.Size(shape), *KEY[2:])) for shape in shapes]
+        return before, settled, gpu.measured
+    finally:
+        stop_process_group()
+
+
+def test_rank_0_decides(tmp_path):
+    # Before they learn, ranks may be at different places: then it is the rule, and nobody measures.
+    assert ranks.run(2, _two_ranks, str(tmp_path)) == [
+        ("triton", ["triton"] * 2, 2),
+        ("triton", ["triton"] * 2, 0),
+    ]
+
+
+def _one_has_no_gpu(rank):
+    start_process_group(60)
+    try:
+        gpu = _Gpu()
+        gpu.available = lambda: rank == 0
+        return _choice(gpu, World(range(2), 60.0)).active
+    finally:
+        stop_process_group()
+
+
+def test_all_do_without_if_one_has_no_gpu():
+    assert ranks.run(2, _one_has_no_gpu) == [False, False]
+
+
+def _refused(rank):
+    unet = tiny_denoisers.sd15_unet()
+    try:
+        asyncdiff_fast.patch(unet, num_stages=2, kernels="triton" if rank else "torch", timeout_s=60)
+    except ValueError as error:
+        return str(error), vars(unet.mid_block.resnets[0]).get("forward")
+
+
+def test_triton_without_a_gpu_is_refused(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    if choice.why_not() is None:
+        pytest.skip("there is a GPU")
+    with pytest.raises(ValueError, match=r'kernels="triton" needs Triton and a CUDA device.*install.*or pass'):
+        asyncdiff_fast.patch(tiny_denoisers.sd15_unet(), kernels="triton")
+    with pytest.raises(ValueError, match='kernels must be "auto", "triton" or "torch"'):
+        asyncdiff_fast.Config(kernels="cuda")
+    messages = ranks.run(2, _refused)
+    assert all(forward is None for _, forward in messages)
+    assert all("kernels" in text for text, _ in messages), "every rank must refuse"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
+@pytest.mark.parametrize("mode", ["auto", "torch"])
+def test_without_a_gpu_nothing_is_replaced(mode):
+    unet = tiny_denoisers.sd15_unet()
+    untouched = [set(vars(m)) for m in unet.modules()]
+    runtime = asyncdiff_fast.patch(unet, kernels=mode)
+    assert runtime.stats()["kernels"] == {"layers": {}, "mode": mode, "active": False}
+    assert [set(vars(m)) for m in unet.modules()][1:] == untouched[1:]
+    asyncdiff_fast.unpatch(unet)
+
+
+def test_rule_of_thumb():
+    with mock.patch("torch.cuda.get_device_properties", lambda: mock.Mock(multi_processor_count=132)):
+        assert choice.rule("group_norm", (1, 320, 64, 64), ()) == "triton"
+        # SDXL, 10 heads: a whole picture of 1024 fills the device, one of eight patches of it does not.
+        assert choice.rule("attention", (2, 4096, 10, 64), ((4096,),)) == "cudnn"
+        assert choice.rule("attention", (1, 512, 10, 64), ((4096,),)) == "triton"
+        assert choice.rule("attention", (2, 4096, 10, 64), ((333, 4096),)) == "triton"
+    with mock.patch("torch.version.hip", "6.4"):
+        assert choice.rule("attention", (2, 4096, 10, 64), ((4096,),)) == "triton"
+        assert choice.rule("attention", (2, 4096, 10, 128), ((4096,),)) == "torch"

@@ -1,0 +1,70 @@
+"""Every kernel compiles for every target without spills, within shared memory, with wide accesses; none uses what is
+banned."""
+
+import concurrent.futures
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[2]
+SHARED_BYTES = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
+# A load or two for each per-channel vector and for the sample that gives the shift; a tile takes tens.
+NARROW_LOADS = 8
+BANNED = ("tl.atomic_", "make_block_ptr", "warp_specialize", "triton.autotune", "triton.heuristics")
+
+
+@pytest.fixture(scope="module")
+def compiling():
+    """Target → future of its process: own processes, since the driver is replaced there, two at a time."""
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        yield {target: pool.submit(_compile, target) for target in SHARED_BYTES}
+
+
+def _compile(target):
+    environment = {"TRITON_CACHE_DIR": str(ROOT / "build" / "triton"), **os.environ}
+    environment.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, ROOT / "tests" / "support" / "compile_kernels.py", target]
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+
+def faults(row, target):
+    """What is wrong with one compiled kernel, in words."""
+    if row["stack"] or row["spills"]:
+        yield f"{row['stack']} bytes of stack and {row['spills']} spills at {row['registers']} registers"
+    if row["shared"] > SHARED_BYTES[target]:
+        yield f"{row['shared']} bytes of shared memory, more than {SHARED_BYTES[target]}"
+    stores = row["wide_stores"] or row["kernel"] == "_partials_kernel"
+    narrow = row["narrow_stores"] or row["narrow_loads"] > NARROW_LOADS
+    if row["wide"] and (narrow or not row["wide_loads"] or not stores):
+        yield "accesses not wide: " + ", ".join(f"{row[key]} {key}" for key in row if "loads" in key or "stores" in key)
+    if row["must_use_tensor_core"] and not row["tensor_core"]:
+        yield "no tensor-core instruction"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", SHARED_BYTES)
+def test_compiles(compiling, target):
+    result = compiling[target].result()
+    assert result.returncode == 0, result.stderr[-3000:]
+    rows = [json.loads(line) for line in result.stdout.splitlines()]
+    assert rows
+    found = [f"{row['variant']}, {row['kernel']}: {fault}" for row in rows for fault in faults(row, target)]
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "kernels").glob("*.py")), ids=lambda path: path.name)
+def test_nothing_banned(path):
+    text = re.sub(r'""".*?"""', "", path.read_text(), flags=re.DOTALL)
+    assert not [word for word in BANNED if word in text]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "kernels").glob("*.py")), ids=lambda path: path.name)
+def test_every_masked_load_says_what_else(path):
+    """A masked load without `other` leaves garbage that the interpreter does not show."""
+    for call in re.findall(r"tl\.load\(((?:[^()]|\((?:[^()]|\([^()]*\))*\))*)\)", path.read_text()):
+        assert "mask=" not in call or "other=" in call, call

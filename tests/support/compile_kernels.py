@@ -1,0 +1,140 @@
+"""Compile every shipped kernel ahead of time for one target, without a device (`python compile_kernels.py sm_90`).
+
+The launchers themselves are called, on tensors in host memory that nobody touches, with a driver that names the target
+and with launches that end after compiling: what is inspected is specialised as on the device. One JSON line per kernel.
+"""
+
+import dataclasses
+import importlib
+import json
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+# What each generation multiplies tiles with: warps, warp groups, and from tensor memory.
+TENSOR_CORE = {80: r"\bHMMA\b", 90: r"\bHGMMA\b", 100: r"\bUTC\w*MMA\b"}
+BINARIES = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """A call of a launcher. Of its kernels, `wide` ones access tensors by 16 bytes and `tensor_core` ones use those."""
+
+    name: str
+    launch: object
+    wide: tuple = ()
+    tensor_core: tuple = ()
+    targets: tuple = tuple(TARGETS)
+
+
+class TargetOnly:
+    """A driver for compiling: it names a target and has no device."""
+
+    def __init__(self, target):
+        self.target = target
+
+    def get_current_target(self):
+        return self.target
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+    def get_active_torch_device(self):
+        return torch.device("cpu")
+
+
+def compiled(variant):
+    """(name, compiled kernel) of each launch that the variant makes."""
+    made, run = [], JITFunction.run
+
+    def compile_only(self, *args, grid, warmup, **keywords):
+        made.append((self.fn.__name__, run(self, *args, grid=grid, warmup=True, **keywords)))
+
+    JITFunction.run = compile_only
+    try:
+        variant.launch()
+    finally:
+        JITFunction.run = run
+    return made
+
+
+def inspected(kernel):
+    """Dict: registers, stack and spills (bytes or instructions: zero is what counts), shared bytes, kinds of access."""
+    facts = {"shared": kernel.metadata.shared, "num_warps": kernel.metadata.num_warps}
+    if "cubin" in kernel.asm:
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(kernel.asm["cubin"])
+            file.flush()
+            usage, sass = _output("cuobjdump", "-res-usage", file.name), _output("nvdisasm", "-c", file.name)
+        registers, stack, local = re.search(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", usage).groups()
+        spills = len(re.findall(r"\b(?:LDL|STL)\b", sass))
+        access = re.findall(r"\b(?:LDG|STG|LDGSTS)\.[\w.]+", sass)
+        narrow = [op for op in access if re.search(r"\.[US](?:8|16)\b", op)]
+        return facts | {
+            "registers": int(registers),
+            "stack": int(stack) + int(local),
+            "spills": spills,
+            "wide_loads": sum(op.startswith("LD") and op.endswith(".128") for op in _without_hints(access)),
+            "wide_stores": sum(op.startswith("ST") and op.endswith(".128") for op in _without_hints(access)),
+            "narrow_loads": sum(op.startswith("LD") for op in narrow),
+            "narrow_stores": sum(op.startswith("ST") for op in narrow),
+            "tensor_core": len(re.findall(TENSOR_CORE[kernel.metadata.target.arch], sass)),
+        }
+    text = kernel.asm["amdgcn"]
+    return facts | {
+        "registers": _number(r"\.vgpr_count:\s+(\d+)", text),
+        "stack": _number(r"\.private_segment_fixed_size:\s+(\d+)", text),
+        # Scalars without a register of their own lie in lanes of vector registers: memory they would need is stack.
+        "spills": _number(r"\.vgpr_spill_count:\s+(\d+)", text),
+        "wide_loads": len(re.findall(r"\b(?:global|buffer)_load_dwordx4\b", text)),
+        "wide_stores": len(re.findall(r"\b(?:global|buffer)_store_dwordx4\b", text)),
+        "narrow_loads": 0,
+        "narrow_stores": 0,
+        "tensor_core": len(re.findall(r"\bv_mfma_", text)),
+    }
+
+
+def _output(tool, *arguments):
+    return subprocess.run([BINARIES / tool, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def _without_hints(access):
+    """Accesses with what follows the width (cache policies) cut off."""
+    return [re.sub(r"(\.128)\..*", r"\1", op) for op in access]
+
+
+def _number(pattern, text):
+    return int(re.search(pattern, text).group(1))
+
+
+def main(target):
+    driver.set_active(TargetOnly(TARGETS[target]))
+    modules = [
+        importlib.import_module(path.stem) for path in sorted(pathlib.Path(__file__).parent.glob("compiled_*.py"))
+    ]
+    for variant in (variant for module in modules for variant in module.VARIANTS if target in variant.targets):
+        for name, kernel in compiled(variant):
+            row = {"variant": variant.name, "kernel": name, **inspected(kernel)}
+            row |= {"wide": name in variant.wide, "must_use_tensor_core": name in variant.tensor_core}
+            print(json.dumps(row), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
