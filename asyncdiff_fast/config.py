@@ -4,7 +4,7 @@ import dataclasses
 import os
 from dataclasses import dataclass
 
-from .patches.layout import Mesh
+from .mesh import Mesh
 
 EXCHANGE_VARIABLE = "ASYNCDIFF_FAST_EXCHANGE"
 ENGINE_CHOICES = ("", "engine", "nccl-puts", "torch")

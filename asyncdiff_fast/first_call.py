@@ -5,9 +5,9 @@ import torch
 from . import modules
 from .calls.signature import CallSignature
 from .halves import half_of
-from .patches.hooks import BandHooks
+from .patches.hooks import Hooks
 from .patches.plan import MeshPlan
-from .patches.planning import BandPlanner
+from .patches.planning import Planner
 from .stages.plan import make_plan
 
 
@@ -40,8 +40,8 @@ def plan_call(denoiser, config, args, kwargs):
         args, kwargs = half_of(0, latent.shape[0], args, kwargs) if latent.shape[0] % 2 == 0 else (args, kwargs)
     if config.num_patches == 1:
         return make_plan(denoiser, denoiser.forward, args, kwargs, config)
-    hooks = BandHooks(denoiser)
-    planner = BandPlanner(denoiser, config, None, signature, hooks)
+    hooks = Hooks(denoiser)
+    planner = Planner(denoiser, config, None, signature, hooks)
     try:
         patches = planner.plan_alone(denoiser.forward, args, kwargs)
         if config.num_stages == 1:

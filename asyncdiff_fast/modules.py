@@ -1,9 +1,10 @@
-"""Hooks of ours on the modules of one denoiser, put on and taken off without disturbing anybody else's."""
+"""Hooks and watches of ours on the modules of one denoiser, put on and taken off without disturbing anybody else's."""
 
 import itertools
 
 import torch
 from diffusers.hooks import HookRegistry, ModelHook
+from torch.overrides import TorchFunctionMode
 
 _numbers = itertools.count()
 
@@ -74,6 +75,19 @@ class Forwards:
                     module.forward = self._before[module]
         self.replaced.clear()
         self._before.clear()
+
+
+class Watch(TorchFunctionMode):
+    """Within `inside(module)` hands every watched function call to `handle(func, args, kwargs)`."""
+
+    def __init__(self, watched, handle):
+        super().__init__()
+        self.watched, self._handle = watched, handle
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in self.watched:
+            return self._handle(func, args, kwargs or {})
+        return func(*args, **(kwargs or {}))
 
 
 def is_plain(module, kind):

@@ -3,13 +3,13 @@
 from .exchange.choice import open_exchange
 from .exchange.world import ExchangeError, World
 from .halves import Halves
-from .patches.calls import Bands
+from .patches.calls import Patches
 from .patches.plan import MeshPlan
 from .stages.calls import StageCalls
 
 
 class Parts:
-    """`halves`, `bands` and `stages` of one denoiser, None where the mesh has a single rank along that axis.
+    """`halves`, `patches` and `stages` of one denoiser, None where the mesh has a single rank along that axis.
 
     Iterates over those that are there. Collective to make.
 
@@ -27,7 +27,7 @@ class Parts:
         self._open()
 
     def __iter__(self):
-        return (part for part in (self.halves, self.bands, self.stages) if part is not None)
+        return (part for part in (self.halves, self.patches, self.stages) if part is not None)
 
     def along(self, axis):
         """torch.distributed ranks that differ from this one in one axis of the mesh."""
@@ -36,7 +36,7 @@ class Parts:
     @property
     def plan(self):
         """The latest plan, None before the first call: a `Plan` of stages, a `PatchPlan`, or both in a `MeshPlan`."""
-        patches, stages = self.bands and self.bands.plan, self.stages and self.stages.plan
+        patches, stages = self.patches and self.patches.plan, self.stages and self.stages.plan
         return MeshPlan(patches, stages) if patches and stages else patches or stages
 
     @property
@@ -47,7 +47,7 @@ class Parts:
     def stats(self):
         """Dict: the sums of what the exchanges count, and the latest errors of predictions."""
         prediction = {}
-        for part in filter(None, (self.bands, self.stages)):
+        for part in filter(None, (self.patches, self.stages)):
             prediction |= part.errors()
         found = [part.exchange.stats() for part in self]
         waits = {name: wait for s in found for name, wait in s["wait_s_by_slot"].items()}
@@ -62,7 +62,7 @@ class Parts:
 
     def close(self, why=None):
         """Drop all plans and buffers, and close the exchanges; with `why` they are stopped on all ranks."""
-        parts, self.halves, self.bands, self.stages = list(self), None, None, None
+        parts, self.halves, self.patches, self.stages = list(self), None, None, None
         for part in parts:
             if why:
                 part.exchange.abort(why)
@@ -80,15 +80,15 @@ class Parts:
             raise failures[0]
 
     def _open(self):
-        halves, patches, stages = self._worlds.values()
-        self.halves = self.bands = self.stages = None
+        halves, rows, stages = self._worlds.values()
+        self.halves = self.patches = self.stages = None
         common = self._denoiser, self._config
         if halves.size > 1:
             self.halves = Halves(self._denoiser, halves, self._exchange(halves), self._signature)
-        if patches.size > 1:
+        if rows.size > 1:
             uses = self._signature, self._scheduler, self._packed, self._choice
-            self.bands = Bands(*common, patches, self._exchange(patches), *uses)
-        self._choice.patches = self.bands
+            self.patches = Patches(*common, rows, self._exchange(rows), *uses)
+        self._choice.patches = self.patches
         if stages.size > 1:
             self.stages = StageCalls(*common, stages, self._exchange(stages), self._signature, self._scheduler)
 

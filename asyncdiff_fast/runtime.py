@@ -99,25 +99,25 @@ class Runtime:
 
     def _on_patches(self, tick, key, forward, args, kwargs):
         """This call, shared by the patches: of the whole batch, or of this rank's half of the guidance."""
-        if self._parts.bands is None:
+        if self._parts.patches is None:
             return self._on_stages(tick, key, forward, args, kwargs)
         with self._planning(forward) as quiet:
-            counted = self._parts.bands.hooks.counted(quiet)
+            counted = self._parts.patches.hooks.counted(quiet)
 
             def run(args, kwargs):
                 return self._on_stages(tick, inputs_key(args, kwargs), counted, args, kwargs)
 
-            return self._parts.bands.call(tick, key, quiet, run, args, kwargs)
+            return self._parts.patches.call(tick, key, quiet, run, args, kwargs)
 
     def _on_stages(self, tick, key, forward, args, kwargs):
         """This call, shared by the stages: of the whole picture, or of this rank's patch."""
         kept = self._projections.during(forward, self._signature.latent)
         if self._parts.stages is None:
             result, mode = kept(*args, **kwargs), Mode.EXACT
-            if self._parts.bands is not None and self._parts.bands.mode is not PatchMode.SYNC:
+            if self._parts.patches is not None and self._parts.patches.mode is not PatchMode.SYNC:
                 mode = Mode.COMPUTE
         else:
-            alone = self._parts.bands is None and self._parts.halves is None
+            alone = self._parts.patches is None and self._parts.halves is None
             planning = functools.partial(self._planning, forward, learning=alone)
             result, mode = self._parts.stages.call(tick, key, planning, kept, args, kwargs)
         self._calls[mode] += 1

@@ -23,7 +23,7 @@ from asyncdiff_fast.calls.schedule import PatchMode
 from asyncdiff_fast.calls.signature import CallSignature
 from asyncdiff_fast.config import Config, parse_options
 from asyncdiff_fast.fused.packed import PackedWeights, packs
-from asyncdiff_fast.patches.calls import Bands
+from asyncdiff_fast.patches.calls import Patches
 from asyncdiff_fast.patches.projections import Projections
 
 
@@ -111,9 +111,9 @@ def row(options, pixels, patches):
     exchange = Mirror()
     packed = PackedWeights(denoiser, active=packs(config.kernels, options.device))
     signature, projections = CallSignature(denoiser), Projections(denoiser, active=True, beneath=packed.forwards)
-    bands = Bands(denoiser, config, None, exchange, signature, packed=packed)
+    patches = Patches(denoiser, config, None, exchange, signature, packed=packed)
     forward = projections.during(denoiser.forward, signature.latent)
-    plan, call = bands.planner.emulate(rank, forward, (), inputs, exchange)
+    plan, call = patches.planner.emulate(rank, forward, (), inputs, exchange)
     call(PatchMode.SYNC)
     call(PatchMode.DISPLACED)
     call(PatchMode.DISPLACED)
@@ -124,7 +124,7 @@ def row(options, pixels, patches):
         rounds.append((whole, seconds(lambda: call(PatchMode.DISPLACED), options.device)))
     if options.profile:
         show_profile(lambda: call(PatchMode.DISPLACED), lambda: plain(**inputs), options.device)
-    bands.forget(released=True)
+    patches.forget(released=True)
     projections.remove()
     return {
         **common,

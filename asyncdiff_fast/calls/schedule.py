@@ -30,7 +30,7 @@ def patch_mode(config, step):
 
 
 def patch_axis(config, step):
-    """Along which dimension of a picture patches are cut at `step`: -2 into bands of rows, -1 of columns."""
+    """Along which dimension of a picture patches are cut at `step`: -2 into rows, -1 into columns."""
     if config.patch_axis == "alternating":
         return -1 if step % 2 else -2
     return -1 if config.patch_axis == "columns" else -2

@@ -71,7 +71,7 @@ class KernelChoice:
         self._known = everyone[0][1]
         self._picked = {}
         self._sum = None
-        # What shares a picture out as patches (`Bands`), if that is done.
+        # What shares a picture out as patches (`Patches`), if that is done.
         self.patches = None
 
     def __deepcopy__(self, memo):

@@ -5,24 +5,24 @@ from ..calls.clock import last_scheduler
 from ..calls.schedule import PatchMode
 from ..prediction.self_check import Pace, summaries
 from ..prediction.trend import Instants
-from .hooks import BandHooks
-from .planning import BandPlanner
+from .hooks import Hooks
+from .planning import Planner
 
 # Plans kept for inputs seen before, per denoiser.
-KEPT_BANDS = 8
+KEPT_PATCHES = 8
 
 
-class Bands:
+class Patches:
     """`plan` is the latest plan (None before the first call)."""
 
     def __init__(self, denoiser, config, world, exchange, signature, scheduler=None, packed=None, choice=None):
         self.denoiser, self.config, self.world, self.exchange = denoiser, config, world, exchange
-        self.plan, self.hooks = None, BandHooks(denoiser)
-        self.planner = BandPlanner(denoiser, config, world, signature, self.hooks, packed, choice)
+        self.plan, self.hooks = None, Hooks(denoiser)
+        self.planner = Planner(denoiser, config, world, signature, self.hooks, packed, choice)
         self._signature = signature
-        self._bands, self._phases = {}, 0
+        self._patches, self._phases = {}, 0
         self._scheduler, self._pace = scheduler, Pace(config, world)
-        # {place of a band: step of its latest call in this generation}
+        # {place of a patch: step of its latest call in this generation}
         self._last_steps = {}
 
     def call(self, tick, key, forward, run, args, kwargs):
@@ -36,35 +36,35 @@ class Bands:
         """
         axis = schedule.patch_axis(self.config, tick.step)
         place = (tick.call, key, axis)
-        if place in self._bands:
+        if place in self._patches:
             # The last used come last.
-            self._bands[place] = self._bands.pop(place)
+            self._patches[place] = self._patches.pop(place)
         else:
             phase = f"patches, plan {self._phases}"
             self._phases += 1
-            self._bands[place] = self.planner.first(forward, args, kwargs, axis, self.exchange, phase)
-            for old in list(self._bands)[:-KEPT_BANDS]:
-                self._bands.pop(old).release()
+            self._patches[place] = self.planner.first(forward, args, kwargs, axis, self.exchange, phase)
+            for old in list(self._patches)[:-KEPT_PATCHES]:
+                self._patches.pop(old).release()
             if tick.call == 0 or self.plan is None:
-                self.plan = self._bands[place].plan
-        band = self._bands[place]
+                self.plan = self._patches[place].plan
+        patch = self._patches[place]
         if tick.call == 0:
-            self._pace.before(tick.step, band.check.errors)
+            self._pace.before(tick.step, patch.check.errors)
         mode = self._mode(place, tick.step)
-        if mode is PatchMode.DISPLACED and self._pace.resyncs(band.check.report):
+        if mode is PatchMode.DISPLACED and self._pace.resyncs(patch.check.report):
             mode = PatchMode.SYNC
         if place not in self._last_steps:
             timestep = self._signature.timestep(args, kwargs)
-            band.begin_generation(Instants(self._scheduler or last_scheduler(), timestep, tick.step))
+            patch.begin_generation(Instants(self._scheduler or last_scheduler(), timestep, tick.step))
         self._last_steps[place] = tick.step
-        band.trend.weigh(tick.step)
+        patch.trend.weigh(tick.step)
         late = self._pace.warming or tick.step >= self._pace.config.warmup_steps - 3
-        band.keep = self.config.predicts_patches and late
-        first = mode is PatchMode.DISPLACED and band.displaced_calls < 2
+        patch.keep = self.config.predicts_patches and late
+        first = mode is PatchMode.DISPLACED and patch.displaced_calls < 2
         with self.exchange.step(), self.planner.learning(first):
-            result = self.hooks.on_patch(band, self._signature, mode, run, args, kwargs)
-        if band.keep:
-            band.trend.made(tick.step)
+            result = self.hooks.on_patch(patch, self._signature, mode, run, args, kwargs)
+        if patch.keep:
+            patch.trend.made(tick.step)
         return result
 
     @property
@@ -86,18 +86,18 @@ class Bands:
         return PatchMode.SYNC if missing.get(mode) else mode
 
     def norm_before(self, norm, conv, x, **added):
-        """See `Band.norm_before`; of modules."""
+        """See `Patch.norm_before`; of modules."""
         names = self.hooks.names.get(norm), self.hooks.names.get(conv)
         return None if self.hooks.active is None else self.hooks.active.norm_before(names, norm, x, **added)
 
     def errors(self):
         """{site: its prediction's relative error, and that of reuse}, of the latest calls."""
-        return summaries((place[0], band.check.errors) for place, band in self._bands.items())
+        return summaries((place[0], patch.check.errors) for place, patch in self._patches.items())
 
     def forget(self, released=False):
         """Drop all plans, buffers and hooks; the slots too, unless they are `released`."""
-        for band in () if released else self._bands.values():
-            band.release()
-        self._bands.clear()
+        for patch in () if released else self._patches.values():
+            patch.release()
+        self._patches.clear()
         self.hooks.remove()
         self.plan = None

@@ -1,11 +1,11 @@
 """Hooks on the modules of one denoiser that hand what happens in them to the patch under way."""
 
-from ..modules import Attachment
-from .sites import JOINS, KINDS, Watch
+from ..modules import Attachment, Watch
+from .sites import JOINS, KINDS
 
 
-class BandHooks:
-    """`active` is the `Band` whose call is under way, or None: then every module runs as it is.
+class Hooks:
+    """`active` is the `Patch` whose call is under way, or None: then every module runs as it is.
 
     `names`: {module: its name in the denoiser}.
     """
@@ -28,28 +28,28 @@ class BandHooks:
 
         return begun
 
-    def on_patch(self, band, signature, mode, run, args, kwargs, exact=False):
-        """The denoiser's result for the whole picture, of one call on a band's patch. Collective over the patches.
+    def on_patch(self, patch, signature, mode, run, args, kwargs, exact=False):
+        """The denoiser's result for the whole picture, of one call on a patch. Collective over the patches.
 
         Args:
             run: `run(args, kwargs)` is the call on the patch; the forward in it is `counted`.
-            exact: see `Band.begin`.
+            exact: see `Patch.begin`.
         """
-        cut_args, cut_kwargs = band.begin(signature, mode, args, kwargs, exact)
-        self.active = band
+        cut_args, cut_kwargs = patch.begin(signature, mode, args, kwargs, exact)
+        self.active = patch
         try:
             result = run(cut_args, cut_kwargs)
         finally:
             self.active = None
-        return band.end(result) if band.bound else result
+        return patch.end(result) if patch.bound else result
 
-    def attach(self, recorder, band):
-        """Put hooks on the modules in which a band will meet something, as a recorded forward tells."""
+    def attach(self, recorder, patch):
+        """Put hooks on the modules in which a patch will meet something, as a recorded forward tells."""
         modules = dict(self._denoiser.named_modules())
         self.names = {module: name for name, module in modules.items()}
-        wanted = {name for name, _ in recorder.sites} | band.constant_modules
+        wanted = {name for name, _ in recorder.sites} | patch.constant_modules
         # What the modules inside a joining one do must not be taken for its own.
-        wanted |= {n for outer in band.joining_modules for n in modules if n == outer or n.startswith(f"{outer}.")}
+        wanted |= {n for outer in patch.joining_modules for n in modules if n == outer or n.startswith(f"{outer}.")}
         self._at_root |= "" in wanted
         for name in sorted(wanted - {"", *self._attached}):
 
@@ -65,12 +65,12 @@ class BandHooks:
         self._attached.clear()
 
     def _in_module(self, name, forward, args, kwargs):
-        band = self.active
-        if band is None:
+        patch = self.active
+        if patch is None:
             return forward(*args, **kwargs)
-        outermost = band.way.enter(name)
+        outermost = patch.way.enter(name)
         try:
-            known = band.constant()
+            known = patch.constant()
             if known is not None:
                 return known
             if not outermost:
@@ -78,7 +78,7 @@ class BandHooks:
             with self._watch:
                 return forward(*args, **kwargs)
         finally:
-            band.way.leave()
+            patch.way.leave()
 
     def _meet(self, func, args, kwargs):
         return self.active.meet(func, args, kwargs)

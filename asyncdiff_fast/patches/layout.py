@@ -1,14 +1,14 @@
 """Which rows of the picture each patch holds, at every resolution of the denoiser, and which it must be sent. Pure.
 
-A patch is a band of rows of the latent (of tokens, where the latent is a sequence). At coarser resolutions it holds the
-rows that its band touches. Where bands do not begin at a multiple of the coarsest row, two patches hold one coarse row;
-the first of them owns it.
+A patch is neighbouring rows of the latent (of tokens, where the latent is a sequence). At coarser resolutions it holds
+the rows that these touch. Where patches do not begin at a multiple of the coarsest row, two of them hold one coarse
+row; the first owns it.
 """
 
 from dataclasses import dataclass
 from itertools import pairwise
 
-# A band may exceed the ideal share by this much before bands are cut finer than the coarsest row.
+# A patch may exceed the ideal share by this much before patches are cut finer than the coarsest row.
 UNEVEN = 1.1
 
 
@@ -40,11 +40,11 @@ class Rows:
 
 
 def split(size, num_patches, factor=1, aligned=False):
-    """Bands of `size` rows, as even as whole coarsest rows allow, or finer where that is too uneven.
+    """Patches of `size` rows, as even as whole coarsest rows allow, or finer where that is too uneven.
 
     Args:
         factor: rows of the latent in one row of the coarsest resolution.
-        aligned: begin every band at a coarsest row.
+        aligned: begin every patch at a coarsest row.
     Returns: `Rows`.
     Raises: ValueError if there are fewer rows than patches.
     """
@@ -151,27 +151,3 @@ def tokens_of(rows, length, lengths):
     if extra < 0 or any(n != extra + per_row * h for n, h in zip(lengths, held, strict=True)):
         raise ValueError(f"a sequence of {length} is {list(lengths)} on patches of {held} of {rows.size} rows")
     return per_row, extra
-
-
-@dataclass(frozen=True)
-class Mesh:
-    """Ranks as a mesh of CFG halves, patches and stages, the stage innermost."""
-
-    halves: int
-    patches: int
-    stages: int
-
-    @property
-    def size(self):
-        """Ranks in all."""
-        return self.halves * self.patches * self.stages
-
-    def place(self, rank):
-        """(half, patch, stage) of a rank."""
-        return rank // (self.patches * self.stages), rank // self.stages % self.patches, rank % self.stages
-
-    def along(self, axis, rank):
-        """The ranks that differ from `rank` in one axis only ("half", "patch" or "stage"), in order."""
-        mine = self.place(rank)
-        kept = [i for i, name in enumerate(("half", "patch", "stage")) if name != axis]
-        return tuple(r for r in range(self.size) if all(self.place(r)[i] == mine[i] for i in kept))

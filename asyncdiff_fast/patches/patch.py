@@ -10,7 +10,7 @@ from ..prediction.trend import Trend
 from .kinds import make_state
 from .result import PatchResult
 from .sites import CONV, JOINS, KINDS, NORM, seen
-from .slots import BandSlots
+from .slots import PatchSlots
 from .way import Way, lost
 
 # Sites whose predictions are looked at, at most.
@@ -19,15 +19,15 @@ CHECKED_SITES = 16
 LAYER_HOPS = 2
 
 
-class Band:
-    """A patch's part of one pass, for one plan.
+class Patch:
+    """One patch, by its number, in one pass, for one plan.
 
     While it is `probing` there is no plan yet: every patch works for itself, and `found` collects what it meets.
     """
 
-    def __init__(self, config, cutter, patch, device, packed, choice):
+    def __init__(self, config, cutter, number, device, packed, choice):
         self._packed, self._choice = packed, choice
-        self.config, self.cutter, self.patch, self.device = config, cutter, patch, device
+        self.config, self.cutter, self.number, self.device = config, cutter, number, device
         self.mode, self.group_norm, self.bessel = PatchMode.LOCAL, config.group_norm, config.bessel
         self.plan = None
         self.probing, self.bound, self.found = True, False, {}
@@ -166,7 +166,7 @@ class Band:
     def prepare(self, sites, constants, joins):
         """What is known before the first look: the sites that change the rows, and this patch's positions."""
         for site in sites:
-            self._states[(site.name, site.call), site.place] = (-1, make_state(site, self.patch, None))
+            self._states[(site.name, site.call), site.place] = (-1, make_state(site, self.number, None))
         self._constants, self._joins = constants, joins
 
     def bind(self, plan, exchange, phase, samples):
@@ -177,14 +177,14 @@ class Band:
         # Ordinary tensors, whatever mode the first call runs in: they are written in later ones too.
         with torch.inference_mode(False):
             self._order = [
-                make_state(site, self.patch, self.device, self.config.predicts_patches) for site in plan.sites
+                make_state(site, self.number, self.device, self.config.predicts_patches) for site in plan.sites
             ]
         for index, (site, state) in enumerate(zip(plan.sites, self._order, strict=True)):
             self._states[(site.name, site.call), site.place] = (index, state)
             state.sample = samples.get(index)
         if self.config.predicts_patches:
             self.check.bind(self._checked(), self.device)
-        self._slots = BandSlots(plan, self._order, exchange, phase)
+        self._slots = PatchSlots(plan, self._order, exchange, phase)
 
     def _checked(self):
         """{key: name} of the parts whose predictions are looked at: one of each site, of many sites some."""
@@ -194,7 +194,7 @@ class Band:
 
     def learn_result(self, whole, mine):
         """Learn where the rows are in the denoiser's results, on the whole picture and on this patch."""
-        self._result = PatchResult(self.cutter.rows, self.patch, whole, mine, self.config.checks)
+        self._result = PatchResult(self.cutter.rows, self.number, whole, mine, self.config.checks)
 
     def bind_result(self, exchange, phase):
         """Register the slot for the parts of the result. Collective."""
@@ -237,7 +237,7 @@ class Band:
         self.check.judge(self.trend)
         if not self.config.checks:
             return self._result.share(result)
-        self._result.reports[self.patch].copy_(self.check.errors.worst)
+        self._result.reports[self.number].copy_(self.check.errors.worst)
         whole = self._result.share(result)
         self.check.report.give(self._result.reports.amax(0))
         return whole

@@ -11,7 +11,7 @@ from ..fused.packed import PackedWeights
 from ..tracing import side_effects
 from . import site_rows, sites
 from .cutting import Cutter
-from .patch import Band
+from .patch import Patch
 from .plan import PatchPlan
 from .projections import KeptBytes
 
@@ -19,8 +19,8 @@ from .projections import KeptBytes
 CLOSE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
-class BandPlanner:
-    """Makes the bands of one denoiser. `world` is None where one process plans alone; `hooks`: its `BandHooks`."""
+class Planner:
+    """Makes the patches of one denoiser. `world` is None where one process plans alone; `hooks`: its `Hooks`."""
 
     def __init__(self, denoiser, config, world, signature, hooks, packed=None, choice=None):
         self.denoiser, self.config, self.world, self.hooks = denoiser, config, world, hooks
@@ -28,26 +28,26 @@ class BandPlanner:
         self._choice = choice
 
     def first(self, forward, args, kwargs, axis, exchange, phase):
-        """The band of this rank for these inputs, bound to its slots and checked against the whole picture. Collective.
+        """The patch of this rank for these inputs, bound to its slots, checked against the whole picture. Collective.
 
         Raises: ValueError if the denoiser cannot be shared out as patches, on every rank.
         """
         whole, recorder, kept_bytes = self._look(forward, args, kwargs)
         run = self._quiet(forward)
-        band = self._band(recorder, args, kwargs, axis, self.world.rank)
-        self._probe(band, run, args, kwargs, whole)
+        patch = self._patch(recorder, args, kwargs, axis, self.world.rank)
+        self._probe(patch, run, args, kwargs, whole)
         if not self.config.naive:
-            everyone = self.world.gather((band.found, band.sees_latent), "the rows of every site")
-            plan = self._plan(band.cutter, recorder, everyone, whole, kept_bytes)
+            everyone = self.world.gather((patch.found, patch.sees_latent), "the rows of every site")
+            plan = self._plan(patch.cutter, recorder, everyone, whole, kept_bytes)
             if len(set(self.world.gather(plan.digest(), "the plan of the patches"))) > 1:
                 raise ValueError("ranks planned different patches: the denoisers or their inputs differ")
-            band.bind(plan, exchange, phase, _samples(plan, recorder))
-        band.bind_result(exchange, phase)
+            patch.bind(plan, exchange, phase, _samples(plan, recorder))
+        patch.bind_result(exchange, phase)
         if not self.config.naive:
             with self.learning(True):
-                joined = self._on_patch(band, PatchMode.SYNC, run, args, kwargs, exact=True)
+                joined = self._on_patch(patch, PatchMode.SYNC, run, args, kwargs, exact=True)
             self._verify(joined, whole)
-        return band
+        return patch
 
     def learning(self, first):
         """Kernels are chosen at the `first` call of a kind, if all ranks are patches and so make the same calls."""
@@ -58,42 +58,42 @@ class BandPlanner:
         """The plan, made by one process that looks at every patch in turn. Returns `PatchPlan`."""
         return self._planned(forward, args, kwargs)[0]
 
-    def emulate(self, patch, forward, args, kwargs, exchange):
+    def emulate(self, number, forward, args, kwargs, exchange):
         """One patch's calls in a process that knows no other patch, to measure what a rank computes.
 
         Returns: (`PatchPlan`, a function of a `PatchMode` that carries out the patch's call with these arguments). The
             exchange sees all its posts and waits; received is what it writes.
         """
-        plan, bands, samples, whole, run = self._planned(forward, args, kwargs)
-        band = bands[patch]
-        band.learn_result(whole, self._on_patch(band, PatchMode.LOCAL, run, args, kwargs))
-        band.bind(plan, exchange, "emulated", samples)
-        band.bind_result(exchange, "emulated")
-        return plan, lambda mode: self._on_patch(band, mode, run, args, kwargs)
+        plan, patches, samples, whole, run = self._planned(forward, args, kwargs)
+        patch = patches[number]
+        patch.learn_result(whole, self._on_patch(patch, PatchMode.LOCAL, run, args, kwargs))
+        patch.bind(plan, exchange, "emulated", samples)
+        patch.bind_result(exchange, "emulated")
+        return plan, lambda mode: self._on_patch(patch, mode, run, args, kwargs)
 
     def _planned(self, forward, args, kwargs):
-        """(plan, a band of every patch, samples of its sites, the whole result, a quiet forward)."""
+        """(plan, a patch of every patch, samples of its sites, the whole result, a quiet forward)."""
         whole, recorder, kept_bytes = self._look(forward, args, kwargs)
-        run, bands = self._quiet(forward), []
-        for patch in range(self.config.num_patches):
-            bands.append(self._band(recorder, args, kwargs, schedule.patch_axis(self.config, 0), patch))
-            self._on_patch(bands[-1], PatchMode.LOCAL, run, args, kwargs)
-        everyone = [(band.found, band.sees_latent) for band in bands]
-        plan = self._plan(bands[0].cutter, recorder, everyone, whole, kept_bytes)
-        return plan, bands, _samples(plan, recorder), whole, run
+        run, patches = self._quiet(forward), []
+        for number in range(self.config.num_patches):
+            patches.append(self._patch(recorder, args, kwargs, schedule.patch_axis(self.config, 0), number))
+            self._on_patch(patches[-1], PatchMode.LOCAL, run, args, kwargs)
+        everyone = [(patch.found, patch.sees_latent) for patch in patches]
+        plan = self._plan(patches[0].cutter, recorder, everyone, whole, kept_bytes)
+        return plan, patches, _samples(plan, recorder), whole, run
 
     def on_first_patch(self, forward, args, kwargs, make_plan):
         """What `make_plan(denoiser, forward, args, kwargs, config)` makes of the first patch's call."""
         _, recorder, _ = self._look(forward, args, kwargs)
-        self.hooks.active = self._band(recorder, args, kwargs, schedule.patch_axis(self.config, 0), 0)
+        self.hooks.active = self._patch(recorder, args, kwargs, schedule.patch_axis(self.config, 0), 0)
         cut_args, cut_kwargs = self.hooks.active.begin(self._signature, PatchMode.LOCAL, args, kwargs)
         try:
             return make_plan(self.denoiser, self.hooks.counted(forward), cut_args, cut_kwargs, self.config)
         finally:
             self.hooks.active = None
 
-    def _on_patch(self, band, mode, run, args, kwargs, exact=False):
-        return self.hooks.on_patch(band, self._signature, mode, run, args, kwargs, exact)
+    def _on_patch(self, patch, mode, run, args, kwargs, exact=False):
+        return self.hooks.on_patch(patch, self._signature, mode, run, args, kwargs, exact)
 
     def _quiet(self, forward):
         """Calls of the denoiser that leave no trace in it."""
@@ -120,14 +120,14 @@ class BandPlanner:
             )
         return whole, recorder, kept.nbytes
 
-    def _band(self, recorder, args, kwargs, axis, patch):
-        """A band without a plan, ready for a first look."""
+    def _patch(self, recorder, args, kwargs, axis, number):
+        """A patch without a plan, ready for a first look."""
         latent = self._signature.latent(args, kwargs)
-        cutter = Cutter.of(recorder, latent, self._signature.latent_name, self.config, patch, axis)
-        band = Band(self.config, cutter, patch, latent.device, self._packed, self._choice)
-        band.prepare(*_beforehand(recorder, cutter, self.config.naive))
-        self.hooks.attach(recorder, band)
-        return band
+        cutter = Cutter.of(recorder, latent, self._signature.latent_name, self.config, number, axis)
+        patch = Patch(self.config, cutter, number, latent.device, self._packed, self._choice)
+        patch.prepare(*_beforehand(recorder, cutter, self.config.naive))
+        self.hooks.attach(recorder, patch)
+        return patch
 
     def _plan(self, cutter, recorder, everyone, whole, kept_bytes):
         """The plan from what every patch has found; without sites for naive patches, which exchange results only."""
@@ -139,19 +139,19 @@ class BandPlanner:
         nbytes = sum(x.nbytes for x in tree_leaves(whole) if isinstance(x, torch.Tensor))
         return PatchPlan(self.config, cutter.rows, cutter.levels, found, nbytes, kept_bytes)
 
-    def _probe(self, band, run, args, kwargs, whole):
+    def _probe(self, patch, run, args, kwargs, whole):
         """Run the denoiser on this patch alone: the numbers mean nothing yet, but all shapes are seen."""
         problem = None
         try:
-            band.learn_result(whole, self._on_patch(band, PatchMode.LOCAL, run, args, kwargs))
+            patch.learn_result(whole, self._on_patch(patch, PatchMode.LOCAL, run, args, kwargs))
         except Exception as error:
             problem = f"{type(error).__name__}: {error}"
         problems = self.world.gather(problem, "a first look at the patches")
-        for patch, text in enumerate(problems):
+        for number, text in enumerate(problems):
             if text is not None:
                 raise ValueError(
-                    f"{type(self.denoiser).__name__} does not run on patch {patch} of {self.world.size}, "
-                    f"{band.cutter.describe(patch)}: {text}"
+                    f"{type(self.denoiser).__name__} does not run on patch {number} of {self.world.size}, "
+                    f"{patch.cutter.describe(number)}: {text}"
                 )
 
     def _verify(self, joined, whole):

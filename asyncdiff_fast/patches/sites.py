@@ -90,19 +90,6 @@ def seen(kind, args, kwargs, result, sampled=True):
     return Seen(kind, tuple(first.shape), tuple(result.shape), options, first.dtype)
 
 
-class Watch(TorchFunctionMode):
-    """Within `inside(module)` hands every watched function call to `handle(func, args, kwargs)`."""
-
-    def __init__(self, watched, handle):
-        super().__init__()
-        self.watched, self._handle = watched, handle
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func in self.watched:
-            return self._handle(func, args, kwargs or {})
-        return func(*args, **(kwargs or {}))
-
-
 class _Followed:
     """Tensors that follow from some others, known by identity while they live."""
 

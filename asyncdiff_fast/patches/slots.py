@@ -6,8 +6,8 @@ from .sites import NORM
 from .state import messages
 
 
-class BandSlots:
-    """The slots of one band. `states` are those of the plan's sites, in order. Collective to make.
+class PatchSlots:
+    """The slots of one patch. `states` are those of the plan's sites, in order. Collective to make.
 
     `phase` is the name under which ranks compare them.
     """

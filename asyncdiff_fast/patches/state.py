@@ -79,7 +79,7 @@ class State:
                 step.note(part)
 
     def run(self, func, args, kwargs, step):
-        """The function's result on this patch; `step`, the `Band`, has the call's mode and what sites share."""
+        """The function's result on this patch; `step`, the `Patch`, has the call's mode and what sites share."""
         return func(*args, **kwargs)
 
 

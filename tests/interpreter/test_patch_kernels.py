@@ -12,7 +12,7 @@ from asyncdiff_fast.exchange.world import World
 from asyncdiff_fast.fused import patch_ops, patches
 from asyncdiff_fast.fused.choice import KernelChoice
 from asyncdiff_fast.fused.fusion import Fusion
-from asyncdiff_fast.patches.calls import Bands
+from asyncdiff_fast.patches.calls import Patches
 
 
 class NoExchange:
@@ -67,10 +67,10 @@ def displaced(build, kernels, patch, patches, group_norm, watch=None):
     config = Config(num_patches=patches, group_norm=group_norm, kernels=kernels)
     choice = KernelChoice(kernels, World((0,), 10))
     fusion = Fusion(denoiser, choice, patches=True)
-    bands = Bands(denoiser, config, None, exchange, CallSignature(denoiser), choice=choice)
-    choice.patches = bands
+    shared = Patches(denoiser, config, None, exchange, CallSignature(denoiser), choice=choice)
+    choice.patches = shared
     with torch.no_grad():
-        _, call = bands.planner.emulate(patch, denoiser.forward, (), inputs(build), exchange)
+        _, call = shared.planner.emulate(patch, denoiser.forward, (), inputs(build), exchange)
         call(PatchMode.SYNC)
         random, results = torch.Generator().manual_seed(2), []
         for _ in range(3):
@@ -82,7 +82,7 @@ def displaced(build, kernels, patch, patches, group_norm, watch=None):
         if watch is not None:
             with watch:
                 call(PatchMode.DISPLACED)
-    bands.forget(released=True)
+    shared.forget(released=True)
     fusion.remove()
     return results, [x.clone() for x in exchange.sent]
 

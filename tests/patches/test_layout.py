@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from asyncdiff_fast.mesh import Mesh
 from asyncdiff_fast.patches import layout, site_rows
 from asyncdiff_fast.patches.kinds import make_state
-from asyncdiff_fast.patches.layout import Mesh, Rows, Tokens
+from asyncdiff_fast.patches.layout import Rows, Tokens
 from asyncdiff_fast.patches.site import Halo, Norm, Resize, Ring
 from asyncdiff_fast.patches.sites import ATTENTION, CONV, NORM, RESIZE, Seen
 
@@ -37,7 +38,7 @@ def assert_owned_once(rows):
         assert held_start <= start <= stop <= held_stop <= rows.size
 
 
-# Bands of the latent.
+# Rows of the latent.
 
 
 @quick
@@ -61,7 +62,7 @@ def test_split(size, num_patches, factor, aligned):
 def test_split_prefers_whole_coarse_rows_but_not_at_any_price():
     assert layout.split(128, 4, 4).held == ((0, 32), (32, 64), (64, 96), (96, 128))
     assert layout.split(128, 3, 4).held == ((0, 40), (40, 84), (84, 128))
-    # Two bands of whole coarse rows would be 8 and 4 rows.
+    # Two patches of whole coarse rows would be 8 and 4 rows.
     assert layout.split(12, 2, 8).held == ((0, 6), (6, 12))
 
 
@@ -158,7 +159,7 @@ def _around(site, whole, patch):
 
 @quick
 @given(networks(), patch_counts)
-def test_bands_with_their_halos_make_the_whole_convolution(network, num_patches):
+def test_patches_with_their_halos_make_the_whole_convolution(network, num_patches):
     assume(network and network[0][1] >= num_patches)
     for site, (kind, before, after, options) in zip(_sites(network, num_patches), network, strict=True):
         x = torch.randn(1, 1, before, 2, dtype=torch.float64)
@@ -274,7 +275,7 @@ def test_tokens_of_a_row_are_told_by_lengths(size, num_patches, inner, extra, st
     assume(size >= num_patches > 1)
     rows = layout.split(size, num_patches).coarser(-(-size // step), step)
     held = [stop - start for start, stop in rows.held]
-    # Each patch holds the whole where bands are finer than its rows: then nothing tells rows from others.
+    # Each patch holds the whole where patches are finer than its rows: then nothing tells rows from others.
     assume(any(h != rows.size for h in held))
     lengths = [extra + inner * h for h in held]
     if sum(held) != num_patches * rows.size:

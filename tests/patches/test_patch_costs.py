@@ -80,9 +80,9 @@ def _memory(x):
     return x.untyped_storage().data_ptr()
 
 
-def _buffers(band):
-    """What the sites of a band send, receive and read."""
-    for state in band._order:
+def _buffers(patch):
+    """What the sites of a patch send, receive and read."""
+    for state in patch._order:
         for x in (*state.sends(), *state.recvs()):
             yield x[1]
         for part in state.received:
@@ -116,7 +116,7 @@ def _displaced(rank, name, num_patches):
         call(model, 600)
     with Allocated() as allocated:
         result = call(model, 500)
-    posted, exchange = [], runtime._parts.bands.exchange
+    posted, exchange = [], runtime._parts.patches.exchange
     post = exchange.post
 
     def counted(slot):
@@ -127,8 +127,8 @@ def _displaced(rank, name, num_patches):
     runtime.clear_stats()
     call(model, 400)
     sent_bytes, plan = runtime.stats()["sent_bytes"], runtime.plan
-    (band,) = runtime._parts.bands._bands.values()
-    buffers = {_memory(x): x.untyped_storage().nbytes() for x in _buffers(band)}
+    (patch,) = runtime._parts.patches._patches.values()
+    buffers = {_memory(x): x.untyped_storage().nbytes() for x in _buffers(patch)}
     held = sum(buffers.values()) + runtime._projections.nbytes
     start, stop = plan.rows.held[rank]
     of_result = result.nbytes * (stop - start) // plan.rows.size * (num_patches - 1)

@@ -55,7 +55,7 @@ MODELS = {
 CASES = [
     *[("unet", 2, w, dict(group_norm=g)) for g in ("corrected", "stale", "sync", "local") for w in (1, 2)],
     *[("unet", 2, w, dict(exchange="none")) for w in (1, 2)],
-    # Bands that share a row of the coarse resolutions, and bands that do not.
+    # Patches that share a row of the coarse resolutions, and patches that do not.
     *[(name, 3, 1, dict(group_norm=g)) for name in ("unet", "tall unet") for g in ("corrected", "stale", "local")],
     ("tall unet", 3, 2, dict(group_norm="sync")),
     ("tall unet", 3, 1, dict(exchange="none")),
@@ -94,18 +94,18 @@ def _patched(rank, cases):
 
 @functools.cache
 def patched(num_patches):
-    """[(predictions, bands) of each case on each rank]"""
+    """[(predictions, held) of each case on each rank]"""
     cases = [case for case in CASES if case[1] == num_patches]
     return list(zip(*ranks.run(num_patches, _patched, cases, timeout=250), strict=True))
 
 
-def _simulated(case, bands):
+def _simulated(case, held):
     name, _, warmup_steps, options = case
     make, _, _, sequences = MODELS[name]
     model = make()
     with torch.no_grad():
         plain = predictions(name)(model)
-        with patch_oracle.Simulation(model, bands, sequences, warmup_steps, **options):
+        with patch_oracle.Simulation(model, held, sequences, warmup_steps, **options):
             return predictions(name)(model), plain
 
 
@@ -137,8 +137,8 @@ def test_displaced_steps_follow_the_rule(case):
 
 def test_the_rules_differ():
     """The simulation itself tells the modes apart."""
-    bands = ((0, 8), (8, 16))
+    held = ((0, 8), (8, 16))
     modes = [dict(group_norm=g) for g in ("corrected", "stale", "sync", "local")] + [dict(exchange="none")]
-    runs = [_simulated(("unet", 2, 1, mode), bands)[0] for mode in modes]
+    runs = [_simulated(("unet", 2, 1, mode), held)[0] for mode in modes]
     for a, b in itertools.combinations(runs, 2):
         assert (a[-1] - b[-1]).abs().max() / b[-1].abs().max() > 5 * TOLERANCE

@@ -183,7 +183,7 @@ def _many_sizes(rank):
     plain = [predictions(model, size=size, times=TIMES[:2]) for size in sizes]
     runtime = asyncdiff_fast.patch(model, num_patches=2, exchange="sync", timeout_s=60)
     errors = [difference(predictions(model, size=s, times=TIMES[:2]), p) for s, p in zip(sizes, plain, strict=True)]
-    kept = len(runtime._parts.bands._bands)
+    kept = len(runtime._parts.patches._patches)
     asyncdiff_fast.unpatch(model)
     return max(errors), kept
 

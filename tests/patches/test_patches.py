@@ -45,7 +45,7 @@ def _generations(name):
 
 
 def _exact(rank, num_patches, names):
-    """{family: (patched pictures, largest differences to the unpatched ones, what unpatch left, bands)}"""
+    """{family: (patched pictures, largest differences to the unpatched ones, what unpatch left, held)}"""
     found = {}
     for name in names:
         pipe = tiny_pipelines.build(name)
@@ -53,14 +53,14 @@ def _exact(rank, num_patches, names):
         runs = list(_generations(name))
         runtime = asyncdiff_fast.patch(pipe, num_patches=num_patches, exchange="sync", timeout_s=100)
         pictures = [tiny_pipelines.generate(pipe, name, steps=2, **run) for run in runs]
-        bands, stats = runtime.plan.rows.held, runtime.stats()
+        held, stats = runtime.plan.rows.held, runtime.stats()
         asyncdiff_fast.unpatch(pipe)
         left = [k for k, m in tiny_pipelines.denoiser(pipe).named_modules() if set(vars(m)) != before[k]]
         errors = []
         if rank == 0:
             plain = [tiny_pipelines.generate(pipe, name, steps=2, **run) for run in runs]
             errors = [float(np.abs(a - b).max()) for a, b in zip(pictures, plain, strict=True)]
-        found[name] = pictures, errors, left, bands, stats["sent_bytes"]
+        found[name] = pictures, errors, left, held, stats["sent_bytes"]
     return found
 
 
@@ -79,10 +79,10 @@ CASES = [(n, name) for n in (2, 3, 4) for name in tiny_pipelines.NAMES]
 @pytest.mark.parametrize("num_patches, name", quick(CASES, *((2, name) for name in FEW)))
 def test_synchronous_patches_give_the_unpatched_picture(num_patches, name):
     results = [rank[name] for rank in exact(num_patches, FEW if name in FEW else MORE)]
-    pictures, errors, left, bands, sent_bytes = results[0]
+    pictures, errors, left, held, sent_bytes = results[0]
     for error, arguments in zip(errors, _generations(name), strict=True):
         assert error <= TOLERANCE.get(name, 2e-5), f"{arguments}: differs by {error:.1e}"
-    assert len(bands) == num_patches and sent_bytes > 0
+    assert len(held) == num_patches and sent_bytes > 0
     assert not left, "unpatch must leave no attribute behind"
     for rank, (theirs, *_) in enumerate(results):
         assert all(map(np.array_equal, theirs, pictures)), f"rank {rank} has another picture"

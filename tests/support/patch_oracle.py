@@ -2,7 +2,7 @@
 
 Every patch runs the whole denoiser on the whole picture. In its run, the input of each convolution, the keys and values
 of each self-attention and the statistics of each GroupNorm are its own where they belong to its rows, and elsewhere
-those that their owner's run had one step before. No bands, no halos, no rings.
+those that their owner's run had one step before. No shared rows, no halos, no rings.
 """
 
 import threading
@@ -18,16 +18,16 @@ class Simulation:
     """Replaces a denoiser's forward by the rule of displaced patches; `restart()` begins a new generation.
 
     Args:
-        bands: rows of the latent (tokens, if it is a sequence) of each patch, half-open ranges.
+        held: rows of the latent (tokens, if it is a sequence) of each patch, half-open ranges.
         sequences: {number of keys of a self-attention: (place of the first of the picture's, their rows)}.
     """
 
-    def __init__(self, denoiser, bands, sequences, warmup_steps, group_norm="corrected", exchange="displaced"):
+    def __init__(self, denoiser, held, sequences, warmup_steps, group_norm="corrected", exchange="displaced"):
         self.denoiser, self.forward = denoiser, denoiser.forward
-        self.bands, self.sequences, self.warmup_steps = bands, sequences, warmup_steps
+        self.held, self.sequences, self.warmup_steps = held, sequences, warmup_steps
         self.group_norm = "local" if exchange == "none" else group_norm
         self.frozen = exchange == "none"
-        self.size = bands[-1][1]
+        self.size = held[-1][1]
         self.restart()
 
     def restart(self):
@@ -43,7 +43,7 @@ class Simulation:
     def held(self, size):
         """The rows that each patch computes where there are `size` rows."""
         factor = self.size // size
-        return [(start // factor, -(-stop // factor)) for start, stop in self.bands]
+        return [(start // factor, -(-stop // factor)) for start, stop in self.held]
 
     def owned(self, size):
         """Of those, the ones that no patch before it computes too."""
@@ -64,9 +64,9 @@ class Simulation:
                 result = self.forward(latent, *args, **kwargs)
             self.memory = view.made
             return result
-        results, views = [None] * len(self.bands), [_View(self, p) for p in range(len(self.bands))]
+        results, views = [None] * len(self.held), [_View(self, p) for p in range(len(self.held))]
         # The patches meet at every norm, so that "sync" can read what the others have just made.
-        barrier = threading.Barrier(len(self.bands))
+        barrier = threading.Barrier(len(self.held))
 
         def run(patch):
             try:
@@ -78,7 +78,7 @@ class Simulation:
                 raise
 
         self.views = views
-        threads = [threading.Thread(target=run, args=(p,)) for p in range(len(self.bands))]
+        threads = [threading.Thread(target=run, args=(p,)) for p in range(len(self.held))]
         for thread in threads:
             thread.start()
         for thread in threads:
