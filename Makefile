@@ -50,6 +50,8 @@ test-slow: install
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	! grep -lE 'pybind11|Python\.h' $(filter-out csrc/bindings.cpp,$(CPP))
 	$(if $(CPP),$(BIN)/clang-format --dry-run -Werror $(CPP))
 
 bench: install
