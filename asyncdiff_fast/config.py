@@ -15,6 +15,9 @@ ENVIRONMENT = {
     "ASYNCDIFF_FAST_CACHE": "folder where measured choices of kernels are kept; default ~/.cache/asyncdiff_fast",
 }
 
+# Relative errors of predictions that are accepted where the options do not say.
+ACTIVATION_TOLERANCE, LATENT_TOLERANCE = 0.05, 0.014
+
 _CHOICES = {
     "exchange": ("displaced", "sync", "none"),
     "group_norm": ("corrected", "stale", "sync", "local"),
@@ -39,6 +42,7 @@ class Config:
         stages: module names of each stage, instead of the search; modules not named run on every rank.
         stride_phase: with stride 2, "warmup" computes at the first step after warm-up and every other one from there;
             "odd" computes at odd steps, as the published implementation does.
+        parallel_steps: how many ranks evaluate successive steps side by side, at predicted latents.
         num_patches: how many ranks share the rows of the picture (DistriFusion's patches).
         cfg_parallel: the two halves of classifier-free guidance run on different ranks.
         exchange: after warm-up, patches read of each other what the step before made ("displaced"), what this step
@@ -54,7 +58,8 @@ class Config:
             "triton" wherever they can run; "torch" nowhere.
         predict: what another rank's values of the step before stand for: "linear" carries their last change forward by
             the sampler's intervals; "none" takes them as they are, as published.
-        tolerance: the relative error of predictions at which warmup_steps="auto" ends; not checked otherwise.
+        tolerance: the relative error of predictions that is accepted: warmup_steps="auto" ends by it, and blocks of
+            parallel steps are as long as it allows. Default: 0.05 of activations, 0.014 of latents.
         resync: the next call is exact if the relative error of a prediction has come to more than this, and to several
             times what it was before, as after a change of the prompt; 0 for never. Patches of stages have neither.
     Raises: ValueError that names the option, the value and the allowed values.
@@ -66,6 +71,7 @@ class Config:
     warmup_steps: int | str = 4
     time_shift: bool = False
     num_patches: int = 1
+    parallel_steps: int = 1
     cfg_parallel: bool = False
     exchange: str = "displaced"
     group_norm: str = "corrected"
@@ -77,7 +83,7 @@ class Config:
     timeout_s: float = 120.0
     kernels: str = "auto"
     predict: str = "none"
-    tolerance: float = 0.05
+    tolerance: float | None = None
     resync: float = 0.2
 
     def __post_init__(self):
@@ -87,6 +93,7 @@ class Config:
                 object.__setattr__(self, "num_stages", len(self.stages))
         self._check_integer("num_stages", 1)
         self._check_integer("num_patches", 1)
+        self._check_integer("parallel_steps", 1)
         if self.warmup_steps != "auto":
             self._check_integer("warmup_steps", 0)
         for name, allowed in _CHOICES.items():
@@ -95,6 +102,7 @@ class Config:
         for name in ("cfg_parallel", "bessel", "time_shift"):
             self._check(isinstance(getattr(self, name), bool), name, "True or False")
         self._check_patches()
+        self._check_steps()
         self._check_predictions()
         self._check(type(self.stride) is int and self.stride in (1, 2), "stride", "1 or 2")
         number = isinstance(self.timeout_s, int | float) and not isinstance(self.timeout_s, bool)
@@ -130,17 +138,38 @@ class Config:
                 'exchange="displaced" with group_norm "corrected", "stale" or "local", or num_stages=1'
             )
 
+    def _check_steps(self):
+        if self.parallel_steps == 1:
+            return
+        if self.num_stages > 1:
+            raise ValueError(
+                f"steps side by side and stages are not combined yet: got parallel_steps={self.parallel_steps}, "
+                f"num_stages={self.num_stages}; pass one of them, "
+                f"parallel_steps={self.parallel_steps * self.num_stages} for as many devices"
+            )
+        if self.num_patches > 1 and self.exchange != "sync":
+            raise ValueError(
+                "of patches only exact ones run under steps side by side: got "
+                f"parallel_steps={self.parallel_steps}, num_patches={self.num_patches}, exchange={self.exchange!r}; "
+                'pass exchange="sync", or num_patches=1'
+            )
+
     def _check_predictions(self):
         for name in ("tolerance", "resync"):
             value = getattr(self, name)
+            if name == "tolerance" and value is None:
+                continue
             number = isinstance(value, int | float) and not isinstance(value, bool)
             self._check(number and 0 <= value < 1e9, name, "a number of at least 0")
-        if self.warmup_steps == "auto" and not self.checks:
+        if self.warmup_steps == "auto" and not self.checks and self.parallel_steps == 1:
             raise ValueError(
                 f'warmup_steps="auto" needs predictions to judge by: got num_stages={self.num_stages}, '
                 f"num_patches={self.num_patches}, exchange={self.exchange!r}, predict={self.predict!r}; pass a number, "
-                'or predict="linear" with either stages or displaced patches'
+                'or predict="linear" with either stages or displaced patches, or parallel_steps'
             )
+        if self.tolerance is None:
+            default = LATENT_TOLERANCE if self.parallel_steps > 1 else ACTIVATION_TOLERANCE
+            object.__setattr__(self, "tolerance", default)
 
     @property
     def checks(self):
@@ -168,14 +197,19 @@ class Config:
         return self.num_patches > 1 and self.exchange == "displaced" and self.predict != "none"
 
     @property
+    def inside(self):
+        """True if something inside the denoiser is shared out, or replaced for one device."""
+        return self.num_stages > 1 or self.num_patches > 1 or self.parallel_steps == 1
+
+    @property
     def stage_ranks(self):
         """Ranks that share the stages: one for each, and one more with stride 2."""
         return self.num_stages + self.stride - 1
 
     @property
     def mesh(self):
-        """The ranks as a `Mesh` of CFG halves, patches and stages."""
-        return Mesh(2 if self.cfg_parallel else 1, self.num_patches, self.stage_ranks)
+        """The ranks as a `Mesh` of steps side by side, CFG halves, patches and stages."""
+        return Mesh(self.parallel_steps, 2 if self.cfg_parallel else 1, self.num_patches, self.stage_ranks)
 
     @property
     def world_size(self):

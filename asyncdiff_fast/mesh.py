@@ -2,11 +2,14 @@
 
 from dataclasses import dataclass
 
+AXES = ("step", "half", "patch", "stage")
+
 
 @dataclass(frozen=True)
 class Mesh:
-    """Ranks as a mesh of CFG halves, patches and stages, the stage innermost."""
+    """Ranks as a mesh of steps side by side, CFG halves, patches and stages, the stage innermost."""
 
+    steps: int
     halves: int
     patches: int
     stages: int
@@ -14,14 +17,16 @@ class Mesh:
     @property
     def size(self):
         """Ranks in all."""
-        return self.halves * self.patches * self.stages
+        return self.steps * self.halves * self.patches * self.stages
 
     def place(self, rank):
-        """(half, patch, stage) of a rank."""
-        return rank // (self.patches * self.stages), rank // self.stages % self.patches, rank % self.stages
+        """(step, half, patch, stage) of a rank."""
+        rank, stage = divmod(rank, self.stages)
+        rank, patch = divmod(rank, self.patches)
+        return (*divmod(rank, self.halves), patch, stage)
 
     def along(self, axis, rank):
-        """The ranks that differ from `rank` in one axis only ("half", "patch" or "stage"), in order."""
+        """The ranks that differ from `rank` in one axis only, of `AXES`, in order."""
         mine = self.place(rank)
-        kept = [i for i, name in enumerate(("half", "patch", "stage")) if name != axis]
+        kept = [i for i, name in enumerate(AXES) if name != axis]
         return tuple(r for r in range(self.size) if all(self.place(r)[i] == mine[i] for i in kept))

@@ -52,6 +52,34 @@ class Attachment:
                 del self.module._diffusers_hook
 
 
+class CompiledAttachment:
+    """A hook around a module that was compiled in place: what was compiled stays as it is."""
+
+    def __init__(self, module, handler):
+        self.module, self._compiled = module, module._compiled_call_impl
+
+        def call(*args, **kwargs):
+            return handler(self._compiled, args, kwargs)
+
+        self._ours = module._compiled_call_impl = call
+
+    def remove(self):
+        """Give the module back what it had."""
+        if self.module._compiled_call_impl is self._ours:
+            self.module._compiled_call_impl = self._compiled
+
+
+def attached(module, handler):
+    """A hook around all of a denoiser, compiled or not."""
+    compiled = getattr(module, "_compiled_call_impl", None) is not None
+    return (CompiledAttachment if compiled else Attachment)(module, handler)
+
+
+def own(denoiser):
+    """The module itself, where it is wrapped by torch.compile."""
+    return getattr(denoiser, "_orig_mod", denoiser)
+
+
 class Forwards:
     """Forwards of single modules that are replaced, beneath every hook that comes later.
 

@@ -1,4 +1,4 @@
-"""What one rank shares with others, along each axis of the mesh: halves, patches and stages, and their exchanges."""
+"""What one rank shares with others along each axis of the mesh: steps, halves, patches, stages; their exchanges."""
 
 from .exchange.choice import open_exchange
 from .exchange.world import ExchangeError, World
@@ -9,25 +9,26 @@ from .stages.calls import StageCalls
 
 
 class Parts:
-    """`halves`, `patches` and `stages` of one denoiser, None where the mesh has a single rank along that axis.
+    """`steps`, `halves`, `patches` and `stages` of one denoiser, None where the mesh has a single rank along that axis.
 
     Iterates over those that are there. Collective to make.
 
     Args:
         device_type: of the tensors that travel.
         packed, choice: `PackedWeights` and `KernelChoice` that patches use.
+        steps: `StepCalls` of all denoisers of the pipeline; the first of them opens and closes its exchange.
     """
 
-    def __init__(self, denoiser, config, world, signature, scheduler, packed, choice, device_type):
+    def __init__(self, denoiser, config, world, signature, scheduler, packed, choice, device_type, steps=None):
         self._denoiser, self._config, self._world = denoiser, config, world
         self._signature, self._scheduler = signature, scheduler
         self._packed, self._choice = packed, choice
         self._worlds = {axis: World(self.along(axis), world.timeout_s) for axis in ("half", "patch", "stage")}
-        self.device_type = device_type
+        self.device_type, self.steps = device_type, steps
         self._open()
 
     def __iter__(self):
-        return (part for part in (self.halves, self.patches, self.stages) if part is not None)
+        return (part for part in (self.halves, self.patches, self.stages, self._open_steps()) if part is not None)
 
     def along(self, axis):
         """torch.distributed ranks that differ from this one in one axis of the mesh."""
@@ -35,9 +36,10 @@ class Parts:
 
     @property
     def plan(self):
-        """The latest plan, None before the first call: a `Plan` of stages, a `PatchPlan`, or both in a `MeshPlan`."""
+        """The latest plan, None before the first call: of steps, stages or patches, or both in a `MeshPlan`."""
         patches, stages = self.patches and self.patches.plan, self.stages and self.stages.plan
-        return MeshPlan(patches, stages) if patches and stages else patches or stages
+        each = MeshPlan(patches, stages) if patches and stages else patches or stages
+        return each if self.steps is None else self.steps.plan(each)
 
     @property
     def exchange_kind(self):
@@ -53,7 +55,8 @@ class Parts:
         waits = {name: wait for s in found for name, wait in s["wait_s_by_slot"].items()}
         names = [name for name, number in found[0].items() if not isinstance(number, dict)] if found else []
         sums = {n: sum(s[n] for s in found) for n in names}
-        return {"prediction": prediction} | sums | ({"wait_s_by_slot": waits} if found else {})
+        steps = {} if self.steps is None else {"steps": self.steps.stats()}
+        return {"prediction": prediction} | steps | sums | ({"wait_s_by_slot": waits} if found else {})
 
     def restart(self, why=None):
         """Begin again with new exchanges; after an exception inside a call (`why`), messages are left half-way."""
@@ -63,24 +66,27 @@ class Parts:
     def close(self, why=None):
         """Drop all plans and buffers, and close the exchanges; with `why` they are stopped on all ranks."""
         parts, self.halves, self.patches, self.stages = list(self), None, None, None
-        for part in parts:
+        exchanges = [part.exchange for part in parts]
+        for part, exchange in zip(parts, exchanges, strict=True):
             if why:
-                part.exchange.abort(why)
+                exchange.abort(why)
             part.forget(released=True)
         failures = []
-        for part in parts:
+        for exchange in exchanges:
             try:
-                part.exchange.close()
+                exchange.close()
             except ExchangeError as error:
                 failures.append(error)
                 # Nobody need be waited for twice.
-                for other in parts:
-                    other.exchange.abort(str(error))
+                for other in exchanges:
+                    other.abort(str(error))
         if failures:
             raise failures[0]
 
     def _open(self):
         halves, rows, stages = self._worlds.values()
+        if self.steps is not None and self.steps.exchange is None:
+            self.steps.open(self._exchange(self.steps.world))
         self.halves = self.patches = self.stages = None
         common = self._denoiser, self._config
         if halves.size > 1:
@@ -91,6 +97,9 @@ class Parts:
         self._choice.patches = self.patches
         if stages.size > 1:
             self.stages = StageCalls(*common, stages, self._exchange(stages), self._signature, self._scheduler)
+
+    def _open_steps(self):
+        return self.steps if self.steps is not None and self.steps.exchange is not None else None
 
     def _exchange(self, world):
         return open_exchange(world, self.device_type)

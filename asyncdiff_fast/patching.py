@@ -11,6 +11,7 @@ from .exchange.world import World, device, start_process_group, stop_process_gro
 from .first_call import first_call, plan_call
 from .fused import choice
 from .runtime import Runtime
+from .steps.calls import StepCalls
 
 _ATTRIBUTE = "_asyncdiff_fast"
 
@@ -22,8 +23,8 @@ def patch(target, *, mesh=None, scheduler=None, **options):
 
     Args:
         target: a diffusers pipeline, or its UNet or DiT (any `torch.nn.Module`) for a sampling loop of your own.
-        mesh: a `DeviceMesh` with some of the dimensions "cfg", "patch" and "stage" (or one dimension only); default:
-            all ranks of torchrun.
+        mesh: a `DeviceMesh` with some of the dimensions "step", "cfg", "patch" and "stage" (or one dimension only);
+            default: all ranks of torchrun.
         scheduler: the sampling loop's scheduler, if it is not one of diffusers'.
         options: see `Config`.
     Returns: the `Runtime` (a list of them if the pipeline has several denoisers): `.plan`, `.stats()`.
@@ -41,8 +42,9 @@ def patch(target, *, mesh=None, scheduler=None, **options):
         world = World(_ranks(mesh, config), timeout_s)
         _agree(world, config, found, problem)
         _share_seeds(world)
-        for denoiser in found:
-            runtimes.append(_patch_one(denoiser, config, world, scheduler, target))
+        steps = _steps(config, world, target)
+        for number, denoiser in enumerate(found):
+            runtimes.append(_patch_one(denoiser, config, world, scheduler, target, steps, number))
     except BaseException:
         for runtime in runtimes:
             _release(runtime.denoiser)
@@ -103,7 +105,7 @@ def denoisers(target):
 
 def is_patched(denoiser):
     """True if this denoiser is patched."""
-    return _ATTRIBUTE in vars(denoiser)
+    return _ATTRIBUTE in vars(modules.own(denoiser))
 
 
 def _ranks(mesh, config):
@@ -112,7 +114,8 @@ def _ranks(mesh, config):
     if mesh is None:
         return range(dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0,)
     wanted = config.mesh if config else None
-    sizes = {"cfg": wanted and wanted.halves, "patch": wanted and wanted.patches, "stage": wanted and wanted.stages}
+    axes = {"step": "steps", "cfg": "halves", "patch": "patches", "stage": "stages"}
+    sizes = {name: wanted and getattr(wanted, of) for name, of in axes.items()}
     names = mesh.mesh_dim_names or ()
     known = tuple(name for name in names if name in sizes)
     if known:
@@ -125,7 +128,8 @@ def _ranks(mesh, config):
         numbers = mesh.mesh
     else:
         raise ValueError(
-            f'a mesh needs one dimension, or some named "cfg", "patch" and "stage": got dimensions {names or mesh.ndim}'
+            f'a mesh needs one dimension, or some named "step", "cfg", "patch" and "stage": got dimensions '
+            f"{names or mesh.ndim}"
         )
     ranks = numbers.flatten().tolist()
     if dist.get_rank() not in ranks:
@@ -165,17 +169,20 @@ def _check(world, config, found):
     choice.check(config.kernels)
     if config.world_size != world.size:
         raise ValueError(
-            f"world_size must be cfg halves * num_patches * (num_stages + stride - 1): got {config.mesh.halves} * "
-            f"{config.num_patches} * ({config.num_stages} + {config.stride} - 1) = {config.world_size}, world_size "
-            f"{world.size}; start {config.world_size} processes (torchrun --nproc-per-node {config.world_size}) or "
-            f"pass {_fitting(world.size, config)}"
+            f"world_size must be parallel_steps * cfg halves * num_patches * (num_stages + stride - 1): got "
+            f"{config.parallel_steps} * {config.mesh.halves} * {config.num_patches} * ({config.num_stages} + "
+            f"{config.stride} - 1) = {config.world_size}, world_size {world.size}; start {config.world_size} processes "
+            f"(torchrun --nproc-per-node {config.world_size}) or pass {_fitting(world.size, config)}"
         )
     for denoiser in found:
         kind = type(denoiser).__name__
         if is_patched(denoiser):
             raise ValueError(f"{kind} is patched already: call unpatch() first")
-        if modules.is_compiled(denoiser):
-            raise ValueError(f"{kind} is compiled as a whole, so its parts cannot be shared out: patch it uncompiled")
+        if modules.is_compiled(denoiser) and config.inside:
+            raise ValueError(
+                f"{kind} is compiled as a whole, so its parts cannot be shared out: patch it uncompiled, or pass "
+                "parallel_steps, which leaves it whole"
+            )
         if modules.step_cache(denoiser):
             raise ValueError(
                 f"{kind} has a step cache of diffusers enabled: both reuse activations; call disable_cache()"
@@ -196,6 +203,8 @@ def _check(world, config, found):
 
 def _fitting(size, config):
     """Options that a number of ranks fits."""
+    if config.parallel_steps > 1:
+        return f"parallel_steps={max(size * config.parallel_steps // config.world_size, 1)}"
     others = size // config.mesh.halves
     if config.num_patches > 1:
         return f"num_patches={max(others // config.stage_ranks, 1)}"
@@ -215,10 +224,19 @@ def _share_seeds(world):
         torch.cuda.set_rng_state(cuda_state)
 
 
-def _patch_one(denoiser, config, world, scheduler, target):
+def _steps(config, world, target):
+    """The steps side by side that a pipeline's denoisers share, or None."""
+    if config.parallel_steps == 1:
+        return None
+    ranks = [world.ranks[r] for r in config.mesh.along("step", world.rank)]
+    pipe = weakref.ref(target)
+    return StepCalls(config, World(ranks, world.timeout_s), lambda: getattr(pipe(), "_num_timesteps", None))
+
+
+def _patch_one(denoiser, config, world, scheduler, target, steps, number):
     start_process_group(config.timeout_s)
     try:
-        runtime = Runtime(denoiser, config, world, scheduler)
+        runtime = Runtime(denoiser, config, world, scheduler, steps, number)
     except BaseException:
         stop_process_group()
         raise
@@ -231,7 +249,7 @@ def _patch_one(denoiser, config, world, scheduler, target):
 
 def _release(denoiser):
     try:
-        vars(denoiser).pop(_ATTRIBUTE).close()
+        vars(modules.own(denoiser)).pop(_ATTRIBUTE).close()
     finally:
         stop_process_group()
 

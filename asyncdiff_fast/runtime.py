@@ -10,15 +10,16 @@ import logging
 import torch
 from torch.utils._pytree import tree_leaves
 
-from .calls.clock import Clock, unwatch_schedulers, watch_schedulers
+from .calls.clock import Clock
 from .calls.schedule import Mode, PatchMode
 from .calls.signature import CallSignature, device_of, inputs_key
+from .calls.watch import unwatch_schedulers, watch_schedulers
 from .exchange import fingerprint
 from .exchange.world import device
 from .fused.choice import KernelChoice
 from .fused.fusion import Fusion
 from .fused.packed import PackedWeights, packs
-from .modules import Attachment, on_pipeline_end, step_cache, structure
+from .modules import attached, is_compiled, on_pipeline_end, own, step_cache, structure
 from .parts import Parts
 from .patches.projections import Projections
 
@@ -31,18 +32,21 @@ class Runtime:
     `plan` is the latest plan (None before the first call), `stats()` what was exchanged, `close()` undoes everything.
     """
 
-    def __init__(self, denoiser, config, world, scheduler=None):
+    def __init__(self, denoiser, config, world, scheduler=None, steps=None, number=0):
         self.denoiser, self.config, self.world = denoiser, config, world
+        # The steps of the pipeline, and which of its denoisers this is.
+        self._steps, self._number = steps, number
         self.on_refused = self._forward_error = self._structure = None
         # Whether the pipeline uses guidance, where it tells.
         self.guided = lambda: True
-        self._signature = CallSignature(denoiser)
+        compiled = is_compiled(denoiser)
+        self._signature = CallSignature(own(denoiser))
         self._clock = Clock()
         device_type = _device_type(denoiser)
-        self._packed = PackedWeights(denoiser, active=packs(config.kernels, device_type))
-        self._choice = KernelChoice(config.kernels, world)
+        self._packed = PackedWeights(denoiser, active=packs(config.kernels, device_type) and not compiled)
+        self._choice = KernelChoice("torch" if compiled else config.kernels, world)
         uses = self._signature, scheduler, self._packed, self._choice
-        self._parts = Parts(denoiser, config, world, *uses, device_type)
+        self._parts = Parts(denoiser, config, world, *uses, device_type, steps)
         # The denoiser may call itself.
         self._inside = self._interrupted = False
         self._calls = dict.fromkeys(Mode, 0)
@@ -51,8 +55,8 @@ class Runtime:
         beneath = self._fusion.taken_over, self._packed.forwards
         self._projections = Projections(denoiser, config.num_patches > 1, *beneath)
         watch_schedulers()
-        self._undo_end = on_pipeline_end(denoiser, self._clock.end)
-        self._root = Attachment(denoiser, self._call)
+        self._undo_end = on_pipeline_end(own(denoiser), self._end)
+        self._root = attached(denoiser, self._call)
 
     @property
     def plan(self):
@@ -70,19 +74,19 @@ class Runtime:
         if self._inside or (self.world.size == 1 and not self._packed.active):
             return forward(*args, **kwargs)
         if self._needs_gradients(args, kwargs):
-            self._clock.end()
+            self._end()
             return forward(*args, **kwargs)
         key = inputs_key(args, kwargs)
-        tick = self._clock.tick(self._signature.timestep(args, kwargs), key)
+        timestep = self._signature.timestep(args, kwargs)
+        tick = self._clock.tick(timestep, key)
         try:
             self._inside = True
             if tick.begins:
                 self._packed.begin()
                 self._projections.begin()
                 self._begin_generation(args, kwargs)
-            if self._parts.halves is not None:
-                return self._on_halves(tick, key, forward, args, kwargs)
-            return self._on_patches(tick, key, forward, args, kwargs)
+            whole = functools.partial(self._on_halves, tick, key, forward, args, kwargs)
+            return whole() if self._steps is None else self._steps.call(self._number, timestep, key, whole)
         except BaseException:
             self._interrupted = True
             self._clock.end()
@@ -90,7 +94,17 @@ class Runtime:
         finally:
             self._inside = False
 
+    def _end(self):
+        """The pipeline has ended, or calls follow that are none of ours."""
+        self._clock.end()
+        if self._steps is not None:
+            self._steps.pipeline_ended()
+
     def _on_halves(self, tick, key, forward, args, kwargs):
+        """This call, shared by the halves of guidance: of all steps, or of this rank's."""
+        if self._parts.halves is None:
+            return self._on_patches(tick, key, forward, args, kwargs)
+
         def run(tick, args, kwargs):
             return self._on_patches(tick, inputs_key(args, kwargs), forward, args, kwargs)
 
@@ -157,7 +171,7 @@ class Runtime:
             )
         mine = {
             "inputs": fingerprint.input_digests(self._signature.named(args, kwargs)),
-            "interrupted": self._interrupted,
+            "interrupted": self._interrupted or (self._steps is not None and self._steps.interrupted),
         }
         everyone = self.world.gather(mine, "the start of a generation")
         where = device_of(args, kwargs)
@@ -206,6 +220,8 @@ class Runtime:
     def clear_stats(self):
         """Begin to count anew."""
         self._calls = dict.fromkeys(Mode, 0)
+        if self._steps is not None:
+            self._steps.counts.clear()
         for part in self._parts:
             part.exchange.clear_stats()
 

@@ -1,81 +1,13 @@
-"""Which generation, which step, which call within the step: told from what schedulers and callers do, with no reset.
+"""Which generation, which step, which call within the step: told from what schedulers and callers do, with no reset."""
 
-Schedulers are watched at class level, since users swap and copy instances. The counts below are the only state that is
-shared by all patched denoisers of a process; the wrappers are there while at least one denoiser is patched.
-"""
-
-import functools
-import weakref
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
-from diffusers.schedulers.scheduling_utils import SchedulerMixin
+
+from .watch import seen
 
 # More calls than this without a step are no guidance: begin anew, so that their state does not grow without end.
 MOST_CALLS = 32
-
-
-class _Watch:
-    """Counts of `set_timesteps` and `step` over all schedulers, and the scheduler last used."""
-
-    users = 0
-    restarts = 0
-    steps = 0
-    scheduler = None
-    wrapped: ClassVar[list] = []
-
-
-def _wrap(cls):
-    for name, count in (("set_timesteps", "restarts"), ("step", "steps")):
-        method = cls.__dict__.get(name)
-        if not callable(method):
-            continue
-
-        @functools.wraps(method)
-        def watched(self, *args, __method=method, __count=count, **kwargs):
-            setattr(_Watch, __count, getattr(_Watch, __count) + 1)
-            _Watch.scheduler = weakref.ref(self)
-            return __method(self, *args, **kwargs)
-
-        setattr(cls, name, watched)
-        _Watch.wrapped.append((cls, name, method))
-
-
-def _subclasses(cls):
-    for sub in cls.__subclasses__():
-        yield sub
-        yield from _subclasses(sub)
-
-
-def _wrap_later(cls, **kwargs):
-    super(SchedulerMixin, cls).__init_subclass__(**kwargs)
-    _wrap(cls)
-
-
-def watch_schedulers():
-    """Begin to watch every scheduler class, also those defined later. Calls are counted; `unwatch` undoes one."""
-    _Watch.users += 1
-    if _Watch.users == 1:
-        for cls in set(_subclasses(SchedulerMixin)):
-            _wrap(cls)
-        SchedulerMixin.__init_subclass__ = classmethod(_wrap_later)
-
-
-def unwatch_schedulers():
-    """Undo one `watch_schedulers`; the last one restores every class."""
-    _Watch.users -= 1
-    if _Watch.users == 0:
-        for cls, name, method in _Watch.wrapped:
-            setattr(cls, name, method)
-        _Watch.wrapped.clear()
-        del SchedulerMixin.__init_subclass__
-        _Watch.scheduler = None
-
-
-def last_scheduler():
-    """The scheduler that was used last, or None."""
-    return _Watch.scheduler() if _Watch.scheduler is not None else None
 
 
 def timestep_value(timestep):
@@ -124,7 +56,7 @@ class Clock:
 
     def __init__(self):
         self._ended = True
-        self._seen = (0, 0)
+        self._seen = (None, None)
         self._step = self._call = -1
         self._stepped = False
         self._direction = 0
@@ -142,7 +74,7 @@ class Clock:
             timestep: the caller's, a tensor or a number.
             signature: anything hashable that changes when cached values no longer fit, such as the inputs' shapes.
         """
-        now = (_Watch.restarts, _Watch.steps)
+        now = seen()
         restarted, stepped = now[0] != self._seen[0], now[1] != self._seen[1]
         # After a scheduler's step only a timestep that costs nothing to read is looked at.
         unread = restarted or self._ended or (stepped and _on_device(timestep))

@@ -1,8 +1,8 @@
 """The patches of one denoiser, seen from one rank: plans them at the first call, then carries out each call."""
 
 from ..calls import schedule
-from ..calls.clock import last_scheduler
 from ..calls.schedule import PatchMode
+from ..calls.watch import last_scheduler
 from ..prediction.self_check import Pace, summaries
 from ..prediction.trend import Instants
 from .hooks import Hooks

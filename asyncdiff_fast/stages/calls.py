@@ -3,10 +3,10 @@
 import logging
 
 from ..calls import schedule
-from ..calls.clock import last_scheduler
 from ..calls.schedule import Mode
 from ..calls.signature import device_of
 from ..calls.timesteps import Timesteps
+from ..calls.watch import last_scheduler
 from ..modules import Attachment
 from ..prediction.self_check import Pace, summaries
 from ..prediction.trend import Instants

@@ -7,8 +7,9 @@ import pytest
 import torch
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
-from asyncdiff_fast.calls.clock import MOST_CALLS, Clock, last_scheduler, unwatch_schedulers, watch_schedulers
+from asyncdiff_fast.calls.clock import MOST_CALLS, Clock
 from asyncdiff_fast.calls.timesteps import Timesteps
+from asyncdiff_fast.calls.watch import last_scheduler, unwatch_schedulers, watch_schedulers
 
 
 class Early(SchedulerMixin):

@@ -1,0 +1,5 @@
+"""Steps side by side: N ranks evaluate N successive steps at predicted latents, then replay the sampler.
+
+May import `exchange`, `calls` and `config`; no other way of sharing, and nothing inside the denoiser. Begin with
+`calls.py` for a generation's path and with `lengths.py` for how far ahead ranks go.
+"""

@@ -1,0 +1,274 @@
+"""Steps side by side, seen from one rank: a generation's calls of the denoiser and steps of its sampler, in order.
+
+After some exact steps come blocks of n steps. Every rank walks the pipeline's own loop through the block. At its own
+step it evaluates the denoiser; at the others the denoiser returns at once, and the sampler steps with a predicted
+output instead. At the block's last step the ranks exchange what reached the sampler at their own steps, put the sampler
+and its random numbers back to the block's beginning, and step again with the true outputs. So all ranks hold the same
+latents after each block, whatever the sampler, and nothing of guidance or of the denoiser need be known.
+Source: ParaStep (arXiv 2505.14741); here with outputs shared between ranks, any sampler, and blocks as long as the
+errors of the last one allow.
+"""
+
+import logging
+import threading
+
+import torch
+from torch.utils._pytree import tree_map_only
+
+from ..calls import watch
+from ..calls.clock import Clock
+from .given import TIMESTEP, Step, tensors
+from .lengths import Lengths
+from .loop import num_steps
+from .outputs import Outputs
+from .plan import StepPlan
+from .shared import SharedOutputs
+from .snapshot import Draws, Snapshot
+from .stats import StepStats
+from .unable import why_not
+
+log = logging.getLogger(__name__)
+
+
+class StepCalls:
+    """The steps of one pipeline's denoisers, which share its sampler. A listener of `calls.watch`.
+
+    Args:
+        world: the ranks that differ in their step only.
+        told: returns the pipeline's own count of steps, or None.
+    """
+
+    def __init__(self, config, world, told=lambda: None):
+        self.config, self.world = config, world
+        self.exchange = self._shared = self._thread = None
+        self.counts, self.interrupted = StepStats(), False
+        self._told, self._said, self._placeholders = told, set(), {}
+        self._output_bytes = None
+        self._clock = Clock()
+        self._begin()
+
+    def open(self, exchange):
+        """Begin to listen to samplers, with an exchange of these ranks."""
+        self.exchange, self.interrupted = exchange, False
+        self._shared = SharedOutputs(self.world, exchange)
+        watch.listen(self)
+
+    def forget(self, released=False):
+        """Begin anew; if the exchange was `released`, listen no more."""
+        self._begin()
+        self._clock.end()
+        self._placeholders.clear()
+        if released:
+            watch.unlisten(self)
+            self.exchange = self._shared = None
+
+    def plan(self, each=None):
+        """The `StepPlan`, once outputs have been seen; `each` is the plan of one call."""
+        return None if self._output_bytes is None else StepPlan(self.config, self._output_bytes, each)
+
+    def stats(self):
+        """Dict of what was done since `clear_stats`."""
+        return self.counts.as_dict()
+
+    @property
+    def expects_step(self):
+        """True if this thread has called one of these denoisers since the sampler's last step."""
+        return self._thread == threading.get_ident()
+
+    # Calls of a denoiser.
+
+    def call(self, name, timestep, key, run):
+        """What a denoiser returns at this call: `run()`, or a stand-in where another rank evaluates this step.
+
+        Args:
+            name: of the denoiser among those of the pipeline.
+            key: changes with the inputs' shapes.
+        """
+        tick = self._clock.tick(timestep, key)
+        if tick.begins:
+            self._end("a new generation began")
+            self._begin()
+        self._step, self._thread = tick.step, threading.get_ident()
+        if tick.call == 0 and self._block is None:
+            self._block = self._next_block(tick.step)
+        place = name, tick.call, key
+        if self._block is not None and not self._block.is_own(tick.step, self.world.rank):
+            kept = self._placeholders.get(place)
+            if kept is not None:
+                # The caller may write into it.
+                return tree_map_only(torch.Tensor, torch.clone, kept)
+        with self.exchange.step():
+            result = run()
+        self.counts.evaluations += 1
+        self._placeholders[place] = tree_map_only(torch.Tensor, lambda x: x.detach().clone(), result)
+        return result
+
+    def _next_block(self, step):
+        """The block that begins at a step; None for an exact step."""
+        if self._exact_because or self._lengths is None or not self._outputs:
+            return None
+        length = self._lengths.at(step, self._num_steps - step)
+        return Block(step, length) if length > 1 else None
+
+    # Steps of the sampler.
+
+    def step(self, scheduler, method, args, kwargs):
+        """What `scheduler.step` returns, called from the pipeline's loop."""
+        self._thread = None
+        step = Step(method, scheduler, args, kwargs, self._results)
+        try:
+            if self._block is None:
+                return self._exact(scheduler, step)
+            with self.exchange.step():
+                return self._in_block(scheduler, step)
+        except BaseException:
+            self.interrupted = True
+            raise
+
+    def _exact(self, scheduler, step):
+        """A step that every rank has evaluated."""
+        if not self._exact_because:
+            self._look(scheduler, step)
+        self.counts.exact_steps += 1
+        result = step._method(scheduler, *step._after, **step.named)
+        self._results = tensors(result)
+        if not self._exact_because:
+            self._outputs.add(step.output)
+            self._output_bytes = step.output.nbytes
+            if self._lengths is not None:
+                self._lengths.learn(self._step, ())
+        return result
+
+    def _look(self, scheduler, step):
+        """Whether steps like this one can be replayed, and how many there will be."""
+        reason = step.reason or why_not(scheduler)
+        if reason is None and not step.follows:
+            reason = "the latents are changed between two steps"
+        if reason is None and self._num_steps is None:
+            self._num_steps = num_steps(scheduler, step.named.get(TIMESTEP), self._told())
+            if self._num_steps is None:
+                reason = "neither the pipeline nor the scheduler tells how many steps there are"
+        if reason is not None:
+            self._stay_exact(reason)
+        elif self._lengths is None:
+            warmup = self.config.warmup_steps
+            self._lengths = Lengths(self.world.size, 2 if warmup == "auto" else warmup, self.config.tolerance)
+
+    def _in_block(self, scheduler, step):
+        block = self._block
+        number = self._step - block.first
+        if number and not step.follows:
+            return self._cut_short(scheduler, step)
+        if number == 0:
+            block.snapshot = Snapshot(scheduler)
+        block.steps.append(step)
+        block.draws.append(Draws(step.named, step.sample.device))
+        if number == self.world.rank:
+            block.own = step.output
+        if number < block.length - 1:
+            result, self._results = step.run(self._outputs.ahead(number + 1).to(step.output))
+            return result
+        return self._replay(scheduler)
+
+    def _replay(self, scheduler):
+        """The block's steps again, with what its ranks have evaluated. Collective; returns the last one's result."""
+        block, self._block = self._block, None
+        outputs = self._shared.all(block.steps[0].output if block.own is None else block.own)[: len(block.steps)]
+        block.snapshot.restore(scheduler)
+        results, errors = None, []
+        for step, draws, output in zip(block.steps, block.draws, outputs, strict=True):
+            if results is not None:
+                sample = results[step.links["sample"]]
+                errors.append(relative_error(step.sample, sample))
+            draws.restore()
+            result, results = step.run(output, results)
+            self._outputs.add(output)
+        self._results = results
+        errors = torch.stack(errors).tolist()
+        self._lengths.learn(block.first, errors)
+        self.counts.block(len(block.steps), errors)
+        return result
+
+    def _cut_short(self, scheduler, step):
+        """The latents were replaced in the middle of a block: what came until here is replayed, the rest is exact."""
+        reason = "the latents are changed between two steps"
+        block = self._block
+        number = self._step - block.first
+        block.steps.append(step)
+        block.draws.append(Draws(step.named, step.sample.device))
+        if number == self.world.rank:
+            block.own = step.output
+        step.links = {}
+        step.follows = True
+        before = block.steps[:-1]
+        outputs = self._shared.all(block.steps[0].output if block.own is None else block.own)
+        self._block = None
+        block.snapshot.restore(scheduler)
+        results = None
+        for earlier, draws, output in zip(before, block.draws, outputs, strict=False):
+            draws.restore()
+            _, results = earlier.run(output, results)
+        error = float(relative_error(self._results[0], results[0]))
+        log.warning(
+            "the latents were changed at step %d, between steps that run side by side: they were made from predicted "
+            "ones, %.1e from what they should have been; from here every step is exact. Pass parallel_steps=1 for "
+            "callbacks that change latents",
+            self._step,
+            error,
+        )
+        block.draws[-1].restore()
+        self._stay_exact(reason)
+        result, self._results = step.run(outputs[number])
+        return result
+
+    # Generations.
+
+    def begin_generation(self):
+        """The calls themselves tell when a generation begins."""
+
+    def _begin(self):
+        self._thread = None
+        self._step, self._block, self._results = -1, None, None
+        self._outputs, self._lengths, self._num_steps, self._exact_because = Outputs(), None, None, ""
+
+    def pipeline_ended(self):
+        """The pipeline has ended, whether or not its loop came to its last step."""
+        self._end("the loop ended")
+        self._begin()
+        self._clock.end()
+
+    def _end(self, how):
+        """Say it if latents that somebody may hold are predictions."""
+        if self._block is not None and self._block.steps:
+            log.warning(
+                "%s in the middle of a block of %d steps: the latents of its last %d are predictions, not evaluated",
+                how,
+                self._block.length,
+                len(self._block.steps),
+            )
+
+    def _stay_exact(self, reason):
+        self._exact_because = reason
+        self.counts.exact_because[reason] = self.counts.exact_because.get(reason, 0) + 1
+        if reason not in self._said:
+            self._said.add(reason)
+            log.info("steps are exact, one after the other: %s", reason)
+
+
+class Block:
+    """Steps `first` to `first + length - 1`, and what is known of them until they are replayed."""
+
+    def __init__(self, first, length):
+        self.first, self.length = first, length
+        self.steps, self.draws = [], []
+        self.snapshot = self.own = None
+
+    def is_own(self, step, rank):
+        """True if a rank evaluates this step."""
+        return step - self.first == rank
+
+
+def relative_error(predicted, value):
+    """How far predicted latents were from those that came: the worst picture's, of the norm. A scalar on the device."""
+    difference, value = (x.flatten(1).float().norm(dim=1) for x in (predicted.float() - value.float(), value))
+    return (difference / value.clamp(min=1e-12)).amax()

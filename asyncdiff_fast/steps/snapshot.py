@@ -1,0 +1,60 @@
+"""A scheduler as it was, and the random numbers that a step draws: what a replay begins from."""
+
+import collections
+
+import torch
+from torch.utils._pytree import tree_leaves
+
+_CONTAINERS = (list, tuple, set, collections.deque)
+
+
+class Snapshot:
+    """All that a scheduler keeps, copied: numbers, lists, tensors. Objects of other kinds are kept by reference."""
+
+    def __init__(self, scheduler):
+        known = {}
+        self._kept = {name: _copied(x, known) for name, x in vars(scheduler).items()}
+
+    def restore(self, scheduler):
+        """The scheduler is again as it was. To be used once."""
+        vars(scheduler).clear()
+        vars(scheduler).update(self._kept)
+
+
+def _copied(x, known):
+    """A copy in which what was one tensor is one tensor."""
+    if isinstance(x, torch.Tensor):
+        if id(x) not in known:
+            # The original is kept too, so that nothing else gets its number.
+            known[id(x)] = x, x.clone()
+        return known[id(x)][1]
+    if type(x) is dict:
+        return {key: _copied(item, known) for key, item in x.items()}
+    if type(x) is collections.deque:
+        return collections.deque((_copied(item, known) for item in x), x.maxlen)
+    if type(x) in _CONTAINERS:
+        return type(x)(_copied(item, known) for item in x)
+    return x.copy() if type(x).__module__ == "numpy" and hasattr(x, "copy") else x
+
+
+class Draws:
+    """The states of all generators that a step may draw from: those it is given, and torch's own.
+
+    Args:
+        given: the step's arguments.
+        device: of its sample.
+    """
+
+    def __init__(self, given, device):
+        generators = {id(g): g for g in tree_leaves(given) if isinstance(g, torch.Generator)}
+        self._states = [(g, g.get_state()) for g in (*generators.values(), torch.default_generator)]
+        self._device, self._on_device = device, None
+        if device.type != "cpu" and device.type != "meta":
+            self._on_device = torch.get_device_module(device).get_rng_state()
+
+    def restore(self):
+        """What is drawn next is what was drawn after the states were taken."""
+        for generator, state in self._states:
+            generator.set_state(state)
+        if self._on_device is not None:
+            torch.get_device_module(self._device).set_rng_state(self._on_device)

@@ -1,0 +1,33 @@
+"""What steps side by side have done, counted."""
+
+import collections
+
+
+class StepStats:
+    """Counts since `clear`: evaluations by this rank, exact steps, blocks by length, errors of predicted latents."""
+
+    def __init__(self):
+        self.clear()
+
+    def clear(self):
+        """Begin to count anew."""
+        self.evaluations = self.exact_steps = 0
+        self._lengths, self._errors = collections.Counter(), []
+        self.exact_because = {}
+
+    def block(self, length, errors):
+        """A block is over; errors of its predicted latents, relative."""
+        self._lengths[length] += 1
+        self._errors += errors
+
+    def as_dict(self):
+        """Dict, fit for JSON."""
+        errors = self._errors
+        return {
+            "evaluations": self.evaluations,
+            "exact_steps": self.exact_steps,
+            "blocks": sum(self._lengths.values()),
+            "block_lengths": dict(sorted(self._lengths.items())),
+            "latent_error": {"mean": sum(errors) / len(errors), "worst": max(errors)} if errors else {},
+            "exact_because": dict(self.exact_because),
+        }
