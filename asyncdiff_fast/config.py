@@ -15,6 +15,8 @@ ENVIRONMENT = {
     "ASYNCDIFF_FAST_CACHE": "folder where measured choices of kernels are kept; default ~/.cache/asyncdiff_fast",
 }
 
+# Exact steps at the beginning where the options do not say.
+WARMUP_STEPS, STEPS_WARMUP = 4, 2
 # Relative errors of predictions that are accepted where the options do not say.
 ACTIVATION_TOLERANCE, LATENT_TOLERANCE = 0.05, 0.014
 
@@ -36,8 +38,8 @@ class Config:
     Args:
         num_stages: how many ranks share one call of the denoiser (AsyncDiff's N).
         stride: 1 computes at every step; 2 computes at every other step and uses one rank more.
-        warmup_steps: first steps of each generation, exact; at least 1. "auto" ends them, after three or more, when
-            predictions of what they made would have been within `tolerance`.
+        warmup_steps: first steps of each generation, exact; at least 1; default 4, with `parallel_steps` 2. "auto" ends
+            them when predictions of what they made would have been within `tolerance`.
         time_shift: asynchronous steps use the timestep of the step before.
         stages: module names of each stage, instead of the search; modules not named run on every rank.
         stride_phase: with stride 2, "warmup" computes at the first step after warm-up and every other one from there;
@@ -68,7 +70,7 @@ class Config:
 
     num_stages: int = 1
     stride: int = 1
-    warmup_steps: int | str = 4
+    warmup_steps: int | str | None = None
     time_shift: bool = False
     num_patches: int = 1
     parallel_steps: int = 1
@@ -94,6 +96,8 @@ class Config:
         self._check_integer("num_stages", 1)
         self._check_integer("num_patches", 1)
         self._check_integer("parallel_steps", 1)
+        if self.warmup_steps is None:
+            object.__setattr__(self, "warmup_steps", WARMUP_STEPS if self.parallel_steps == 1 else STEPS_WARMUP)
         if self.warmup_steps != "auto":
             self._check_integer("warmup_steps", 0)
         for name, allowed in _CHOICES.items():

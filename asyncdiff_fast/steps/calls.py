@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_map_only
 
 from ..calls import watch
 from ..calls.clock import Clock
-from .given import TIMESTEP, Step, tensors
+from .given import SAMPLE, TIMESTEP, Step
 from .lengths import Lengths
 from .loop import num_steps
 from .outputs import Outputs
@@ -130,14 +130,22 @@ class StepCalls:
         if not self._exact_because:
             self._look(scheduler, step)
         self.counts.exact_steps += 1
-        result = step._method(scheduler, *step._after, **step.named)
-        self._results = tensors(result)
+        guess = None if self._exact_because or not self._outputs else self._tried(scheduler, step)
+        result, self._results = step.run(step.output)
         if not self._exact_because:
             self._outputs.add(step.output)
             self._output_bytes = step.output.nbytes
-            if self._lengths is not None:
-                self._lengths.learn(self._step, ())
+            if guess is not None:
+                self._lengths.learn([float(relative_error(guess, self._results[0]))])
         return result
+
+    def _tried(self, scheduler, step):
+        """The latents that a prediction of this step's output would have led to; the sampler is as before."""
+        snapshot, draws = Snapshot(scheduler), Draws(step.named, step.sample.device)
+        _, results = step.run(self._outputs.ahead(1))
+        snapshot.restore(scheduler)
+        draws.restore(draws.used())
+        return results[0]
 
     def _look(self, scheduler, step):
         """Whether steps like this one can be replayed, and how many there will be."""
@@ -152,7 +160,7 @@ class StepCalls:
             self._stay_exact(reason)
         elif self._lengths is None:
             warmup = self.config.warmup_steps
-            self._lengths = Lengths(self.world.size, 2 if warmup == "auto" else warmup, self.config.tolerance)
+            self._lengths = Lengths(self.world.size, 1 if warmup == "auto" else warmup, self.config.tolerance)
 
     def _in_block(self, scheduler, step):
         block = self._block
@@ -166,7 +174,8 @@ class StepCalls:
         if number == self.world.rank:
             block.own = step.output
         if number < block.length - 1:
-            result, self._results = step.run(self._outputs.ahead(number + 1).to(step.output))
+            result, self._results = step.run(self._outputs.ahead(number + 1))
+            block.drawn |= block.draws[-1].used()
             return result
         return self._replay(scheduler)
 
@@ -178,14 +187,14 @@ class StepCalls:
         results, errors = None, []
         for step, draws, output in zip(block.steps, block.draws, outputs, strict=True):
             if results is not None:
-                sample = results[step.links["sample"]]
+                sample = results[step.links[SAMPLE]]
                 errors.append(relative_error(step.sample, sample))
-            draws.restore()
+            draws.restore(block.drawn)
             result, results = step.run(output, results)
             self._outputs.add(output)
         self._results = results
         errors = torch.stack(errors).tolist()
-        self._lengths.learn(block.first, errors)
+        self._lengths.learn(errors)
         self.counts.block(len(block.steps), errors)
         return result
 
@@ -206,7 +215,7 @@ class StepCalls:
         block.snapshot.restore(scheduler)
         results = None
         for earlier, draws, output in zip(before, block.draws, outputs, strict=False):
-            draws.restore()
+            draws.restore(block.drawn)
             _, results = earlier.run(output, results)
         error = float(relative_error(self._results[0], results[0]))
         log.warning(
@@ -216,7 +225,7 @@ class StepCalls:
             self._step,
             error,
         )
-        block.draws[-1].restore()
+        block.draws[-1].restore(block.drawn)
         self._stay_exact(reason)
         result, self._results = step.run(outputs[number])
         return result
@@ -262,6 +271,8 @@ class Block:
         self.first, self.length = first, length
         self.steps, self.draws = [], []
         self.snapshot = self.own = None
+        # The generators that steps draw from.
+        self.drawn = set()
 
     def is_own(self, step, rank):
         """True if a rank evaluates this step."""

@@ -1,37 +1,40 @@
-"""How many steps ranks evaluate side by side: as many as were predicted well last time, and one more. Pure."""
+"""How many steps ranks evaluate side by side: as many as their predicted latents will probably bear. Pure.
 
-# Steps with more than one evaluation each, and what their schedulers say of it.
-TWO_EVALUATIONS = "makes more than one evaluation a step"
+The output expected at a step is off by an error that grows with the distance, and latents gather it: the latent that
+was predicted m steps ahead is off by about m (m + 1) / 2 times what one step ahead is. So errors of one block tell how
+long the next may be. Nothing is ever taken back: where they were larger than expected, the next block is shorter, down
+to exact steps, after which is known how far a prediction would have been.
+"""
 
 
 class Lengths:
     """Lengths of the blocks of one generation, 1 to `most`.
 
     Args:
-        warmup_steps: exact steps at the beginning; None: until a prediction was within the tolerance.
-        tolerance: largest relative error of a predicted latent that is accepted. Nothing is ever taken back: an error
-            above it makes the next block shorter.
+        warmup_steps: exact steps at the beginning.
+        tolerance: largest relative error of a predicted latent that is expected of a block.
     """
 
     def __init__(self, most, warmup_steps, tolerance):
         self.most, self._warmup_steps, self._tolerance = most, warmup_steps, tolerance
-        self._length = 1
+        # The error of a latent that is predicted one step ahead.
+        self._error = None
 
     def at(self, step, left):
-        """Length of the block that begins at a step; at most `left` steps come."""
-        if step < self._warmup_steps:
+        """Length of the block that begins at a step, of which `left` come at most; 1 is an exact step."""
+        length, most = 1, min(self.most, left)
+        if step < self._warmup_steps or self._error is None:
             return 1
-        return max(1, min(self._length, self.most, left))
+        while length < most and self._error * growth(length) <= self._tolerance:
+            length += 1
+        return length
 
-    def learn(self, step, errors):
-        """A block that began at a step is over.
+    def learn(self, errors):
+        """A block is over: relative errors of its latents 1, 2, … steps ahead, as they had been predicted."""
+        if errors:
+            self._error = errors[-1] / growth(len(errors))
 
-        Args:
-            errors: relative errors of its latents 1, 2, … as they had been predicted; none of an exact step.
-        """
-        good = 0
-        for error in errors:
-            if not error <= self._tolerance:
-                break
-            good += 1
-        self._length = min(good + 2, self.most)
+
+def growth(ahead):
+    """How many times as far off a latent is that was predicted so many steps ahead, as one step ahead."""
+    return ahead * (ahead + 1) / 2

@@ -38,7 +38,7 @@ def _copied(x, known):
 
 
 class Draws:
-    """The states of all generators that a step may draw from: those it is given, and torch's own.
+    """The states of all generators that a step may draw from, as they are now: those it is given, and torch's own.
 
     Args:
         given: the step's arguments.
@@ -46,15 +46,18 @@ class Draws:
     """
 
     def __init__(self, given, device):
-        generators = {id(g): g for g in tree_leaves(given) if isinstance(g, torch.Generator)}
-        self._states = [(g, g.get_state()) for g in (*generators.values(), torch.default_generator)]
-        self._device, self._on_device = device, None
-        if device.type != "cpu" and device.type != "meta":
-            self._on_device = torch.get_device_module(device).get_rng_state()
+        self._generators = {id(g): g for g in tree_leaves(given) if isinstance(g, torch.Generator)}
+        self._generators[id(torch.default_generator)] = torch.default_generator
+        if device.type == "cuda":
+            own = torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]
+            self._generators[id(own)] = own
+        self._states = {name: g.get_state() for name, g in self._generators.items()}
 
-    def restore(self):
-        """What is drawn next is what was drawn after the states were taken."""
-        for generator, state in self._states:
-            generator.set_state(state)
-        if self._on_device is not None:
-            torch.get_device_module(self._device).set_rng_state(self._on_device)
+    def used(self):
+        """Names of the generators from which something was drawn since."""
+        return {name for name, g in self._generators.items() if not torch.equal(g.get_state(), self._states[name])}
+
+    def restore(self, used):
+        """What is drawn next from those `used` is what was drawn after the states were taken; others are let alone."""
+        for name in used & self._generators.keys():
+            self._generators[name].set_state(self._states[name])
