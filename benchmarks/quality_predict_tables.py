@@ -53,21 +53,29 @@ def gains(rows):
     return lines
 
 
+def exact_as_long(rows, row):
+    """The name of exact sampling of the fewest steps that takes as many calls as `row` or more; None if none does."""
+    exact = {name: other for name, other in rows.items() if kind(name) == "exact" and other.get("latency_calls")}
+    longer = {
+        other["latency_calls"]: name
+        for name, other in exact.items()
+        if other["reference"] == row.get("reference") and other["latency_calls"] >= row.get("latency_calls", math.inf)
+    }
+    return longer[min(longer)] if longer else None
+
+
 def equal_latency(rows):
     """Each way of 50 steps beside exact sampling of the fewest steps that take as long or longer."""
-    exact = {row["latency_calls"]: (name, row) for name, row in rows.items() if row["reference"] == "exact@50"}
-    exact = {calls: pair for calls, pair in exact.items() if kind(pair[0]) == "exact"}
     lines = [
         "| 50 steps DDIM | calls | PSNR dB | exact with as many calls or more | PSNR dB |",
         "|---|---|---|---|---|",
     ]
     for name, row in rows.items():
-        longer = [calls for calls in exact if calls >= row["latency_calls"]]
-        if kind(name) == "exact" or not name.endswith("@50") or not longer:
+        fewest = exact_as_long(rows, row)
+        if kind(name) == "exact" or not name.endswith("@50") or fewest is None:
             continue
-        fewest, other = exact[min(longer)]
         cells = [f"{row['latency_calls']:.1f}", f"{row['psnr_db']['mean']:.1f}", f"`{fewest}`"]
-        lines.append(f"| `{name}` | {' | '.join(cells)} | {other['psnr_db']['mean']:.1f} |")
+        lines.append(f"| `{name}` | {' | '.join(cells)} | {rows[fewest]['psnr_db']['mean']:.1f} |")
     return lines
 
 

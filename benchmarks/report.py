@@ -1,14 +1,19 @@
-"""Committed results to the README's tables: `python benchmarks/report.py` rewrites what stands between their marks."""
+"""Committed results to tables: `python benchmarks/report.py` rewrites what stands between their marks.
+
+A table `name` stands between `<!-- name -->` and `<!-- /name -->`, in the README or in one of the pages of docs/.
+"""
 
 import json
 import pathlib
 import re
 import sys
 
+import aims
 import goals
 import measure
 import quality_predict_tables
 import roofline
+import speed_tables
 
 WARMUP = re.compile(r"\bwarmup_steps=(\d+)")
 PATCHES = re.compile(r"\bnum_patches=(\d+),")
@@ -24,7 +29,8 @@ OPS = {
     ),
     "pointwise": ("The small fusions", "kernel", ("torch", "torch.compile"), "share_of_copy"),
 }  # fmt: skip
-README = pathlib.Path(__file__).parents[1] / "README.md"
+ROOT = pathlib.Path(__file__).parents[1]
+MARK = re.compile(r"<!-- (\w[\w ]*) -->\n.*?<!-- /\1 -->", re.DOTALL)
 
 
 def table(header, rows):
@@ -49,32 +55,30 @@ def plans():
     return table(["largest stage over mean, MB cut per call", "2 stages", "3 stages", "4 stages"], body)
 
 
+def which_options():
+    """Speed and closeness side by side, by hardware and aim."""
+    title = json.loads((measure.RESULTS / "quality_predict.json").read_text())["title"]
+    row = speed_tables.as_patched()[-1]
+    return (
+        f"Speed: a call of `{row['model']}` after the exact ones, against one process; {speed_tables.machine(row)}.\n"
+        "PSNR: mean (worst picture), against exact sampling with 50 steps DDIM;\n"
+        f"{title}\n\n{table(*aims.cells())}"
+    )
+
+
+def baselines():
+    """What exact sampling gives in the same time, beside what is published and what is predicted."""
+    return table(*aims.baselines())
+
+
+def headlines():
+    """The short form of `end_to_end`."""
+    return table(*speed_tables.headlines())
+
+
 def end_to_end():
-    """The latest row of each model, number of ranks and set of options."""
-    latest = {}
-    for row in measure.read_rows("end_to_end"):
-        row.setdefault("exchange", "torch.distributed")
-        latest[row["model"], row["nproc"], json.dumps(row["options"]), row["exchange"]] = row
-    header = ["denoiser", "ranks, options", "s per call alone", "s per call", "speed-up", "exposed wait", "MB per call"]
-    header += [f"whole picture of {next(iter(latest.values()))['whole_steps']} steps", "peak memory, MB", "machine"]
-    body = []
-    for row in latest.values():
-        options = ", ".join(f"{k}={v}" for k, v in row["options"].items())
-        body.append(
-            [
-                row["model"],
-                f"{row['nproc']}: {options}",
-                f"{row['call_s_alone']:.3f}",
-                f"{row['call_s']:.3f}",
-                f"{row['speedup']:.2f}×",
-                f"{row['exposed_wait_share']:.1%}",
-                f"{row['bytes_per_call'] / 1e6:.2f}",
-                f"{row['whole_speedup']:.2f}×",
-                " / ".join(f"{m:.0f}" for m in row["peak_rss_mb"]),
-                ", ".join(x for x in (row["device"], f"torch {row['torch']}", row["exchange"], row["date"]) if x),
-            ]
-        )
-    return table(header, body)
+    """The latest row of each model, number of ranks, set of options and way to exchange."""
+    return table(*speed_tables.cells(speed_tables.latest()))
 
 
 def quality():
@@ -209,26 +213,33 @@ def _bytes(n):
     return f"{n >> 20} MiB" if n >= 1 << 20 else f"{n >> 10} KiB"
 
 
-def filled(text, name, content):
-    """The text with what stands between the marks of `name` replaced."""
-    begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
-    before, rest = text.split(begin)
-    return f"{before}{begin}\n{content}\n{end}{rest.split(end)[1]}"
+MAKERS = {
+    "aims": which_options,
+    "baselines": baselines,
+    "headlines": headlines,
+    "end_to_end": end_to_end,
+    "plans": plans,
+    "quality": quality,
+    "quality patches": quality_of_patches,
+    "quality predict": quality_of_predictions,
+    "kernels": kernels,
+    "exchange": exchange,
+}
 
 
-def readme():
-    """The README with every table as the committed results have it."""
-    text = README.read_text()
-    makers = {"plans": plans, "end_to_end": end_to_end, "quality": quality, "quality patches": quality_of_patches}
-    makers["quality predict"] = quality_of_predictions
-    makers |= {"kernels": kernels, "exchange": exchange}
-    for name, make in makers.items():
-        text = filled(text, name, make())
-    return text
+def pages():
+    """The files that tables may stand in."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def filled(text):
+    """A page with every table as the committed results have it. Raises: KeyError for a table that nobody makes."""
+    return MARK.sub(lambda found: f"<!-- {found[1]} -->\n{MAKERS[found[1]]()}\n<!-- /{found[1]} -->", text)
 
 
 if __name__ == "__main__":
-    README.write_text(readme())
+    for page in pages():
+        page.write_text(filled(page.read_text()))
     for name, (title, own, _, share) in OPS.items():
         if rows := roofline.latest(name):
             title = f"{title}: share of {roofline.CEILINGS[share]}, {rows[-1]['device']}"

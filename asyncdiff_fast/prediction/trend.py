@@ -8,7 +8,7 @@ the sampler feeds a share of the outcome, its interval, back into the next call.
 
 from ..calls.timesteps import Timesteps
 
-# Largest gain of a chain of stale hops, for each step of the generation: found by comparing, see the README.
+# Largest gain of a chain of stale hops, for each step of the generation: see docs/prediction.md.
 GAIN_PER_STEP = 0.54
 # Between fewer steps a change says less of the next: half as many steps, half as much of it.
 FULL_STEPS = 20

@@ -1,0 +1,54 @@
+"""Rows of end_to_end.jsonl as the cells of tables."""
+
+import json
+
+import measure
+
+
+def latest():
+    """The latest row of each model, number of ranks, set of options and way to exchange."""
+    found = {}
+    for row in measure.read_rows("end_to_end"):
+        row.setdefault("exchange", "torch.distributed")
+        found[row["model"], row["nproc"], json.dumps(row["options"]), row["exchange"]] = row
+    return list(found.values())
+
+
+def as_patched():
+    """Those of `latest` that travel as `patch` chooses by itself."""
+    return [row for row in latest() if row["exchange"] != "torch.distributed"]
+
+
+def machine(row):
+    """Where and when a row was measured."""
+    return ", ".join(x for x in (row["device"], f"torch {row['torch']}", row["exchange"], row["date"]) if x)
+
+
+def headlines():
+    """(header, rows): the short form of `cells`, of `as_patched`."""
+    header, body = cells(as_patched())
+    places = [header.index(name) for name in header if name.startswith(("denoiser", "ranks", "speed", "whole", "mach"))]
+    return [header[i] for i in places], [[line[i] for i in places] for line in body]
+
+
+def cells(rows):
+    """(header, rows) of everything that is reported of each row."""
+    header = ["denoiser", "ranks: options", "s per call alone", "s per call", "speed-up of a call", "exposed wait"]
+    header += ["MB per call", f"whole picture of {rows[0]['whole_steps']} steps", "peak memory, MB", "machine"]
+    body = []
+    for row in rows:
+        body.append(
+            [
+                row["model"],
+                f"{row['nproc']}: " + ", ".join(f"{k}={v}" for k, v in row["options"].items()),
+                f"{row['call_s_alone']:.3f}",
+                f"{row['call_s']:.3f}",
+                f"{row['speedup']:.2f}×",
+                f"{row['exposed_wait_share']:.1%}",
+                f"{row['bytes_per_call'] / 1e6:.2f}",
+                f"{row['whole_speedup']:.2f}×",
+                " / ".join(f"{m:.0f}" for m in row["peak_rss_mb"]),
+                machine(row),
+            ]
+        )
+    return header, body
