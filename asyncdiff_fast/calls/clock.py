@@ -12,6 +12,8 @@ from typing import ClassVar
 import torch
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
+from ..versions import version
+
 # More calls than this without a step are no guidance: begin anew, so that their state does not grow without end.
 MOST_CALLS = 32
 
@@ -104,7 +106,7 @@ class _Kept:
 
 
 def _place(tensor):
-    return tensor.data_ptr(), None if tensor.is_inference() else tensor._version
+    return tensor.data_ptr(), version(tensor)
 
 
 def _on_device(timestep):
