@@ -7,7 +7,6 @@ from torch.utils._pytree import tree_leaves
 
 from ..calls import schedule
 from ..calls.schedule import PatchMode
-from ..fused.packed import PackedWeights
 from ..tracing import side_effects
 from . import site_rows, sites
 from .cutting import Cutter
@@ -21,10 +20,10 @@ CLOSE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 2e-2, torch.bf
 class Planner:
     """Makes the patches of one denoiser. `world` is None where one process plans alone; `hooks`: its `Hooks`."""
 
-    def __init__(self, denoiser, config, world, signature, hooks, packed=None, choice=None):
-        self.denoiser, self.config, self.world, self.hooks = denoiser, config, world, hooks
-        self._signature, self._packed = signature, packed or PackedWeights(denoiser, active=False)
-        self._choice = choice
+    def __init__(self, shared, world, hooks):
+        self._shared, self.world, self.hooks = shared, world, hooks
+        self.denoiser, self.config = shared.denoiser, shared.config
+        self._signature, self._choice = shared.signature, shared.choice
 
     def first(self, forward, args, kwargs, axis, exchange, phase):
         """The patch of this rank for these inputs, bound to its slots, checked against the whole picture. Collective.
@@ -123,7 +122,7 @@ class Planner:
         """A patch without a plan, ready for a first look."""
         latent = self._signature.latent(args, kwargs)
         cutter = Cutter.of(recorder, latent, self._signature.latent_name, self.config, number, axis)
-        patch = Patch(self.config, cutter, number, latent.device, self._packed, self._choice)
+        patch = Patch(self._shared, cutter, number, latent.device)
         patch.prepare(*_beforehand(recorder, cutter, self.config.naive))
         self.hooks.attach(recorder, patch)
         return patch

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from .projections import KeptBytes
+from ..fused.projections import KeptBytes
 
 CONV, NORM, ATTENTION, RESIZE, POSITIONS = "convolution", "norm", "attention", "resize", "positions"
 KINDS = {

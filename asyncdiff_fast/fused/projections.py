@@ -15,9 +15,9 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from ..fused.weights import Stamp
 from ..modules import Forwards
 from ..versions import version
+from .weights import Stamp
 
 # Constants that are looked for among a call's arguments: those of all calls of a step, and some that prove not to be.
 MOST_ARGUMENTS = 8
