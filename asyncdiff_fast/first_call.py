@@ -4,10 +4,12 @@ import torch
 
 from . import modules
 from .calls.signature import CallSignature
+from .fused.packed import PackedWeights
 from .halves import half_of
 from .patches.hooks import Hooks
 from .patches.plan import MeshPlan
 from .patches.planning import Planner
+from .shared import Shared
 from .stages.plan import make_plan
 
 
@@ -41,7 +43,8 @@ def plan_call(denoiser, config, args, kwargs):
     if config.num_patches == 1:
         return make_plan(denoiser, denoiser.forward, args, kwargs, config)
     hooks = Hooks(denoiser)
-    planner = Planner(denoiser, config, None, signature, hooks)
+    shared = Shared(denoiser, config, signature, PackedWeights(denoiser, active=False))
+    planner = Planner(shared, None, hooks)
     try:
         patches = planner.plan_alone(denoiser.forward, args, kwargs)
         if config.num_stages == 1:

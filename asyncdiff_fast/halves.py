@@ -19,10 +19,10 @@ class Halves:
     differs from call 0 as it did at the step before; call 1 then only checks that, and returns the result.
     """
 
-    def __init__(self, denoiser, world, exchange, signature):
-        self.denoiser, self.world, self.exchange = denoiser, world, exchange
+    def __init__(self, shared, world, exchange):
+        self.denoiser, self.world, self.exchange = shared.denoiser, world, exchange
         self.half = world.rank
-        self._signature = signature
+        self._signature = shared.signature
         self._slots, self._phases = {}, 0
         # Where guidance was used once, it may end in the middle of a generation: half 0 then computes for both.
         self._was_guided = False

@@ -14,15 +14,14 @@ class Parts:
     Iterates over those that are there. Collective to make.
 
     Args:
+        shared: `Shared`, what they have in common.
+        world: all ranks of the mesh.
         device_type: of the tensors that travel.
-        packed, choice: `PackedWeights` and `KernelChoice` that patches use.
         steps: `StepCalls` of all denoisers of the pipeline; the first of them opens and closes its exchange.
     """
 
-    def __init__(self, denoiser, config, world, signature, scheduler, packed, choice, device_type, steps=None):
-        self._denoiser, self._config, self._world = denoiser, config, world
-        self._signature, self._scheduler = signature, scheduler
-        self._packed, self._choice = packed, choice
+    def __init__(self, shared, world, device_type, steps=None):
+        self._shared, self._world = shared, world
         self._worlds = {axis: World(self.along(axis), world.timeout_s) for axis in ("half", "patch", "stage")}
         self.device_type, self.steps = device_type, steps
         self._open()
@@ -32,7 +31,7 @@ class Parts:
 
     def along(self, axis):
         """torch.distributed ranks that differ from this one in one axis of the mesh."""
-        return [self._world.ranks[r] for r in self._config.mesh.along(axis, self._world.rank)]
+        return [self._world.ranks[r] for r in self._shared.config.mesh.along(axis, self._world.rank)]
 
     @property
     def plan(self):
@@ -86,20 +85,14 @@ class Parts:
     def _open(self):
         halves, rows, stages = self._worlds.values()
         if self.steps is not None and self.steps.exchange is None:
-            self.steps.open(self._exchange(self.steps.world))
+            self.steps.open(open_exchange(self.steps.world, self.device_type))
         self.halves = self.patches = self.stages = None
-        common = self._denoiser, self._config
-        if halves.size > 1:
-            self.halves = Halves(self._denoiser, halves, self._exchange(halves), self._signature)
-        if rows.size > 1:
-            uses = self._signature, self._scheduler, self._packed, self._choice
-            self.patches = Patches(*common, rows, self._exchange(rows), *uses)
-        self._choice.patches = self.patches
-        if stages.size > 1:
-            self.stages = StageCalls(*common, stages, self._exchange(stages), self._signature, self._scheduler)
+        self.halves = self._made(Halves, halves)
+        self.patches = self._shared.choice.patches = self._made(Patches, rows)
+        self.stages = self._made(StageCalls, stages)
 
     def _open_steps(self):
         return self.steps if self.steps is not None and self.steps.exchange is not None else None
 
-    def _exchange(self, world):
-        return open_exchange(world, self.device_type)
+    def _made(self, kind, world):
+        return kind(self._shared, world, open_exchange(world, self.device_type)) if world.size > 1 else None

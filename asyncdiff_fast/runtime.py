@@ -6,6 +6,7 @@ Everything that ranks must agree on is agreed on here: at the first call of a ge
 import contextlib
 import functools
 import logging
+from dataclasses import replace
 
 import torch
 from torch.utils._pytree import tree_leaves
@@ -16,12 +17,10 @@ from .calls.signature import CallSignature, device_of, inputs_key
 from .calls.watch import unwatch_schedulers, watch_schedulers
 from .exchange import fingerprint
 from .exchange.world import device
-from .fused.choice import KernelChoice
-from .fused.fusion import Fusion
-from .fused.packed import PackedWeights, packs
+from .fused.device_layers import DeviceLayers
 from .modules import attached, is_compiled, on_pipeline_end, own, step_cache, structure
 from .parts import Parts
-from .patches.projections import Projections
+from .shared import Shared
 
 log = logging.getLogger(__name__)
 
@@ -39,21 +38,22 @@ class Runtime:
         self.on_refused = self._forward_error = self._structure = None
         # Whether the pipeline uses guidance, where it tells.
         self.guided = lambda: True
-        compiled = is_compiled(denoiser)
+        # What was compiled as a whole keeps its layers.
+        inside = replace(config, kernels="torch") if is_compiled(denoiser) else config
         self._signature = CallSignature(own(denoiser))
         self._clock = Clock()
         device_type = _device_type(denoiser)
-        self._packed = PackedWeights(denoiser, active=packs(config.kernels, device_type) and not compiled)
-        self._choice = KernelChoice("torch" if compiled else config.kernels, world)
-        uses = self._signature, scheduler, self._packed, self._choice
-        self._parts = Parts(denoiser, config, world, *uses, device_type, steps)
+        # Beneath every hook of ours.
+        self._layers = DeviceLayers(denoiser, inside, world, device_type)
+        shared = Shared(denoiser, config, self._signature, self._layers.packed, self._layers.choice, scheduler)
+        try:
+            self._parts = Parts(shared, world, device_type, steps)
+        except BaseException:
+            self._layers.remove()
+            raise
         # The denoiser may call itself.
         self._inside = self._interrupted = False
         self._calls = dict.fromkeys(Mode, 0)
-        # Beneath every hook of ours.
-        self._fusion = Fusion(denoiser, self._choice, patches=config.num_patches > 1)
-        beneath = self._fusion.taken_over, self._packed.forwards
-        self._projections = Projections(denoiser, config.num_patches > 1, *beneath)
         watch_schedulers()
         self._undo_end = on_pipeline_end(own(denoiser), self._end)
         self._root = attached(denoiser, self._call)
@@ -71,7 +71,7 @@ class Runtime:
     # One call of the denoiser.
 
     def _call(self, forward, args, kwargs):
-        if self._inside or (self.world.size == 1 and not self._packed.active):
+        if self._inside or (self.world.size == 1 and not self._layers.keeps_weights):
             return forward(*args, **kwargs)
         if self._needs_gradients(args, kwargs):
             self._end()
@@ -82,8 +82,7 @@ class Runtime:
         try:
             self._inside = True
             if tick.begins:
-                self._packed.begin()
-                self._projections.begin()
+                self._layers.begin()
                 self._begin_generation(args, kwargs)
             whole = functools.partial(self._on_halves, tick, key, forward, args, kwargs)
             return whole() if self._steps is None else self._steps.call(self._number, timestep, key, whole)
@@ -125,7 +124,7 @@ class Runtime:
 
     def _on_stages(self, tick, key, forward, args, kwargs):
         """This call, shared by the stages: of the whole picture, or of this rank's patch."""
-        kept = self._projections.during(forward, self._signature.latent)
+        kept = self._layers.during(forward, self._signature.latent)
         if self._parts.stages is None:
             result, mode = kept(*args, **kwargs), Mode.EXACT
             if self._parts.patches is not None and self._parts.patches.mode is not PatchMode.SYNC:
@@ -153,7 +152,7 @@ class Runtime:
                 raise
 
         try:
-            with self._choice.learning() if learning else contextlib.nullcontext():
+            with self._layers.learning() if learning else contextlib.nullcontext():
                 yield quiet
         except (ValueError, TypeError) as error:
             if self.on_refused is not None and error is not self._forward_error:
@@ -215,7 +214,7 @@ class Runtime:
         latest relative errors of what was predicted, and of reuse, by what it is (waits for the device).
         """
         calls = {f"{mode.name.lower()}_calls": n for mode, n in self._calls.items()}
-        return calls | {"kernels": self._fusion.summary()} | self._parts.stats()
+        return calls | {"kernels": self._layers.summary()} | self._parts.stats()
 
     def clear_stats(self):
         """Begin to count anew."""
@@ -233,10 +232,7 @@ class Runtime:
         try:
             self._parts.close("interrupted" if self._interrupted else None)
         finally:
-            # These lie beneath the hooks.
-            self._projections.remove()
-            self._fusion.remove()
-            self._packed.remove()
+            self._layers.remove()
 
 
 def _device_type(denoiser):

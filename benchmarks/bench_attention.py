@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import op_bench
 import torch
 import torch.nn.functional as F
-from asyncdiff_fast.kernels.kv_ring import KVRing
 from asyncdiff_fast.kernels.reference_attention import attention_reference
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -65,20 +64,23 @@ class Inputs:
     def __init__(self, shape, dtype, device):
         own = shape.image // shape.patches
         sizes = [shape.text] * bool(shape.text) + [own] * shape.patches
-        self.ring = KVRing((0, *itertools.accumulate(sizes)), 1, shape.heads, shape.head_size, dtype, device)
+        ring = torch.randn(sum(sizes), 1, 2, shape.heads, shape.head_size, device=device).to(dtype)
         queries = (shape.text, own) if shape.text else (own,)
         self.queries = tuple(
             torch.randn(1, size, shape.heads, shape.head_size, device=device).to(dtype) for size in queries
         )
         self.query = torch.cat(self.queries, 1)
-        for part in range(len(sizes)):
-            self.ring.part(part).copy_(torch.randn_like(self.ring.part(part)))
-        self.parts = [tuple(x.clone() for x in self.ring.slot(part)) for part in range(len(sizes))]
-        self.whole = [(self.ring.key(), self.ring.value())]
+        self.parts = [tuple(x.clone() for x in key_value(part)) for part in ring.split(sizes)]
+        self.whole = [key_value(ring)]
         # As a rank without a ring that spans both would have them.
-        text = [self.ring.slot(0)] if shape.text else []
-        self.segments = [*text, (self.ring.key(len(text)), self.ring.value(len(text)))]
+        text = [key_value(ring[: shape.text])] if shape.text else []
+        self.segments = [*text, key_value(ring[shape.text :])]
         self.flops = 4 * shape.heads * shape.head_size * shape.queries * (shape.text + shape.image)
+
+
+def key_value(tokens):
+    """(key, value), each a (b, s, h, d) view of tokens (s, b, 2, h, d), as a patch's ring has them."""
+    return tuple(x.transpose(0, 1) for x in tokens.unbind(2))
 
 
 def kernel_ops(inputs):

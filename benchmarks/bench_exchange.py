@@ -29,7 +29,6 @@ from asyncdiff_fast.commands.launch import launch
 
 OPERATIONS = (2, 6, 14)  # with 1, 3 and 7 peers
 SIZES = tuple(1 << n for n in range(12, 25, 2))
-SLOTS = 48
 # In each round: so short and so many that some of them meet nothing else on their core.
 BURSTS = 30
 # The context that the double takes for rank 0's.
@@ -102,7 +101,7 @@ def _fake_store():
 
 
 def engine_us(options, libraries, peers):
-    """Post, acquire + post + wait, and a slot's share of one call for 48 slots."""
+    """Post, and acquire + post + wait."""
     transport = _C.NcclTransport(libraries, _C.unique_id(libraries), 0, peers + 1)
     while not transport.ready():
         pass
@@ -116,7 +115,6 @@ def engine_us(options, libraries, peers):
 
     one = slot("one")
     channel.freeze("one", [one])
-    channel.freeze("many", [slot(f"slot {i}") for i in range(SLOTS)])
     stream = 7
 
     def cycle():
@@ -127,10 +125,6 @@ def engine_us(options, libraries, peers):
     found = {
         "post_us": best_us(options.rounds, options.calls, lambda: channel.post(one, stream)),
         "cycle_us": best_us(options.rounds, options.calls, cycle),
-        "range_us_per_slot": best_us(
-            options.rounds, options.calls // SLOTS + 1, lambda: channel.post_range("many", 0, SLOTS, stream)
-        )
-        / SLOTS,
     }
     channel.close()
     return found

@@ -23,8 +23,9 @@ from asyncdiff_fast.calls.schedule import PatchMode
 from asyncdiff_fast.calls.signature import CallSignature
 from asyncdiff_fast.config import Config, parse_options
 from asyncdiff_fast.fused.packed import PackedWeights, packs
+from asyncdiff_fast.fused.projections import Projections
 from asyncdiff_fast.patches.calls import Patches
-from asyncdiff_fast.patches.projections import Projections
+from asyncdiff_fast.shared import Shared
 
 
 class Mirror:
@@ -111,7 +112,7 @@ def row(options, pixels, patches):
     exchange = Mirror()
     packed = PackedWeights(denoiser, active=packs(config.kernels, options.device))
     signature, projections = CallSignature(denoiser), Projections(denoiser, active=True, beneath=packed.forwards)
-    patches = Patches(denoiser, config, None, exchange, signature, packed=packed)
+    patches = Patches(Shared(denoiser, config, signature, packed), None, exchange)
     forward = projections.during(denoiser.forward, signature.latent)
     plan, call = patches.planner.emulate(rank, forward, (), inputs, exchange)
     call(PatchMode.SYNC)

@@ -76,13 +76,13 @@ py::dict nccl_abi() {
 #define ADF_FUNCTION(name, result, arguments) puts_functions[#name] = #arguments;
   ADF_NCCL_PUTS_FUNCTIONS(ADF_FUNCTION)
 #undef ADF_FUNCTION
-  return py::dict(
-      "config"_a = fields, "config_bytes"_a = sizeof(NcclConfig), "unique_id_bytes"_a = sizeof(NcclUniqueId),
-      "magic"_a = kNcclMagic, "undefined"_a = kNcclUndefined, "ncclSuccess"_a = kNcclSuccess,
-      "ncclInProgress"_a = kNcclInProgress, "ncclInt8"_a = kNcclInt8, "NCCL_SPLIT_NOCOLOR"_a = kNcclSplitNoColor,
-      "functions"_a = functions, "puts_functions"_a = puts_functions, "awaited"_a = awaited,
-      "awaited_bytes"_a = sizeof(NcclWaitSignalDesc), "puts_since"_a = kNcclPutsSince,
-      "NCCL_WIN_COLL_SYMMETRIC"_a = kNcclWindowCollSymmetric, "NCCL_WIN_REQUIRED_ALIGNMENT"_a = kNcclWindowAlignment);
+  return py::dict("config"_a = fields, "config_bytes"_a = sizeof(NcclConfig),
+                  "unique_id_bytes"_a = sizeof(NcclUniqueId), "magic"_a = kNcclMagic, "undefined"_a = kNcclUndefined,
+                  "ncclSuccess"_a = kNcclSuccess, "ncclInProgress"_a = kNcclInProgress, "ncclInt8"_a = kNcclInt8,
+                  "functions"_a = functions, "puts_functions"_a = puts_functions, "awaited"_a = awaited,
+                  "awaited_bytes"_a = sizeof(NcclWaitSignalDesc), "puts_since"_a = kNcclPutsSince,
+                  "NCCL_WIN_COLL_SYMMETRIC"_a = kNcclWindowCollSymmetric,
+                  "NCCL_WIN_REQUIRED_ALIGNMENT"_a = kNcclWindowAlignment);
 }
 
 void bind_nccl(py::module_& m) {
@@ -115,9 +115,6 @@ void bind_nccl(py::module_& m) {
            py::arg("libraries"), py::arg("unique_id"), py::arg("rank"), py::arg("size"), py::arg("timeout_s") = 30.0,
            py::arg("max_ctas") = 0, py::arg("cta_policy") = -1, py::arg("puts") = false)
       .def("ready", &NcclTransport::ready, Unlocked())
-      .def("split", &NcclTransport::split, Unlocked(), py::arg("color"), py::arg("key"), py::arg("rank"),
-           py::arg("size"))
-      .def_property_readonly("stream", &NcclTransport::stream)
       .def("info", &nccl_info);
 }
 
@@ -151,13 +148,8 @@ void bind_channel(py::module_& m) {
       .def("release", &Channel::release, Unlocked(), py::arg("phase"))
       .def("acquire", &Channel::acquire, Unlocked(), py::arg("slot"), py::arg("stream") = 0)
       .def("post", &Channel::post, Unlocked(), py::arg("slot"), py::arg("stream") = 0)
-      .def("post_range", &Channel::post_range, Unlocked(), py::arg("phase"), py::arg("first"), py::arg("last"),
-           py::arg("stream") = 0)
       .def("wait", &Channel::wait, Unlocked(), py::arg("slot"), py::arg("stream") = 0, py::arg("lag") = 0)
-      .def("finish", py::overload_cast<int, int64_t>(&Channel::finish), Unlocked(), py::arg("slot"), py::arg("epoch"))
       .def("drain", &Channel::drain, Unlocked(), py::arg("slots"))
-      .def("epoch", &Channel::epoch, py::arg("slot"))
-      .def("done", &Channel::done, Unlocked(), py::arg("slot"), py::arg("epoch"))
       .def("check", &Channel::check, Unlocked())
       .def("abort", &Channel::abort, Unlocked(), py::arg("reason"))
       .def("report", &Channel::report, Unlocked(), py::arg("reason"))
@@ -192,9 +184,7 @@ PYBIND11_MODULE(_C, m) {
       PyErr_SetString(error, e.what());
     }
   });
-  py::class_<Transport, std::shared_ptr<Transport>>(m, "Transport", py::module_local())
-      .def_property_readonly("rank", &Transport::rank)
-      .def_property_readonly("size", &Transport::size);
+  py::class_<Transport, std::shared_ptr<Transport>>(m, "Transport", py::module_local());
   bind_nccl(m);
   bind_shm(m);
   bind_channel(m);

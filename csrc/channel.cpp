@@ -143,20 +143,6 @@ void Channel::post(int slot, Stream stream) {
   post_now(slots_[slot], stream);
 }
 
-void Channel::post_range(const std::string& name, int first, int last, Stream stream) {
-  enter();
-  const auto phase = phases_.find(name);
-  if (phase == phases_.end() || first < 0 || last > static_cast<int>(phase->second.slots.size()) || first > last) {
-    throw std::invalid_argument("phase '" + name + "' has no places " + std::to_string(first) + " to " +
-                                std::to_string(last));
-  }
-  for (int i = first; i < last; ++i) {
-    const auto& slot = slots_[phase->second.slots[i]];
-    guard_order(*slot, &phase->second);
-    post_now(slot, stream);
-  }
-}
-
 void Channel::post_now(const std::shared_ptr<Slot>& slot, Stream stream) {
   const auto began = Clock::now();
   Slot& s = *slot;
@@ -220,11 +206,6 @@ void Channel::wait(int slot, Stream stream, int lag) {
   s.wait_us += took;
 }
 
-void Channel::finish(int slot, int64_t epoch) {
-  enter();
-  finish(&at(slot), epoch, deadline());
-}
-
 // An epoch whose mark was taken over is over.
 void Channel::finish(Slot* slot, int64_t epoch, Clock::time_point deadline) {
   const int64_t posted = static_cast<int64_t>(slot->posted);
@@ -247,14 +228,6 @@ void Channel::drain(const std::vector<int>& slots) {
     Slot& s = at(number);
     for (int back = s.depth; back > 0; --back) finish(&s, static_cast<int64_t>(s.posted) - back, deadline());
   }
-}
-
-bool Channel::done(int slot, int64_t epoch) {
-  enter();
-  const Slot& s = at(slot);
-  const int64_t posted = static_cast<int64_t>(s.posted);
-  if (epoch < 0 || epoch < posted - static_cast<int64_t>(s.marks.size())) return true;
-  return epoch < posted && transport_->state(s, epoch) == State::kDone;
 }
 
 void Channel::close(double patience_s) {

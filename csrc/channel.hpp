@@ -41,16 +41,11 @@ class Channel {
   // Before the next send buffer is written: `stream` waits for the last use of it.
   void acquire(int slot, Stream stream);
   void post(int slot, Stream stream);
-  // Slots at places [first, last) of a phase.
-  void post_range(const std::string& phase, int first, int last, Stream stream);
   // `stream` waits for the epoch `lag` posts before the latest. Epochs before the first are over.
   void wait(int slot, Stream stream, int lag);
-  // The host waits for one epoch, or for all that is under way in some slots.
-  void finish(int slot, int64_t epoch);
+  // The host waits for all that is under way in some slots.
   void drain(const std::vector<int>& slots);
 
-  uint64_t epoch(int slot) const { return at(slot).posted; }
-  bool done(int slot, int64_t epoch);
   void check();
   void abort(const std::string& reason);
   // As abort, when another has said so.

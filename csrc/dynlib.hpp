@@ -25,7 +25,6 @@ constexpr unsigned kCuEventDisableTiming = 2;
 constexpr int kNcclSuccess = 0;
 constexpr int kNcclInProgress = 7;
 constexpr int kNcclInt8 = 0;
-constexpr int kNcclSplitNoColor = -1;
 constexpr int kNcclUndefined = INT_MIN;
 constexpr unsigned kNcclMagic = 0xcafebeef;
 constexpr int kNcclOldest = 21900;
@@ -102,7 +101,6 @@ struct NcclConfig {
   X(ncclGetVersion, int, (int*))                                                   \
   X(ncclGetUniqueId, int, (NcclUniqueId*))                                         \
   X(ncclCommInitRankConfig, int, (NcclComm*, int, NcclUniqueId, int, NcclConfig*)) \
-  X(ncclCommSplit, int, (NcclComm, int, int, NcclComm*, NcclConfig*))              \
   X(ncclCommGetAsyncError, int, (NcclComm, int*))                                  \
   X(ncclCommAbort, int, (NcclComm))                                                \
   X(ncclCommDestroy, int, (NcclComm))                                              \

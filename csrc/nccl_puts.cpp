@@ -41,16 +41,9 @@ NcclPutsTransport::NcclPutsTransport(std::shared_ptr<const Libraries> libraries,
                                      int size, const NcclOptions& options)
     : NcclTransport(with_puts(std::move(libraries)), unique_id, rank, size, options), signals_(size) {}
 
-NcclPutsTransport::NcclPutsTransport(std::shared_ptr<NcclTransport> parent, int rank, int size)
-    : NcclTransport(std::move(parent), rank, size), signals_(size) {}
-
 NcclPutsTransport::~NcclPutsTransport() {
   abort("dropped");
   close();
-}
-
-std::shared_ptr<NcclTransport> NcclPutsTransport::lane(int rank, int size) {
-  return std::shared_ptr<NcclTransport>(new NcclPutsTransport(shared_from_this(), rank, size));
 }
 
 std::vector<size_t> NcclPutsTransport::window(const std::vector<const Group*>& groups) const {
@@ -155,7 +148,7 @@ void NcclPutsTransport::settle_window(Window* window) {
 void NcclPutsTransport::copy(char* target, const char* source, size_t bytes) {
   if (bytes == 0) return;
   cuda(libraries_->cuMemcpyDtoDAsync_v2(reinterpret_cast<uintptr_t>(target), reinterpret_cast<uintptr_t>(source), bytes,
-                                        lane_stream()),
+                                        stream()),
        "cuMemcpyDtoDAsync");
 }
 
@@ -170,7 +163,7 @@ void NcclPutsTransport::need(int peer, uint64_t number) {
 void NcclPutsTransport::wait_for_signals() {
   if (needed_.empty()) return;
   issue("ncclWaitSignal", [this](NcclComm comm) {
-    return libraries_->ncclWaitSignal(static_cast<int>(needed_.size()), needed_.data(), comm, lane_stream());
+    return libraries_->ncclWaitSignal(static_cast<int>(needed_.size()), needed_.data(), comm, stream());
   });
 }
 
@@ -192,7 +185,7 @@ void NcclPutsTransport::move(const Group& group, uint64_t epoch) {
     issue_group([&](NcclComm comm, const auto& note) {
       for (const Put& x : plan.puts) {
         note(lib.ncclPutSignal(memory + x.from, x.message->bytes, kNcclInt8, x.message->peer, plan.window->handle,
-                               x.to + place * aligned(x.message->bytes), 0, 0, 0, comm, lane_stream()));
+                               x.to + place * aligned(x.message->bytes), 0, 0, 0, comm, stream()));
       }
     });
   }
@@ -204,7 +197,7 @@ void NcclPutsTransport::move(const Group& group, uint64_t epoch) {
   }
   if (!plan.credited.empty()) {
     issue_group([&](NcclComm comm, const auto& note) {
-      for (int peer : plan.credited) note(lib.ncclSignal(peer, 0, 0, 0, comm, lane_stream()));
+      for (int peer : plan.credited) note(lib.ncclSignal(peer, 0, 0, 0, comm, stream()));
     });
   }
   for (Credit& x : plan.credits) x.number[place] = ++signals_[x.peer].promised;
@@ -246,7 +239,7 @@ void NcclPutsTransport::close() {
 
 bool NcclPutsTransport::idle() const {
   const auto deadline = Clock::now() + kPatience;
-  while (libraries_->cuStreamQuery(lane_stream()) == kCuNotReady) {
+  while (libraries_->cuStreamQuery(stream()) == kCuNotReady) {
     if (Clock::now() > deadline) return false;
     std::this_thread::sleep_for(kPoll);
   }

@@ -74,8 +74,6 @@ class NcclPutsTransport final : public NcclTransport {
     uint64_t promised = 0, awaited = 0;
   };
 
-  NcclPutsTransport(std::shared_ptr<NcclTransport> parent, int rank, int size);
-  std::shared_ptr<NcclTransport> lane(int rank, int size) override;
   void move(const Group& group, uint64_t epoch) override;
   void end(NcclComm comm) noexcept override;
 

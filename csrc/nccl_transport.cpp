@@ -40,11 +40,6 @@ NcclTransport::NcclTransport(std::shared_ptr<const Libraries> libraries, const s
   }
 }
 
-NcclTransport::NcclTransport(std::shared_ptr<NcclTransport> parent, int rank, int size)
-    : Transport(rank, size), libraries_(parent->libraries_), options_(parent->options_), parent_(std::move(parent)) {
-  start_stream();
-}
-
 void NcclTransport::start_stream() {
   libraries_->require_driver();
   cuda(libraries_->cuInit(0), "cuInit");
@@ -78,25 +73,8 @@ void NcclTransport::free_driver_objects() {
   libraries_->cuStreamDestroy_v2(stream_);
 }
 
-std::shared_ptr<NcclTransport> NcclTransport::split(int color, int key, int rank, int size) {
-  if (!ready()) throw ExchangeError("a transport can be split once it is ready");
-  std::shared_ptr<NcclTransport> child;
-  NcclComm unused = nullptr;
-  if (color != kNcclSplitNoColor) child = lane(rank, size);
-  NcclConfig settings = config();
-  std::lock_guard<std::mutex> lock(comm_mutex_);
-  nccl(libraries_->ncclCommSplit(comm_, color, key, child ? &child->comm_ : &unused, &settings), "ncclCommSplit");
-  return child;
-}
-
-std::shared_ptr<NcclTransport> NcclTransport::lane(int rank, int size) {
-  return std::shared_ptr<NcclTransport>(new NcclTransport(shared_from_this(), rank, size));
-}
-
 bool NcclTransport::ready() {
   if (gone_) throw ExchangeError("the NCCL communicator is closed");
-  if (parent_ && !parent_->ready()) return false;
-  parent_.reset();
   const int result = async_error();
   if (result == kNcclSuccess) return true;
   if (result != kNcclInProgress) nccl(result, "connecting by NCCL");

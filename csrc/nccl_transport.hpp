@@ -15,22 +15,17 @@ struct NcclOptions {
   int cta_policy = kNcclUndefined;
 };
 
-class NcclTransport : public Transport, public std::enable_shared_from_this<NcclTransport> {
+class NcclTransport : public Transport {
  public:
   // Begins to connect and returns at once; the rank's CUDA context must be current. Then call `ready` until it is true.
   NcclTransport(std::shared_ptr<const Libraries> libraries, const std::string& unique_id, int rank, int size,
                 const NcclOptions& options);
   ~NcclTransport() override;
 
-  // Begins a lane of its own for the ranks of one color, in which this rank is `rank` of `size`; nullptr for color -1.
-  // Collective over this transport. `ready` of the parent too must be called until it is true.
-  std::shared_ptr<NcclTransport> split(int color, int key, int rank, int size);
-
   // Whether all ranks are connected. Raises ExchangeError if that failed or took longer than `timeout_s`.
   bool ready();
 
   static std::string unique_id(const Libraries& libraries);
-  Stream stream() const { return reinterpret_cast<Stream>(stream_); }
   const Libraries& libraries() const { return *libraries_; }
 
   bool on_host() const override { return false; }
@@ -46,10 +41,6 @@ class NcclTransport : public Transport, public std::enable_shared_from_this<Nccl
   void close() override;
 
  protected:
-  NcclTransport(std::shared_ptr<NcclTransport> parent, int rank, int size);
-
-  // A lane split off this one, before its communicator is made.
-  virtual std::shared_ptr<NcclTransport> lane(int rank, int size);
   // Puts the messages of an epoch on this lane's stream; whom it waits for, and who waits for it, is seen to already.
   virtual void move(const Group& group, uint64_t epoch);
   // Ends a communicator that nobody can wait for.
@@ -86,7 +77,7 @@ class NcclTransport : public Transport, public std::enable_shared_from_this<Nccl
   bool gone() const { return gone_; }
   void cuda(int result, const char* what) const;
   void nccl(int result, const char* what);
-  CuStream lane_stream() const { return stream_; }
+  CuStream stream() const { return stream_; }
   CuContext context() const { return context_; }
 
   const std::shared_ptr<const Libraries> libraries_;
@@ -105,8 +96,6 @@ class NcclTransport : public Transport, public std::enable_shared_from_this<Nccl
 
   NcclOptions options_;
   Clock::time_point began_ = Clock::now();
-  // A split ends when the parent's communicator says so.
-  std::shared_ptr<NcclTransport> parent_;
   NcclComm comm_ = nullptr;
   // Guards comm_ against being aborted, and so freed, while another thread is inside a call with it.
   std::mutex comm_mutex_;

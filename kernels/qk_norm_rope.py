@@ -111,8 +111,8 @@ def qk_norm_rope(
         eps: added to the mean square.
         cos, sin: (s, d), last stride 1, or both None for no rotation; diffusers' `image_rotary_emb`.
         interleaved: whether pairs are neighbours, or half a head apart.
-        q_out, k_out, v_out: where to write, (b, s, h, d) with last stride 1: a slot of a `KVRing`, say. They must not
-            overlap the inputs, unless they are the inputs. New tensors if None.
+        q_out, k_out, v_out: where to write, (b, s, h, d) with last stride 1: a part of a ring of keys and values, say.
+            They must not overlap the inputs, unless they are the inputs. New tensors if None.
     Returns: (q_out, k_out, v_out).
     Raises: ValueError if shapes or strides do not fit.
     """

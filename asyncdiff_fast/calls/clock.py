@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..versions import version
 from .watch import seen
 
 # More calls than this without a step are no guidance: begin anew, so that their state does not grow without end.
@@ -36,7 +37,7 @@ class _Kept:
 
 
 def _place(tensor):
-    return tensor.data_ptr(), None if tensor.is_inference() else tensor._version
+    return tensor.data_ptr(), version(tensor)
 
 
 def _on_device(timestep):

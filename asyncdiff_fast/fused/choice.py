@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
+from ..versions import version
 from . import timing
 from .registry import KERNELS
 
@@ -97,13 +98,13 @@ class KernelChoice:
         Only with one rank: to those who follow tensors between modules this would be a way past them.
         """
         if self.alone and not torch.compiler.is_compiling() and not y.is_inference():
-            self._sum = weakref.ref(y), y._version, partials
+            self._sum = weakref.ref(y), version(y), partials
 
     def recall(self, x):
         """The statistics of `x`, if it is the latest residual sum, unchanged; else None."""
         if self._sum is None or torch.compiler.is_compiling() or self._sum[0]() is not x:
             return None
-        return self._sum[2] if self._sum[1] == x._version else None
+        return self._sum[2] if self._sum[1] == version(x) else None
 
     @property
     def _together(self):

@@ -2,7 +2,7 @@
 
 import torch
 
-from ..tracing.side_effects import version
+from ..versions import version
 
 NUM_SAMPLES = 64
 

@@ -15,13 +15,13 @@ KEPT_PATCHES = 8
 class Patches:
     """`plan` is the latest plan (None before the first call)."""
 
-    def __init__(self, denoiser, config, world, exchange, signature, scheduler=None, packed=None, choice=None):
-        self.denoiser, self.config, self.world, self.exchange = denoiser, config, world, exchange
-        self.plan, self.hooks = None, Hooks(denoiser)
-        self.planner = Planner(denoiser, config, world, signature, self.hooks, packed, choice)
-        self._signature = signature
+    def __init__(self, shared, world, exchange):
+        self.config, self.exchange = shared.config, exchange
+        self.plan, self.hooks = None, Hooks(shared.denoiser)
+        self.planner = Planner(shared, world, self.hooks)
+        self._signature, self._scheduler = shared.signature, shared.scheduler
         self._patches, self._phases = {}, 0
-        self._scheduler, self._pace = scheduler, Pace(config, world)
+        self._pace = Pace(shared.config, world)
         # {place of a patch: step of its latest call in this generation}
         self._last_steps = {}
 

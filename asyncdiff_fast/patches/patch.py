@@ -25,8 +25,8 @@ class Patch:
     While it is `probing` there is no plan yet: every patch works for itself, and `found` collects what it meets.
     """
 
-    def __init__(self, config, cutter, number, device, packed, choice):
-        self._packed, self._choice = packed, choice
+    def __init__(self, shared, cutter, number, device):
+        config, self._packed, self._choice = shared.config, shared.packed, shared.choice
         self.config, self.cutter, self.number, self.device = config, cutter, number, device
         self.mode, self.group_norm, self.bessel = PatchMode.LOCAL, config.group_norm, config.bessel
         self.plan = None

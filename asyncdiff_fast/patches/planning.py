@@ -7,13 +7,11 @@ from torch.utils._pytree import tree_leaves
 
 from ..calls import schedule
 from ..calls.schedule import PatchMode
-from ..fused.packed import PackedWeights
 from ..tracing import side_effects
 from . import site_rows, sites
 from .cutting import Cutter
 from .patch import Patch
 from .plan import PatchPlan
-from .projections import KeptBytes
 
 # How far the patches' synchronous result may be from the whole picture's, of its largest element.
 CLOSE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -22,23 +20,23 @@ CLOSE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 2e-2, torch.bf
 class Planner:
     """Makes the patches of one denoiser. `world` is None where one process plans alone; `hooks`: its `Hooks`."""
 
-    def __init__(self, denoiser, config, world, signature, hooks, packed=None, choice=None):
-        self.denoiser, self.config, self.world, self.hooks = denoiser, config, world, hooks
-        self._signature, self._packed = signature, packed or PackedWeights(denoiser, active=False)
-        self._choice = choice
+    def __init__(self, shared, world, hooks):
+        self._shared, self.world, self.hooks = shared, world, hooks
+        self.denoiser, self.config = shared.denoiser, shared.config
+        self._signature, self._choice = shared.signature, shared.choice
 
     def first(self, forward, args, kwargs, axis, exchange, phase):
         """The patch of this rank for these inputs, bound to its slots, checked against the whole picture. Collective.
 
         Raises: ValueError if the denoiser cannot be shared out as patches, on every rank.
         """
-        whole, recorder, kept_bytes = self._look(forward, args, kwargs)
+        whole, recorder = self._look(forward, args, kwargs)
         run = self._quiet(forward)
         patch = self._patch(recorder, args, kwargs, axis, self.world.rank)
         self._probe(patch, run, args, kwargs, whole)
         if not self.config.naive:
             everyone = self.world.gather((patch.found, patch.sees_latent), "the rows of every site")
-            plan = self._plan(patch.cutter, recorder, everyone, whole, kept_bytes)
+            plan = self._plan(patch.cutter, recorder, everyone, whole)
             if len(set(self.world.gather(plan.digest(), "the plan of the patches"))) > 1:
                 raise ValueError("ranks planned different patches: the denoisers or their inputs differ")
             patch.bind(plan, exchange, phase, _samples(plan, recorder))
@@ -73,18 +71,18 @@ class Planner:
 
     def _planned(self, forward, args, kwargs):
         """(plan, a patch of every patch, samples of its sites, the whole result, a quiet forward)."""
-        whole, recorder, kept_bytes = self._look(forward, args, kwargs)
+        whole, recorder = self._look(forward, args, kwargs)
         run, patches = self._quiet(forward), []
         for number in range(self.config.num_patches):
             patches.append(self._patch(recorder, args, kwargs, schedule.patch_axis(self.config, 0), number))
             self._on_patch(patches[-1], PatchMode.LOCAL, run, args, kwargs)
         everyone = [(patch.found, patch.sees_latent) for patch in patches]
-        plan = self._plan(patches[0].cutter, recorder, everyone, whole, kept_bytes)
+        plan = self._plan(patches[0].cutter, recorder, everyone, whole)
         return plan, patches, _samples(plan, recorder), whole, run
 
     def on_first_patch(self, forward, args, kwargs, make_plan):
         """What `make_plan(denoiser, forward, args, kwargs, config)` makes of the first patch's call."""
-        _, recorder, _ = self._look(forward, args, kwargs)
+        _, recorder = self._look(forward, args, kwargs)
         self.hooks.active = self._patch(recorder, args, kwargs, schedule.patch_axis(self.config, 0), 0)
         cut_args, cut_kwargs = self.hooks.active.begin(self._signature, PatchMode.LOCAL, args, kwargs)
         try:
@@ -105,31 +103,31 @@ class Planner:
         return run
 
     def _look(self, forward, args, kwargs):
-        """(result, `Recorder`, bytes of projections to keep) of a forward on the whole picture."""
+        """(result, `Recorder`) of a forward on the whole picture."""
         latent = self._signature.latent(args, kwargs)
         if not isinstance(latent, torch.Tensor) or latent.dim() not in (3, 4, 5):
             kind = tuple(latent.shape) if isinstance(latent, torch.Tensor) else type(latent).__name__
             raise ValueError(f"num_patches needs a latent of 3, 4 or 5 dimensions as the denoiser's input: got {kind}")
         paused = contextlib.nullcontext() if self._choice is None else self._choice.paused()
-        with side_effects.restored(self.denoiser), paused, KeptBytes((args, kwargs), latent) as kept:
+        with side_effects.restored(self.denoiser), paused:
             whole, recorder = sites.record(self.denoiser, forward, latent, args, kwargs)
         if recorder.steered_by:
             raise ValueError(
                 f"{', '.join(dict.fromkeys(recorder.steered_by))} reads numbers from activations into Python, which "
                 "differ from patch to patch: use num_stages instead"
             )
-        return whole, recorder, kept.nbytes
+        return whole, recorder
 
     def _patch(self, recorder, args, kwargs, axis, number):
         """A patch without a plan, ready for a first look."""
         latent = self._signature.latent(args, kwargs)
         cutter = Cutter.of(recorder, latent, self._signature.latent_name, self.config, number, axis)
-        patch = Patch(self.config, cutter, number, latent.device, self._packed, self._choice)
+        patch = Patch(self._shared, cutter, number, latent.device)
         patch.prepare(*_beforehand(recorder, cutter, self.config.naive))
         self.hooks.attach(recorder, patch)
         return patch
 
-    def _plan(self, cutter, recorder, everyone, whole, kept_bytes):
+    def _plan(self, cutter, recorder, everyone, whole):
         """The plan from what every patch has found; without sites for naive patches, which exchange results only."""
         found = ()
         if not self.config.naive:
@@ -137,7 +135,7 @@ class Planner:
             frames = cutter.grid.outer if cutter.grid is not None else 1
             found = site_rows.make_sites(recorder, cutter.levels, cutter.rows.size, seen, all(sees_latent), frames)
         nbytes = sum(x.nbytes for x in tree_leaves(whole) if isinstance(x, torch.Tensor))
-        return PatchPlan(self.config, cutter.rows, cutter.levels, found, nbytes, kept_bytes)
+        return PatchPlan(self.config, cutter.rows, cutter.levels, found, nbytes, recorder.kept_bytes)
 
     def _probe(self, patch, run, args, kwargs, whole):
         """Run the denoiser on this patch alone: the numbers mean nothing yet, but all shapes are seen."""

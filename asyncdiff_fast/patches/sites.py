@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from ..fused.projections import KeptBytes
+
 CONV, NORM, ATTENTION, RESIZE, POSITIONS = "convolution", "norm", "attention", "resize", "positions"
 KINDS = {
     torch.conv1d: CONV,
@@ -117,12 +119,14 @@ class Recorder(TorchFunctionMode):
     modules whose results follow from no input. `joins`: {(module, call): [(place, argument, tensor, shape of the
     result)]} of functions that join an activation with such a tensor. `beside`: {(module, call, leaf of its constant
     result)} that runs along something that is not made of the picture, such as text of as many tokens. `steered_by`:
-    modules where a number read from the picture's activations steers Python.
+    modules where a number read from the picture's activations steers Python. `kept_bytes`: of the projections of the
+    inputs that are made once, see `KeptBytes`.
     """
 
     def __init__(self, latent, inputs):
         super().__init__()
         self.sites, self.order, self.constants, self.joins, self.steered_by = {}, [], {}, {}, []
+        self.kept_bytes = 0
         self._inputs, self._picture = _Followed(inputs), _Followed(latent)
         # {(module, call, leaf): that leaf, and what follows from it and other constants alone}, until it is first used.
         self.beside, self._unused = set(), {}
@@ -211,9 +215,10 @@ def record(denoiser, forward, latent, args, kwargs):
     recorder = Recorder(latent, (args, kwargs))
     handles = recorder.watch(denoiser)
     try:
-        with torch.no_grad(), recorder:
+        with torch.no_grad(), KeptBytes((args, kwargs), latent) as kept, recorder:
             result = forward(*args, **kwargs)
     finally:
         for handle in handles:
             handle.remove()
+    recorder.kept_bytes = kept.nbytes
     return result, recorder

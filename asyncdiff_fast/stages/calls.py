@@ -22,12 +22,12 @@ KEPT_PASSES = 8
 class StageCalls:
     """`plan` is the latest plan (None before the first call)."""
 
-    def __init__(self, denoiser, config, world, exchange, signature, scheduler=None):
-        self.denoiser, self.config, self.world, self.exchange = denoiser, config, world, exchange
+    def __init__(self, shared, world, exchange):
+        self.denoiser, self.config, self.world, self.exchange = shared.denoiser, shared.config, world, exchange
         self.plan = self._active = None
-        self._signature, self._scheduler = signature, scheduler
+        self._signature, self._scheduler = shared.signature, shared.scheduler
         self._passes, self._units, self._placeholders, self._phases = {}, {}, {}, 0
-        self._pace = Pace(config, world)
+        self._pace = Pace(shared.config, world)
 
     def begin_generation(self):
         """What an earlier generation left behind is not read again."""

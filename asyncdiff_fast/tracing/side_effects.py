@@ -8,6 +8,8 @@ import contextlib
 import torch
 from torch.utils._pytree import tree_leaves
 
+from ..versions import version
+
 # What every module has: not told apart by `belongings`, but for the buffers.
 _COMMON = frozenset(vars(torch.nn.Module())) - {"_buffers"}
 
@@ -15,11 +17,6 @@ _COMMON = frozenset(vars(torch.nn.Module())) - {"_buffers"}
 def kept_by(module):
     """What a module's own attributes and buffers hold, as a flat list."""
     return tree_leaves({name: x for name, x in vars(module).items() if name not in _COMMON})
-
-
-def version(x):
-    """Number that grows when a tensor is written in place; None where there is none."""
-    return x._version if isinstance(x, torch.Tensor) and not x.is_inference() else None
 
 
 def belongings(module, arguments):

@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
 
 from ..calls.signature import CallSignature
+from ..versions import version
 from . import side_effects
 from .recording import Enter, Exit, Op, Recording, TensorRef
 
@@ -136,7 +137,7 @@ class _Recorder(TorchDispatchMode):
         read = {storage for event in self.recording.events if isinstance(event, Op) for storage in event.reads}
         for name, module, kept in before:
             after = side_effects.kept_by(module)
-            if not side_effects.differ(kept, [(x, side_effects.version(x)) for x in after]):
+            if not side_effects.differ(kept, [(x, version(x)) for x in after]):
                 continue
             if read.intersection(self.numbers([x for x, _ in kept])):
                 self.recording.state += ((name or type(module).__name__, self.numbers(after)),)

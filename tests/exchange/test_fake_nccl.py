@@ -1,12 +1,11 @@
 """The double of NCCL: rendezvous, errors, windows; and what a communicator's life looks like."""
 
-import ctypes
 import threading
 
 import building
 import pytest
 from double import Double, DoubleError, Range
-from double_nccl import IN_PROGRESS, Ranks, config
+from double_nccl import IN_PROGRESS, Ranks
 
 
 @pytest.fixture(params=[(0, 0), (300, 1)], ids=["at once", "late"])
@@ -108,21 +107,6 @@ def test_a_wrong_size_is_an_asynchronous_error(gpu):
     assert gpu.misuses() == ["rank 1: recv 0->1 of 16 bytes met a send of 8 bytes"]
 
 
-def test_collectives(gpu):
-    ranks = Ranks(gpu, 3)
-    parts = [gpu.memory(8, f"part {r}") for r in range(3)]
-    whole = [gpu.memory(24, f"whole {r}") for r in range(3)]
-    for r in range(3):
-        gpu.kernel(ranks.streams[r], "produce", writes=[parts[r].filled(r + 1)])
-        ranks.all_gather(r, parts[r], whole[r])
-    _clean(gpu)
-    assert {w.tobytes() for w in whole} == {bytes([1] * 8 + [2] * 8 + [3] * 8)}
-    for r in range(3):
-        ranks.broadcast(r, 1, parts[r], parts[r])
-    _clean(gpu)
-    assert {p.tobytes() for p in parts} == {bytes([2] * 8)}
-
-
 @pytest.mark.parametrize(
     ("early", "depth", "safe"),
     [(True, 1, False), (True, 2, False), (True, 3, True), (False, 1, False), (False, 2, True)],
@@ -158,34 +142,6 @@ def test_puts_need_more_buffers_than_receives(gpu, early, depth, safe):
     assert gpu.drain() == [] and gpu.misuses() == []
     assert bool(gpu.races()) != safe
     assert {race.kind for race in gpu.races()} <= {"RAW", "WAR"}
-
-
-def test_split(gpu):
-    ranks, parts = Ranks(gpu, 4), []
-    for r in range(4):
-        with gpu.rank(r):
-            part = ctypes.c_void_p()
-            colour, key = (-1, 0) if r == 3 else (r % 2, -r)
-            answer = gpu.library.ncclCommSplit(ranks.comms[r], colour, key, ctypes.byref(part), ctypes.byref(config()))
-        parts.append(part)
-        assert answer == (0 if r == 3 else IN_PROGRESS)
-        assert [ranks.error(0), parts[0].value is None] == ([0, False] if r == 3 else [IN_PROGRESS, True])
-    assert parts[3].value is None
-    found = []
-    for r in (0, 1, 2):
-        ranks.comms[r] = parts[r]
-        assert ranks.error(r) == 0
-        values = [ctypes.c_int(), ctypes.c_int()]
-        gpu.call("ncclCommCount", parts[r], ctypes.byref(values[0]))
-        gpu.call("ncclCommUserRank", parts[r], ctypes.byref(values[1]))
-        found.append((values[0].value, values[1].value))
-    assert found == [(2, 1), (1, 0), (2, 0)], "smaller keys come first"
-    x, y = gpu.memory(8, "x"), gpu.memory(8, "y")
-    gpu.kernel(ranks.streams[0], "produce", writes=[x.filled(9)])
-    ranks.send(0, 0, x)
-    ranks.recv(2, 1, y)
-    _clean(gpu)
-    assert y.tobytes() == bytes([9]) * 8
 
 
 def test_a_group_in_progress_is_launched_later():

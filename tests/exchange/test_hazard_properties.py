@@ -98,7 +98,7 @@ def _finish(ranks, sides):
     for rank, slots in zip(ranks, sides, strict=True):
         for plan, slot in slots:
             if slot.recv and plan.depth > 1:
-                rank.channel.finish(slot.number, STEPS - 1)
+                rank.channel.drain([slot.number])
                 rank.gpu.host(rank.rank, "look", reads=rank.expected(slot))
             elif slot.recv:
                 rank.wait(slot)

@@ -49,7 +49,7 @@ def host_after_done(gpu, ranks):
     for r, slot in zip(ranks, slots, strict=True):
         r.send_once(slot)
     for r, slot in zip(ranks, slots, strict=True):
-        r.channel.finish(slot.number, 0)
+        r.channel.drain([slot.number])
         gpu.host(r.rank, "look", reads=r.expected(slot))
     for r, slot in zip(ranks, slots, strict=True):
         r.send_once(slot)

@@ -1,7 +1,6 @@
-// Entry points of libnccl.so.2 that make, split, ask and end communicators.
+// Entry points of libnccl.so.2 that make, ask and end communicators.
 #include "communicator.hpp"
 
-#include <algorithm>
 #include <climits>
 #include <cstring>
 
@@ -40,31 +39,14 @@ struct Config {
   int blocking;
 };
 constexpr unsigned kMagic = 0xcafebeef;
-constexpr int kUndefined = INT_MIN, kNoColour = -1;
+constexpr int kUndefined = INT_MIN;
 
-bool blocks(const void* config, bool otherwise) {
+bool blocks(const void* config) {
   const int value = config ? static_cast<const Config*>(config)->blocking : kUndefined;
-  return value == kUndefined ? otherwise : value != 0;
+  return value == kUndefined || value != 0;
 }
 
 bool valid(const void* config) { return !config || static_cast<const Config*>(config)->magic == kMagic; }
-
-// Every rank has answered: those of one colour become a world, smaller keys first.
-void divide(const std::map<int, std::shared_ptr<Communicator>>& answers) {
-  std::map<int, std::vector<std::tuple<int, int, std::shared_ptr<Communicator>>>> parts;
-  for (const auto& [old_rank, comm] : answers)
-    if (comm) parts[comm->colour].emplace_back(comm->key, old_rank, comm);
-  for (auto& [_, members] : parts) {
-    std::sort(members.begin(), members.end());
-    auto world = std::make_shared<World>(static_cast<int>(members.size()));
-    for (auto& [key, old_rank, comm] : members) {
-      comm->world = world;
-      comm->rank = static_cast<int>(world->members.size());
-      world->members[comm->rank] = comm;
-      *comm->handle = nccl().communicators.add(comm);
-    }
-  }
-}
 
 }  // namespace
 
@@ -107,58 +89,10 @@ FAKE_API int ncclCommInitRankConfig(void** handle, int size, UniqueId id, int ra
   comm->world = world;
   comm->rank = rank;
   comm->context = current_context();
-  comm->blocking = blocks(config, true);
+  comm->blocking = blocks(config);
   world->members[rank] = comm;
   *handle = nccl().communicators.add(comm);
   return await(lock, comm);
-}
-
-FAKE_API int ncclCommInitRank(void** handle, int size, UniqueId id, int rank) {
-  return ncclCommInitRankConfig(handle, size, id, rank, nullptr);
-}
-
-FAKE_API int ncclCommSplit(void* handle, int colour, int key, void** part, const void* config) {
-  Lock lock(machine().mutex);
-  auto comm = nccl().communicators.find(handle);
-  if (!comm || !valid(config)) return kNcclInvalidArgument;
-  if (!comm->ready()) return comm->fail(kNcclInvalidUsage, "split of a communicator that is not ready");
-  const size_t split = comm->splits++;
-  auto& splits = comm->world->splits;
-  if (splits.size() <= split) splits.resize(split + 1);
-  std::shared_ptr<Communicator> mine;
-  if (colour != kNoColour) {
-    mine = std::make_shared<Communicator>();
-    mine->colour = colour;
-    mine->key = key;
-    mine->context = comm->context;
-    mine->blocking = blocks(config, comm->blocking);
-  }
-  *part = nullptr;
-  if (mine) mine->handle = part;
-  splits[split][comm->rank] = mine;
-  comm->splitting = true;
-  if (splits[split].size() == static_cast<size_t>(comm->world->size)) {
-    divide(splits[split]);
-    for (auto& [_, member] : comm->world->members)
-      if (auto alive = member.lock()) alive->splitting = false;
-  }
-  return await(lock, comm);
-}
-
-FAKE_API int ncclCommCount(void* handle, int* count) {
-  Lock lock(machine().mutex);
-  auto comm = nccl().communicators.find(handle);
-  if (!comm || !comm->ready()) return kNcclInvalidArgument;
-  *count = comm->world->size;
-  return kNcclSuccess;
-}
-
-FAKE_API int ncclCommUserRank(void* handle, int* rank) {
-  Lock lock(machine().mutex);
-  auto comm = nccl().communicators.find(handle);
-  if (!comm || !comm->ready()) return kNcclInvalidArgument;
-  *rank = comm->rank;
-  return kNcclSuccess;
 }
 
 FAKE_API int ncclCommGetAsyncError(void* handle, int* error) {
@@ -178,11 +112,6 @@ FAKE_API int ncclCommGetAsyncError(void* handle, int* error) {
     }
   }
   return kNcclSuccess;
-}
-
-FAKE_API int ncclCommFinalize(void* handle) {
-  Lock lock(machine().mutex);
-  return nccl().communicators.find(handle) ? kNcclSuccess : kNcclInvalidArgument;
 }
 
 FAKE_API int ncclCommDestroy(void* handle) {

@@ -1,7 +1,6 @@
 // Communicators of the double: the ranks of one unique id, their mailboxes, windows and errors.
 #pragma once
 #include <set>
-#include <tuple>
 
 #include "machine.hpp"
 
@@ -21,7 +20,6 @@ enum Result : int {
 struct Message {
   const void* data;
   size_t bytes;
-  std::string kind;
   Clock clock;
   bool copying = false, done = false;
 };
@@ -29,8 +27,8 @@ struct Message {
 // One signal that a put or a bare signal left behind: what its sender knew.
 using Signal = Clock;
 
-// Sender, receiver and whether a collective sent it.
-using Route = std::tuple<int, int, bool>;
+// Sender and receiver.
+using Route = std::pair<int, int>;
 
 // The ranks' parts of it, and where their handles go once all have registered.
 struct Window {
@@ -49,20 +47,16 @@ struct World {
   std::map<Route, std::deque<std::shared_ptr<Message>>> mail;
   std::map<std::pair<int, int>, std::deque<Signal>> signals;
   std::vector<std::shared_ptr<Window>> windows;
-  // Of the n-th split: what each rank asked for; null for a rank that takes no part.
-  std::vector<std::map<int, std::shared_ptr<Communicator>>> splits;
   bool complete() const { return members.size() == static_cast<size_t>(size); }
 };
 
 // One operation of a group.
 struct Operation {
-  enum Kind { kSend, kRecv, kCopy, kPut, kWaitSignal } kind;
+  enum Kind { kSend, kRecv, kPut, kWaitSignal } kind;
   const void* source;
   void* target;
   size_t bytes;
   int peer;
-  // Of a collective: its name; its messages travel apart from others.
-  std::string collective;
   // A put: the window it writes, from this offset; without one it only signals.
   std::shared_ptr<Window> window;
   size_t offset;
@@ -77,18 +71,14 @@ struct Launch {
 };
 
 struct Communicator {
-  // Of a split, world and rank are unknown until every rank of the parent has answered.
   std::shared_ptr<World> world;
-  int colour = 0, key = 0;
-  // Where a split's handle goes once it is made.
-  void** handle = nullptr;
-  bool splitting = false, registering = false;
+  bool registering = false;
   int rank = -1;
   int context = -1;
   bool blocking = true, aborted = false;
   int error = kNcclSuccess;
   std::string last_error;
-  size_t splits = 0, windows = 0;
+  size_t windows = 0;
   // Operations of one communicator run in the order of their launch, whatever their stream.
   uint64_t launched = 0, finished = 0;
   // Operations that wait for signals, which an abort waits for.
@@ -98,8 +88,8 @@ struct Communicator {
   std::vector<Launch> deferred;
   int enquiries_left = 0;
 
-  // True when every rank has come, to the last split or registration as well.
-  bool ready() const { return world && world->complete() && !splitting && !registering; }
+  // True when every rank has come, to the last registration as well.
+  bool ready() const { return world->complete() && !registering; }
   // Success, or the error, remembered as the last one.
   int fail(Result result, std::string why);
   std::string name() const { return "rank " + std::to_string(context); }

@@ -2,8 +2,6 @@
 //
 // Streams are non-blocking ones; a context's default stream is one more of that kind. Contexts are the numbers of
 // ranks.
-#include <chrono>
-
 #include "exports.hpp"
 #include "machine.hpp"
 
@@ -17,42 +15,13 @@ enum : int {
   kInvalidContext = 201,
   kInvalidHandle = 400,
   kNotReady = 600,
-  kLaunchTimeout = 702,
 };
 constexpr unsigned kNonBlocking = 1;
 constexpr uintptr_t kFirstContext = 0x50000001;
-// Longer than any watchdog under test takes.
-constexpr auto kPatience = std::chrono::seconds(60);
-
-// Waits on the host; what the awaited task knew is then known here.
-template <class Ready>
-int synchronise(Lock& lock, int context, Ready ready, const Clock& known) {
-  machine().changed.wait_for(lock, kPatience, [&] { return machine().released || ready(); });
-  if (!ready()) return kLaunchTimeout;
-  join(machine().host(context).clock, known);
-  return kSuccess;
-}
 
 }  // namespace
 
 FAKE_API int cuInit(unsigned) { return kSuccess; }
-
-FAKE_API int cuDriverGetVersion(int* version) {
-  *version = 13000;
-  return kSuccess;
-}
-
-FAKE_API int cuDeviceGet(int* device, int ordinal) {
-  *device = ordinal;
-  return kSuccess;
-}
-
-FAKE_API int cuDevicePrimaryCtxRetain(void** context, int device) {
-  *context = reinterpret_cast<void*>(kFirstContext + device);
-  return kSuccess;
-}
-
-FAKE_API int cuDevicePrimaryCtxRelease_v2(int) { return kSuccess; }
 
 FAKE_API int cuCtxGetCurrent(void** context) {
   const int current = current_context();
@@ -63,11 +32,6 @@ FAKE_API int cuCtxGetCurrent(void** context) {
 FAKE_API int cuCtxSetCurrent(void* context) {
   current_context() = context ? static_cast<int>(reinterpret_cast<uintptr_t>(context) - kFirstContext) : -1;
   return kSuccess;
-}
-
-FAKE_API int cuCtxGetDevice(int* device) {
-  *device = current_context();
-  return *device < 0 ? kInvalidContext : kSuccess;
 }
 
 FAKE_API int cuCtxGetStreamPriorityRange(int* least, int* greatest) {
@@ -90,14 +54,6 @@ FAKE_API int cuStreamDestroy_v2(void* stream) {
   if (!found) return kInvalidHandle;
   found->destroyed = true;
   return kSuccess;
-}
-
-FAKE_API int cuStreamSynchronize(void* stream) {
-  if (machine().null_mode) return kSuccess;
-  Lock lock(machine().mutex);
-  auto found = machine().stream(stream);
-  if (!found) return kInvalidHandle;
-  return synchronise(lock, found->context, [&] { return found->idle(); }, found->clock);
 }
 
 FAKE_API int cuStreamQuery(void* stream) {
@@ -163,16 +119,6 @@ FAKE_API int cuEventQuery(void* event) {
   return kSuccess;
 }
 
-FAKE_API int cuEventSynchronize(void* event) {
-  if (machine().null_mode) return kSuccess;
-  Lock lock(machine().mutex);
-  auto found = machine().events.find(event);
-  if (!found) return kInvalidHandle;
-  auto recorded = found->latest;
-  if (!recorded) return kSuccess;
-  return synchronise(lock, found->context, [&] { return recorded->done; }, recorded->clock);
-}
-
 FAKE_API int cuMemcpyDtoDAsync_v2(uintptr_t target, uintptr_t source, size_t bytes, void* handle) {
   if (machine().null_mode) return kSuccess;
   Lock lock(machine().mutex);
@@ -191,11 +137,6 @@ FAKE_API int cuMemcpyDtoDAsync_v2(uintptr_t target, uintptr_t source, size_t byt
   return kSuccess;
 }
 
-FAKE_API int cuGetErrorName(int code, const char** name) {
-  *name = code ? "CUDA_ERROR_OF_THE_DOUBLE" : "CUDA_SUCCESS";
-  return kSuccess;
-}
-
 FAKE_API int cuGetErrorString(int code, const char** text) {
   switch (code) {
     case kSuccess:
@@ -209,9 +150,6 @@ FAKE_API int cuGetErrorString(int code, const char** text) {
       break;
     case kNotReady:
       *text = "device not ready";
-      break;
-    case kLaunchTimeout:
-      *text = "the launch timed out and was terminated";
       break;
     default:
       *text = "unknown error";

@@ -58,14 +58,6 @@ int add(void* communicator, void* stream_handle, std::vector<Operation> operatio
   return group_depth ? kNcclSuccess : flush();
 }
 
-// (size, rank) of a communicator; (0, 0) if it is not ready, which `add` refuses.
-std::pair<int, int> shape(void* handle) {
-  Lock lock(machine().mutex);
-  auto comm = nccl().communicators.find(handle);
-  if (!comm || !comm->ready()) return {0, 0};
-  return {comm->world->size, comm->rank};
-}
-
 size_t size_of(int type) {
   constexpr size_t sizes[] = {1, 1, 4, 4, 8, 8, 2, 4, 8, 2, 1, 1};
   return sizes[type];
@@ -90,42 +82,10 @@ FAKE_API int ncclGroupEnd() {
 
 FAKE_API int ncclSend(const void* data, size_t count, int type, int peer, void* comm, void* stream) {
   if (machine().null_mode) return kNcclSuccess;
-  return add(comm, stream, {{Operation::kSend, data, nullptr, count * size_of(type), peer, "", nullptr, 0, 0}});
+  return add(comm, stream, {{Operation::kSend, data, nullptr, count * size_of(type), peer, nullptr, 0, 0}});
 }
 
 FAKE_API int ncclRecv(void* data, size_t count, int type, int peer, void* comm, void* stream) {
   if (machine().null_mode) return kNcclSuccess;
-  return add(comm, stream, {{Operation::kRecv, nullptr, data, count * size_of(type), peer, "", nullptr, 0, 0}});
-}
-
-FAKE_API int ncclAllGather(const void* source, void* target, size_t count, int type, void* handle, void* stream) {
-  if (machine().null_mode) return kNcclSuccess;
-  const auto [size, rank] = shape(handle);
-  const size_t bytes = count * size_of(type);
-  auto* parts = static_cast<char*>(target);
-  std::vector<Operation> operations;
-  operations.push_back({Operation::kCopy, source, parts + rank * bytes, bytes, rank, "all_gather", nullptr, 0, 0});
-  for (int peer = 0; peer < size; peer++) {
-    if (peer == rank) continue;
-    operations.push_back({Operation::kSend, source, nullptr, bytes, peer, "all_gather", nullptr, 0, 0});
-    operations.push_back({Operation::kRecv, nullptr, parts + peer * bytes, bytes, peer, "all_gather", nullptr, 0, 0});
-  }
-  return add(handle, stream, std::move(operations));
-}
-
-FAKE_API int ncclBroadcast(const void* source, void* target, size_t count, int type, int root, void* handle,
-                           void* stream) {
-  if (machine().null_mode) return kNcclSuccess;
-  const auto [size, rank] = shape(handle);
-  const size_t bytes = count * size_of(type);
-  std::vector<Operation> operations;
-  if (rank == root) {
-    operations.push_back({Operation::kCopy, source, target, bytes, rank, "broadcast", nullptr, 0, 0});
-    for (int peer = 0; peer < size; peer++)
-      if (peer != root)
-        operations.push_back({Operation::kSend, source, nullptr, bytes, peer, "broadcast", nullptr, 0, 0});
-  } else {
-    operations.push_back({Operation::kRecv, nullptr, target, bytes, root, "broadcast", nullptr, 0, 0});
-  }
-  return add(handle, stream, std::move(operations));
+  return add(comm, stream, {{Operation::kRecv, nullptr, data, count * size_of(type), peer, nullptr, 0, 0}});
 }

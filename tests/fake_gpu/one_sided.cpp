@@ -121,13 +121,13 @@ FAKE_API int ncclPutSignal(const void* source, size_t count, int type, int peer,
       return comm->fail(kNcclInvalidArgument, "what is put lies in no symmetric window");
     target = found->memory[peer].first + offset;
   }
-  return add(handle, stream, {{Operation::kPut, source, target, bytes, peer, "", found, offset, 0}});
+  return add(handle, stream, {{Operation::kPut, source, target, bytes, peer, found, offset, 0}});
 }
 
 FAKE_API int ncclSignal(int peer, int index, int context, unsigned flags, void* handle, void* stream) {
   if (machine().null_mode) return kNcclSuccess;
   if (index || context || flags) return kNcclInvalidArgument;
-  return add(handle, stream, {{Operation::kPut, nullptr, nullptr, 0, peer, "", nullptr, 0, 0}});
+  return add(handle, stream, {{Operation::kPut, nullptr, nullptr, 0, peer, nullptr, 0, 0}});
 }
 
 FAKE_API int ncclWaitSignal(int count, const SignalAwaited* awaited, void* handle, void* stream) {
@@ -135,8 +135,7 @@ FAKE_API int ncclWaitSignal(int count, const SignalAwaited* awaited, void* handl
   std::vector<Operation> operations;
   for (int i = 0; i < count; i++) {
     if (awaited[i].index || awaited[i].context || awaited[i].count < 1) return kNcclInvalidArgument;
-    operations.push_back(
-        {Operation::kWaitSignal, nullptr, nullptr, 0, awaited[i].peer, "", nullptr, 0, awaited[i].count});
+    operations.push_back({Operation::kWaitSignal, nullptr, nullptr, 0, awaited[i].peer, nullptr, 0, awaited[i].count});
   }
   return add(handle, stream, std::move(operations));
 }

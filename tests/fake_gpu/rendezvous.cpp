@@ -1,4 +1,4 @@
-// Groups of sends, receives and collectives: a rendezvous of the streams they were launched on.
+// Groups of sends and receives: a rendezvous of the streams they were launched on.
 //
 // A send is over when its receiver has taken everything, which is stricter than the library's buffering; the only edge
 // is from sender to receiver, which is all that the library promises.
@@ -12,8 +12,8 @@ namespace {
 std::string label(const Communicator& comm, const Operation& operation) {
   const bool sends = operation.kind == Operation::kSend;
   const int from = sends ? comm.rank : operation.peer, to = sends ? operation.peer : comm.rank;
-  return (operation.collective.empty() ? sends ? "send" : "recv" : operation.collective) + " " + std::to_string(from) +
-         "->" + std::to_string(to) + " of " + std::to_string(operation.bytes) + " bytes";
+  return std::string(sends ? "send" : "recv") + " " + std::to_string(from) + "->" + std::to_string(to) + " of " +
+         std::to_string(operation.bytes) + " bytes";
 }
 
 struct Run {
@@ -28,8 +28,7 @@ struct Run {
 
   std::shared_ptr<Message> send(const Operation& operation, int part) {
     stream.access(false, operation.source, operation.bytes, label(comm, operation), part);
-    auto message = std::make_shared<Message>(
-        Message{operation.source, operation.bytes, operation.collective, stream.clock, false, false});
+    auto message = std::make_shared<Message>(Message{operation.source, operation.bytes, stream.clock, false, false});
     box(operation).push_back(message);
     return message;
   }
@@ -38,7 +37,7 @@ struct Run {
   std::deque<std::shared_ptr<Message>>& box(const Operation& operation) {
     const bool sends = operation.kind == Operation::kSend;
     const int from = sends ? comm.rank : operation.peer, to = sends ? operation.peer : comm.rank;
-    return comm.world->mail[{from, to, !operation.collective.empty()}];
+    return comm.world->mail[{from, to}];
   }
 
   // Until the receiver has everything. What was aborted before that never arrives: its memory may be gone.
@@ -54,7 +53,7 @@ struct Run {
     if (!block("a message: " + label(comm, operation), [&] { return !waiting.empty(); })) return false;
     auto message = waiting.front();
     waiting.pop_front();
-    if (message->bytes != operation.bytes || message->kind != operation.collective) mismatch(*message, operation);
+    if (message->bytes != operation.bytes) mismatch(*message, operation);
     Clock learnt = stream.clock;
     join(learnt, message->clock);
     const size_t bytes = std::min(message->bytes, operation.bytes);
@@ -71,22 +70,11 @@ struct Run {
   }
 
   void mismatch(const Message& message, const Operation& operation) {
-    const std::string why = label(comm, operation) + " met " + (message.kind.empty() ? "a send" : message.kind) +
-                            " of " + std::to_string(message.bytes) + " bytes";
+    const std::string why = label(comm, operation) + " met a send of " + std::to_string(message.bytes) + " bytes";
     machine().misuse(comm.name() + ": " + why);
     for (int rank : {comm.rank, operation.peer}) {
       if (auto member = comm.world->members[rank].lock()) member->error = member->fail(kNcclInvalidUsage, why);
     }
-  }
-
-  // A local copy of one rank's own part of a collective.
-  void keep(const Operation& operation, int part) {
-    if (operation.source == operation.target) return;
-    stream.access(false, operation.source, operation.bytes, operation.collective, part);
-    stream.access(true, operation.target, operation.bytes, operation.collective, part);
-    lock.unlock();
-    copy(stream, operation.target, operation.source, operation.bytes);
-    lock.lock();
   }
 
   void put(const Operation& operation, int part) {
@@ -131,7 +119,6 @@ struct Run {
     for (const auto& operation : operations) {
       part++;
       if (operation.kind == Operation::kSend) messages.emplace_back(&operation, send(operation, part));
-      if (operation.kind == Operation::kCopy) keep(operation, part);
       if (operation.kind == Operation::kPut) put(operation, part);
     }
     machine().notify();

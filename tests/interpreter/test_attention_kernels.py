@@ -6,7 +6,6 @@ from asyncdiff_fast.kernels import attention as attention_module
 from asyncdiff_fast.kernels.attention import attention
 from asyncdiff_fast.kernels.attention_merge import attention_merge
 from asyncdiff_fast.kernels.checks import suits_attention
-from asyncdiff_fast.kernels.kv_ring import KVRing
 from asyncdiff_fast.kernels.reference_attention import attention_merge_reference
 from asyncdiff_fast.kernels.tuning import AttentionSettings
 from attention_oracle import (
@@ -20,6 +19,7 @@ from attention_oracle import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ring_views import key_value
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Tiles so small that a few tokens make several.
@@ -132,14 +132,12 @@ def test_merge(dtype):
 def test_ring_is_concatenation(num_splits):
     """A ring's view gives the bits that concatenated keys and values give."""
     make = made()
-    ring = KVRing((0, 20, 33, 50), 2, 2, 40, torch.float32, "cpu")
-    parts = [torch.randn(2, 2, 2, size, 40, generator=make).transpose(2, 3) for size in (20, 13, 17)]
-    for idx, (key, value) in enumerate(parts):
-        ring.write(idx, key, value)
+    ring = torch.randn(50, 2, 2, 2, 40, generator=make)
+    parts = [tuple(x.contiguous() for x in key_value(part)) for part in ring.split((20, 13, 17))]
     query = among_nans((2, 17, 2, 40), torch.float32, make)
     cat = tuple(torch.cat(tensors, dim=1) for tensors in zip(*parts, strict=True))
     keywords = {"num_splits": num_splits, "settings": TINY}
-    views = attention(query, [(ring.key(), ring.value())], **keywords)
+    views = attention(query, [key_value(ring)], **keywords)
     assert torch.equal(views, attention(query, [cat], **keywords))
     assert error(attention(query, parts, **keywords), views.double()) < TOLERANCE[torch.float32]
 

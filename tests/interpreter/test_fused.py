@@ -165,7 +165,7 @@ def test_a_sum_hands_its_statistics_to_the_next_norm():
     both = nn.ModuleList([first, second])
     x, temb = torch.randn(2, 16, 5, 7) * 3 + 5, torch.randn(2, 8)
     want = second(first(x, temb), temb)
-    choice = asyncdiff_fast.patch(both, kernels="triton")._fusion.choice
+    choice = asyncdiff_fast.patch(both, kernels="triton")._layers.choice
     y = first(x, temb)
     assert choice.recall(y) is not None
     assert relative(second(y, temb), want) < TOLERANCE

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from asyncdiff_fast.kernels.kv_ring import KVRing
+from ring_views import key_value
 from seen_ops import SeenOps
 
 from asyncdiff_fast.fused import ops, registry
@@ -74,12 +74,10 @@ def test_registration(op, layout, i):
 def test_attention_reads_a_ring_in_place(kernel):
     """As a patch calls it: queries (b, h, s, d) seen as (b, s, h, d), one segment that views all patches' parts."""
     torch.manual_seed(0)
-    ring = KVRing((0, 9, 14, 21), 2, 3, 16, torch.float32, "cpu")
-    for part in range(3):
-        ring.part(part).copy_(torch.randn(ring.part(part).shape))
+    key, value = key_value(torch.randn(21, 2, 2, 3, 16))
     q = torch.randn(2, 3, 5, 16)
-    want = F.scaled_dot_product_attention(q, *(x.transpose(1, 2).contiguous() for x in (ring.key(), ring.value())))
-    args = (q.transpose(1, 2), [ring.key()], [ring.value()], 0.25, kernel)
+    want = F.scaled_dot_product_attention(q, *(x.transpose(1, 2).contiguous() for x in (key, value)))
+    args = (q.transpose(1, 2), [key], [value], 0.25, kernel)
     with SeenOps(of_activations=False) as names:
         got = ops.attention(*args)
     torch.testing.assert_close(got.transpose(1, 2), want, rtol=1e-5, atol=1e-5)

@@ -12,7 +12,9 @@ from asyncdiff_fast.exchange.world import World
 from asyncdiff_fast.fused import patch_ops, patches
 from asyncdiff_fast.fused.choice import KernelChoice
 from asyncdiff_fast.fused.fusion import Fusion
+from asyncdiff_fast.fused.packed import PackedWeights
 from asyncdiff_fast.patches.calls import Patches
+from asyncdiff_fast.shared import Shared
 
 
 class NoExchange:
@@ -67,7 +69,8 @@ def displaced(build, kernels, patch, patches, group_norm, watch=None):
     config = Config(num_patches=patches, group_norm=group_norm, kernels=kernels)
     choice = KernelChoice(kernels, World((0,), 10))
     fusion = Fusion(denoiser, choice, patches=True)
-    shared = Patches(denoiser, config, None, exchange, CallSignature(denoiser), choice=choice)
+    packed = PackedWeights(denoiser, active=False)
+    shared = Patches(Shared(denoiser, config, CallSignature(denoiser), packed, choice), None, exchange)
     choice.patches = shared
     with torch.no_grad():
         _, call = shared.planner.emulate(patch, denoiser.forward, (), inputs(build), exchange)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from norm_cases import CASES, EPS, inputs
 from norm_oracle import assert_near, group_norm_oracle
+from ring_views import key_value
 
 from asyncdiff_fast.fused import ops, registry
 from asyncdiff_fast.fused.choice import KernelChoice
@@ -137,17 +138,13 @@ def test_attention(lengths, head_size, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_attention_of_text_and_image_over_a_ring(dtype):
     from asyncdiff_fast.kernels import attention
-    from asyncdiff_fast.kernels.kv_ring import KVRing
     from asyncdiff_fast.kernels.reference_attention import attention_reference
 
     torch.manual_seed(0)
-    bounds = (0, 77, 333, 600)
-    ring = KVRing(bounds, 2, 3, 64, dtype, torch.device(DEVICE))
-    for part, length in enumerate((77, 256, 267)):
-        ring.write(part, *(torch.randn(2, length, 3, 64, device=DEVICE, dtype=dtype) for _ in "kv"))
+    ring = torch.randn(600, 2, 2, 3, 64, device=DEVICE, dtype=dtype)
     queries = tuple(torch.randn(2, s, 3, 64, device=DEVICE, dtype=dtype) for s in (77, 256))
-    got = attention.attention(queries, [(ring.key(), ring.value())])
-    parts = [[x.double() for x in ring.slot(part)] for part in range(3)]
+    got = attention.attention(queries, [key_value(ring)])
+    parts = [[x.double() for x in key_value(part)] for part in ring.split((77, 256, 267))]
     want = attention_reference(tuple(q.double() for q in queries), parts)
     for a, b in zip(got, want, strict=True):
         near(a, b, dtype)
@@ -215,7 +212,6 @@ def test_pointwise(shape, dtype):
 @pytest.mark.parametrize("head_size", [16, 64, 128])
 def test_qk_norm_rope_into_a_ring(head_size, interleaved, dtype):
     from asyncdiff_fast.kernels import qk_norm_rope
-    from asyncdiff_fast.kernels.kv_ring import KVRing
     from asyncdiff_fast.kernels.reference_pointwise import qk_norm_rope_reference
 
     torch.manual_seed(0)
@@ -223,17 +219,17 @@ def test_qk_norm_rope_into_a_ring(head_size, interleaved, dtype):
     angles = torch.randn(257, head_size // 2, device=DEVICE)
     angles = angles.repeat_interleave(2, -1) if interleaved else torch.cat([angles, angles], -1)
     weights = [torch.randn(head_size, device=DEVICE).to(dtype) for _ in "qk"]
-    ring = KVRing((0, 100, 357), 2, 3, head_size, dtype, torch.device(DEVICE))
+    ring = torch.zeros(357, 2, 2, 3, head_size, device=DEVICE, dtype=dtype)
     rope = dict(cos=angles.cos(), sin=angles.sin(), interleaved=interleaved)
-    keys, values = ring.slot(1)
+    keys, values = key_value(ring[100:])
     got = qk_norm_rope.qk_norm_rope(q, k, v, q_weight=weights[0], k_weight=weights[1], k_out=keys, v_out=values, **rope)
     want = qk_norm_rope_reference(
         *(x.double() for x in (q, k, v)), q_weight=weights[0].double(), k_weight=weights[1].double(), **rope
     )
     for a, b in zip(got, want, strict=True):
         near(a, b, dtype)
-    assert torch.equal(ring.key(1, 2), got[1]) and torch.equal(ring.value(1, 2), v)
-    assert not ring.key(0, 1).any()
+    assert torch.equal(keys, got[1]) and torch.equal(values, v)
+    assert not ring[:100].any()
 
 
 # The choice between implementations.

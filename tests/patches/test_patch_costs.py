@@ -129,7 +129,7 @@ def _displaced(rank, name, num_patches):
     sent_bytes, plan = runtime.stats()["sent_bytes"], runtime.plan
     (patch,) = runtime._parts.patches._patches.values()
     buffers = {_memory(x): x.untyped_storage().nbytes() for x in _buffers(patch)}
-    held = sum(buffers.values()) + runtime._projections.nbytes
+    held = sum(buffers.values()) + runtime._layers.projections.nbytes
     start, stop = plan.rows.held[rank]
     of_result = result.nbytes * (stop - start) // plan.rows.size * (num_patches - 1)
     planned = plan.sent_bytes(rank) + of_result

@@ -1,6 +1,7 @@
 """Channels of several ranks on the double, driven by one thread; without torch."""
 
 import threading
+from collections import Counter
 from dataclasses import dataclass
 
 from double import Memory
@@ -35,7 +36,7 @@ class Meeting:
         with self._changed:
             # The same name again is another phase, once the first is over.
             come = self._phases.setdefault(phase, {})
-            come[rank.rank] = rank.channel, rank.gpu.rank, rank.device, numbers
+            come[rank.rank] = rank.channel, rank.gpu.rank, numbers
             if len(come) == self._size:
                 self._phases.pop(phase)
                 self._freeze(phase, [come[r] for r in range(self._size)])
@@ -52,9 +53,9 @@ class Meeting:
             self._changed.notify_all()
 
     def _freeze(self, phase, everyone):
-        windows = [channel.window(numbers) for channel, _, _, numbers in everyone]
-        for channel, on, device, numbers in everyone:
-            with on(device):
+        windows = [channel.window(numbers) for channel, _, numbers in everyone]
+        for rank, (channel, on, numbers) in enumerate(everyone):
+            with on(rank):
                 channel.freeze(phase, numbers, windows)
 
 
@@ -65,22 +66,22 @@ class Rank:
     shows in the data as well.
     """
 
-    def __init__(self, gpu, rank, channel, meeting, device=None):
+    def __init__(self, gpu, rank, channel, meeting):
         self.gpu, self.rank, self.channel, self.meeting = gpu, rank, channel, meeting
-        # The context of a lane of some ranks is not numbered as its ranks are.
-        self.device = rank if device is None else device
-        self.compute = gpu.stream(self.device)
+        self.compute = gpu.stream(rank)
+        # {number of a slot: how often it was posted}
+        self._epochs = Counter()
 
     def slot(self, name, sends=(), recvs=(), nbytes=64, depth=2):
         """Add a slot that sends the same to some peers and receives from others."""
 
         def buffers(what):
-            return tuple(self.gpu.memory(nbytes, f"device {self.device} {name} {what}[{p}]") for p in range(depth))
+            return tuple(self.gpu.memory(nbytes, f"device {self.rank} {name} {what}[{p}]") for p in range(depth))
 
         send, recv = buffers("send") if sends else (), {peer: buffers(f"recv {peer}") for peer in recvs}
         listed = [(peer, [m.address for m in send], nbytes) for peer in sends]
         awaited = [(peer, [m.address for m in memories], nbytes) for peer, memories in recv.items()]
-        with self.gpu.rank(self.device):
+        with self.gpu.rank(self.rank):
             number = self.channel.add(name, listed, awaited, depth)
         return Slot(number, name, depth, send, recv)
 
@@ -93,19 +94,20 @@ class Rank:
 
     def produce(self, slot, stream=None):
         """Write what the next post sends."""
-        epoch = self.channel.epoch(slot.number)
+        epoch = self._epochs[slot.number]
         writes = [slot.send[epoch % slot.depth].filled(value(self.rank, slot.name, epoch))] if slot.send else []
         self.gpu.kernel(stream or self.compute, f"produce {slot.name}", writes=writes)
 
     def post(self, slot, stream=None):
         self.channel.post(slot.number, stream or self.compute)
+        self._epochs[slot.number] += 1
 
     def wait(self, slot, lag=0, stream=None):
         self.channel.wait(slot.number, stream or self.compute, lag)
 
     def expected(self, slot, lag=0):
         """Ranges of what the epoch `lag` posts ago received; none before the first."""
-        epoch = self.channel.epoch(slot.number) - 1 - lag
+        epoch = self._epochs[slot.number] - 1 - lag
         if epoch < 0:
             return []
         return [m[epoch % slot.depth].filled(value(peer, slot.name, epoch)) for peer, m in slot.recv.items()]
@@ -122,7 +124,7 @@ class Rank:
 
     def join(self, waiting, awaited):
         """One stream of this rank waits for another."""
-        self.gpu.join(waiting, awaited, self.device)
+        self.gpu.join(waiting, awaited, self.rank)
 
 
 def value(rank, name, epoch):

@@ -3,10 +3,10 @@
 from functools import partial
 
 import torch
-from asyncdiff_fast.kernels.kv_ring import KVRing
 from asyncdiff_fast.kernels.pointwise import gate_residual_adaln, geglu, gelu
 from asyncdiff_fast.kernels.qk_norm_rope import qk_norm_rope
 from compile_kernels import Variant
+from ring_views import key_value
 
 
 def tensor(*shape, dtype=torch.bfloat16):
@@ -22,8 +22,7 @@ def adaln(columns, branch=True, dtype=torch.bfloat16):
 
 def qk(heads, head_size, interleaved=True, rope=True):
     q, weight = tensor(1, 64, heads, head_size), tensor(head_size)
-    ring = KVRing((0, 64, 128), 1, heads, head_size, torch.bfloat16, "cpu")
-    key, value = ring.slot(1)
+    key, value = key_value(tensor(128, 1, 2, heads, head_size)[64:])
     tables = {name: tensor(64, head_size, dtype=torch.float32) for name in ("cos", "sin")} if rope else {}
     qk_norm_rope(q, q, q, q_weight=weight, k_weight=weight, **tables, interleaved=interleaved, k_out=key, v_out=value)
 

@@ -79,15 +79,6 @@ class Ranks:
         size = ctypes.c_size_t(memory.nbytes)
         self.gpu.call("ncclRecv", ctypes.c_void_p(memory.address), size, INT8, peer, *self._on(rank, stream))
 
-    def all_gather(self, rank, source, target):
-        addresses = ctypes.c_void_p(source.address), ctypes.c_void_p(target.address)
-        self.gpu.call("ncclAllGather", *addresses, ctypes.c_size_t(source.nbytes), INT8, *self._on(rank, None))
-
-    def broadcast(self, rank, root, source, target):
-        addresses = ctypes.c_void_p(source.address), ctypes.c_void_p(target.address)
-        size = ctypes.c_size_t(target.nbytes)
-        self.gpu.call("ncclBroadcast", *addresses, size, INT8, root, *self._on(rank, None))
-
     def window(self, rank, nbytes, label, flags=1):
         """(address, handle) of new registered memory of a rank; the handle is there once every rank has come."""
         with self.gpu.rank(rank):

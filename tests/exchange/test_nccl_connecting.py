@@ -1,10 +1,10 @@
-"""Connecting by NCCL, on the double: libraries, versions, time limits, and lanes for some of the ranks."""
+"""Connecting by NCCL, on the double: libraries, versions, time limits, and how a channel ends."""
 
 import gc
 
 import building
 import pytest
-from channels import Meeting, Rank, connect, ring, verdict
+from channels import connect, ring
 from double import Double
 
 
@@ -30,45 +30,6 @@ def test_all_ranks_must_come(gpu):
     with pytest.raises(extension.ExchangeError, match=r"rank 0 waited 0.2 s for all ranks"):
         while not transports[0].ready():
             pass
-
-
-@pytest.mark.parametrize("puts", [False, True])
-def test_a_lane_for_some_ranks(gpu, puts):
-    """Two halves of four ranks, each with a lane, beside the lane of all."""
-    _, extension = building.load()
-    transports = _transports(gpu, extension, 4, range(4), puts=puts)
-    assert all([t.ready() for t in transports])
-    parts = []
-    for rank, transport in enumerate(transports):
-        with gpu.rank(rank):
-            parts.append(transport.split(color=rank % 2, key=rank, rank=rank // 2, size=2))
-        assert parts[-1].ready() == (rank == 3)
-    assert all([t.ready() for t in (*parts, *transports)])
-    assert [(t.rank, t.size) for t in parts] == [(0, 2), (0, 2), (1, 2), (1, 2)]
-    groups, meetings = [[], [], []], [Meeting(2), Meeting(2), Meeting(4)]
-    for rank, (whole, part) in enumerate(zip(transports, parts, strict=True)):
-        with gpu.rank(rank):
-            groups[2].append(Rank(gpu, rank, extension.Channel(whole), meetings[2]))
-            groups[rank % 2].append(Rank(gpu, part.rank, extension.Channel(part), meetings[rank % 2], device=rank))
-    slots = [ring(group) for group in groups]
-    for _ in range(3):
-        for group, sides in zip(groups, slots, strict=True):
-            for r, slot in zip(group, sides, strict=True):
-                r.send_once(slot)
-            for r, slot in zip(group, sides, strict=True):
-                r.wait(slot)
-                r.consume(slot)
-    assert verdict(gpu, [r for group in groups for r in group]) == ([], [], [])
-
-
-def test_a_rank_may_stay_out_of_a_split(gpu):
-    _, extension = building.load()
-    transports, parts = _transports(gpu, extension, 2, range(2)), []
-    assert all([t.ready() for t in transports])
-    for rank, color in enumerate((0, -1)):
-        with gpu.rank(rank):
-            parts.append(transports[rank].split(color, 0, 0, 1))
-    assert parts[0].ready() and parts[1] is None
 
 
 def test_old_libraries_and_missing_contexts_are_refused(gpu):

@@ -15,8 +15,9 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from ..fused.weights import Stamp
 from ..modules import Forwards
+from ..versions import version
+from .weights import Stamp
 
 # Constants that are looked for among a call's arguments: those of all calls of a step, and some that prove not to be.
 MOST_ARGUMENTS = 8
@@ -93,7 +94,7 @@ class Projections:
         if place in self._arguments:
             self._found[place] = self._recognised(self._arguments.pop(place))
         constant = self._found.get(place)
-        return constant if constant is not None and constant.version == x._version else None
+        return constant if constant is not None and constant.version == version(x) else None
 
     def _recognised(self, argument):
         """The constant that an argument is, or None: then it may be one from the next call on."""
@@ -129,7 +130,7 @@ class _Constant:
     """A tensor that is held, and `results`: what was made of it, by module and view."""
 
     def __init__(self, tensor):
-        self.tensor, self.version, self.results = tensor, tensor._version, {}
+        self.tensor, self.version, self.results = tensor, version(tensor), {}
 
     @property
     def kept_bytes(self):
@@ -143,7 +144,7 @@ class _Argument(_Constant):
 
     def is_now(self, x):
         """True if an argument lies in this memory, with what was in it."""
-        if _place(x) != _place(self.tensor) or not x._version == self.tensor._version == self.version:
+        if _place(x) != _place(self.tensor) or not version(x) == version(self.tensor) == self.version:
             return False
         return self._words is None or torch.equal(_all_words(x), self._words)
 
@@ -156,7 +157,7 @@ class _Result(_Constant):
     def is_made_by(self, module):
         """True if nobody has written into it, and the module would make it again."""
         weights = list(module.parameters())
-        same = self.tensor._version == self.version and len(weights) == len(self._stamps)
+        same = version(self.tensor) == self.version and len(weights) == len(self._stamps)
         return same and all(stamp.is_of(weight) for stamp, weight in zip(self._stamps, weights, strict=True))
 
 

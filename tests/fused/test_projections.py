@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from asyncdiff_fast.fused import packed
-from asyncdiff_fast.patches.projections import KeptBytes, Projections
+from asyncdiff_fast.fused.projections import KeptBytes, Projections
 
 
 class Net(nn.Module):

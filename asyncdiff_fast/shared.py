@@ -1,0 +1,23 @@
+"""What the halves, patches and stages of one denoiser have in common."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .calls.signature import CallSignature
+from .config import Config
+from .fused.choice import KernelChoice
+from .fused.packed import PackedWeights
+
+
+@dataclass(frozen=True)
+class Shared:
+    """`choice` is None where only torch's kernels are to run, `scheduler` where the caller has named none."""
+
+    denoiser: torch.nn.Module
+    config: Config
+    signature: CallSignature
+    packed: PackedWeights
+    choice: KernelChoice | None = None
+    scheduler: Any = None
