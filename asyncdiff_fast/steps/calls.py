@@ -13,11 +13,12 @@ import logging
 import threading
 
 import torch
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..calls import watch
 from ..calls.clock import Clock
-from .given import SAMPLE, TIMESTEP, Step
+from ..exchange.fingerprint import input_digests
+from .given import OUTPUT, SAMPLE, TIMESTEP, Step
 from .lengths import Lengths
 from .loop import num_steps
 from .outputs import Outputs
@@ -25,7 +26,7 @@ from .plan import StepPlan
 from .shared import SharedOutputs
 from .snapshot import Draws, Snapshot
 from .stats import StepStats
-from .unable import why_not
+from .unable import starts_slowly, why_not
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +43,9 @@ class StepCalls:
         self.config, self.world = config, world
         self.exchange = self._shared = self._thread = None
         self.counts, self.interrupted = StepStats(), False
-        self._told, self._said, self._placeholders = told, set(), {}
+        self._told, self._said = told, set()
+        # What the denoisers returned last, by denoiser, call and shapes.
+        self._placeholders = {}
         self._output_bytes = None
         self._clock = Clock()
         self._begin()
@@ -57,7 +60,6 @@ class StepCalls:
         """Begin anew; if the exchange was `released`, listen no more."""
         self._begin()
         self._clock.end()
-        self._placeholders.clear()
         if released:
             watch.unlisten(self)
             self.exchange = self._shared = None
@@ -72,7 +74,7 @@ class StepCalls:
 
     @property
     def expects_step(self):
-        """True if this thread has called one of these denoisers since the sampler's last step."""
+        """True if a generation of these denoisers is under way in this thread."""
         return self._thread == threading.get_ident()
 
     # Calls of a denoiser.
@@ -88,7 +90,9 @@ class StepCalls:
         if tick.begins:
             self._end("a new generation began")
             self._begin()
-        self._step, self._thread = tick.step, threading.get_ident()
+        if tick.call == 0 and self._called and tick.step > 0:
+            self._stay_exact("no scheduler's step was seen between two calls: pass scheduler= to patch()")
+        self._step, self._called, self._thread = tick.step, True, threading.get_ident()
         if tick.call == 0 and self._block is None:
             self._block = self._next_block(tick.step)
         place = name, tick.call, key
@@ -108,35 +112,55 @@ class StepCalls:
         if self._exact_because or self._lengths is None or not self._outputs:
             return None
         length = self._lengths.at(step, self._num_steps - step)
-        return Block(step, length) if length > 1 else None
+        if length > 1 and not self._alike:
+            self._compare()
+        return Block(step, length) if length > 1 and self._alike else None
+
+    def _compare(self):
+        """Steps run side by side only where all ranks' samplers do the same. Collective, once a generation."""
+        named = {**self._latest.named, "result": self._results[0]}
+        states = [g.get_state() for g in tree_leaves(named) if isinstance(g, torch.Generator)]
+        everyone = self.world.gather(input_digests({**named, "generator": states}), "the sampler's steps")
+        different = {n for theirs in everyone for n in {*theirs, *everyone[0]} if theirs.get(n) != everyone[0].get(n)}
+        self._alike = not different
+        if different:
+            self._stay_exact(f"the sampler's step is given other values on other ranks: {', '.join(sorted(different))}")
 
     # Steps of the sampler.
 
     def step(self, scheduler, method, args, kwargs):
         """What `scheduler.step` returns, called from the pipeline's loop."""
-        self._thread = None
         step = Step(method, scheduler, args, kwargs, self._results)
+        again, self._called = not self._called, False
+        if again and self._block is not None:
+            raise RuntimeError(
+                f"{type(scheduler).__name__} stepped once more without a call of the denoiser, at step {self._step} in "
+                "the middle of steps that run side by side: pass parallel_steps=1"
+            )
+        if again:
+            self._stay_exact("the sampler steps more than once for each call of the denoiser")
         try:
-            if self._block is None:
-                return self._exact(scheduler, step)
             with self.exchange.step():
-                return self._in_block(scheduler, step)
+                return self._exact(scheduler, step) if self._block is None else self._in_block(scheduler, step)
         except BaseException:
             self.interrupted = True
             raise
 
     def _exact(self, scheduler, step):
-        """A step that every rank has evaluated."""
+        """A step that every rank has evaluated. All take the first one's output: devices may round differently."""
+        self.counts.exact_steps += 1
         if not self._exact_because:
             self._look(scheduler, step)
-        self.counts.exact_steps += 1
-        guess = None if self._exact_because or not self._outputs else self._tried(scheduler, step)
-        result, self._results = step.run(step.output)
-        if not self._exact_because:
-            self._outputs.add(step.output)
-            self._output_bytes = step.output.nbytes
-            if guess is not None:
-                self._lengths.learn([float(relative_error(guess, self._results[0]))])
+        if self._exact_because or starts_slowly(scheduler):
+            result, self._results = step.run(step.named.get(OUTPUT))
+            return result
+        output = self._shared.all(step.output)[0]
+        guess = self._tried(scheduler, step) if self._outputs else None
+        result, self._results = step.run(output)
+        self._outputs.add(output)
+        self._latest, self._output_bytes = step, output.nbytes
+        if guess is not None:
+            self._lengths.learn([float(relative_error(guess, self._results[0]))])
         return result
 
     def _tried(self, scheduler, step):
@@ -236,8 +260,10 @@ class StepCalls:
         """The calls themselves tell when a generation begins."""
 
     def _begin(self):
-        self._thread = None
+        self._thread, self._called = None, False
         self._step, self._block, self._results = -1, None, None
+        self._latest, self._alike = None, False
+        self._placeholders.clear()
         self._outputs, self._lengths, self._num_steps, self._exact_because = Outputs(), None, None, ""
 
     def pipeline_ended(self):
@@ -281,5 +307,5 @@ class Block:
 
 def relative_error(predicted, value):
     """How far predicted latents were from those that came: the worst picture's, of the norm. A scalar on the device."""
-    difference, value = (x.flatten(1).float().norm(dim=1) for x in (predicted.float() - value.float(), value))
+    difference, value = (x.reshape(len(x), -1).float().norm(dim=1) for x in (predicted.float() - value.float(), value))
     return (difference / value.clamp(min=1e-12)).amax()

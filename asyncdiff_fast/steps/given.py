@@ -27,9 +27,10 @@ class Step:
     @property
     def reason(self):
         """Why a step like this cannot be replayed, or None."""
-        missing = [n for n in (OUTPUT, SAMPLE) if not isinstance(self.named.get(n), torch.Tensor)]
+        found = {name: self.named.get(name) for name in (OUTPUT, SAMPLE)}
+        missing = [n for n, x in found.items() if not isinstance(x, torch.Tensor) or not x.is_floating_point()]
         if missing:
-            return f"{type(self._scheduler).__name__}.step takes no tensor {' or '.join(missing)}"
+            return f"{type(self._scheduler).__name__}.step takes no {' or '.join(missing)} of floating numbers"
         return None
 
     @property

@@ -9,7 +9,10 @@ def why_not(scheduler):
     name, kinds = type(scheduler).__name__, {cls.__name__ for cls in type(scheduler).__mro__}
     if getattr(scheduler, "order", 1) != 1 or kinds & _SEVERAL:
         return f"{name} makes more than one evaluation a step"
-    prk = getattr(scheduler, "prk_timesteps", None)
-    if prk is not None and getattr(scheduler, "counter", len(prk)) < len(prk):
-        return f"{name} begins with Runge-Kutta steps of four evaluations each; pass skip_prk_steps=True"
     return None
+
+
+def starts_slowly(scheduler):
+    """True while a scheduler makes first steps of several evaluations (Runge-Kutta, of `PNDMScheduler`)."""
+    prk = getattr(scheduler, "prk_timesteps", None)
+    return prk is not None and getattr(scheduler, "counter", len(prk)) < len(prk)

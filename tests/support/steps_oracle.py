@@ -67,7 +67,7 @@ class Simulation:
 
     def _length(self):
         total = self.num_steps() if callable(self.num_steps) else self.num_steps
-        if self.step_idx < self.warmup_steps or self.error is None:
+        if self.step_idx < self.warmup_steps or self.error is None or self._slow():
             return 1
         fitting = [n for n in range(2, self.most + 1) if self.error * (n - 1) * n / 2 <= self.tolerance]
         longest = 1
@@ -76,6 +76,10 @@ class Simulation:
                 break
             longest = n
         return min(longest, total - self.step_idx)
+
+    def _slow(self):
+        prk = getattr(self.scheduler, "prk_timesteps", None)
+        return prk is not None and self.scheduler.counter < len(prk)
 
     def _step(self, *args, **kwargs):
         names = list(inspect.signature(type(self.scheduler).step).parameters)[1:]
@@ -96,6 +100,8 @@ class Simulation:
         (given, output, _, random), self.block = self.block[0], []
         self.lengths.append(1)
         guess = None
+        if self._slow():
+            return self._run(self.scheduler, given)
         if self.outputs:
             guess = _first(self._run(self.start, given, model_output=self._expected(1)))
             _set(given, random)
