@@ -1,5 +1,7 @@
 """The first call of a pipeline's denoiser, and the plan of it that one process makes before anything is patched."""
 
+from dataclasses import replace
+
 import torch
 
 from . import modules
@@ -11,6 +13,7 @@ from .patches.plan import MeshPlan
 from .patches.planning import Planner
 from .shared import Shared
 from .stages.plan import make_plan
+from .steps.plan import StepPlan
 
 
 class _FirstCall(Exception):
@@ -34,9 +37,19 @@ def first_call(pipe, denoiser, inputs):
     raise ValueError(f"{type(pipe).__name__} did not call its denoiser; pass inputs= that make it run")
 
 
-def plan_call(denoiser, config, args, kwargs):
-    """The plan of one call, of half its batch if the CFG halves are shared out."""
+def plan_call(denoiser, config, args, kwargs, guided=False):
+    """The plan of one call, of half its batch if the CFG halves are shared out.
+
+    Args:
+        guided: True if a batch of even size has two halves, which the sampler gets as one.
+    """
     signature = CallSignature(denoiser)
+    if config.parallel_steps > 1:
+        latent = signature.latent(args, kwargs)
+        halves = 2 if (guided or config.cfg_parallel) and latent.shape[0] % 2 == 0 else 1
+        inner = replace(config, parallel_steps=1)
+        each = plan_call(denoiser, inner, args, kwargs) if config.num_patches > 1 else None
+        return StepPlan(config, latent.nbytes // halves, each)
     if config.cfg_parallel:
         latent = signature.latent(args, kwargs)
         args, kwargs = half_of(0, latent.shape[0], args, kwargs) if latent.shape[0] % 2 == 0 else (args, kwargs)

@@ -76,7 +76,7 @@ def plan(target, inputs=None, **options):
         target: as for `patch`; needs no process group. A denoiser may lie on the meta device.
         inputs: dict of arguments: of the pipeline's call (default: a prompt), or of the denoiser's forward.
         options: see `Config`.
-    Returns: `Plan` of stages, `PatchPlan`, or both in a `MeshPlan`.
+    Returns: `StepPlan` of steps side by side, `Plan` of stages, `PatchPlan`, or both in a `MeshPlan`.
     """
     config = Config.from_options(options)
     denoiser = denoisers(target)[0]
@@ -84,7 +84,7 @@ def plan(target, inputs=None, **options):
         args, kwargs = (), dict(inputs or {})
     else:
         args, kwargs = first_call(target, denoiser, {"prompt": "a photograph"} if inputs is None else inputs)
-    return plan_call(denoiser, config, args, kwargs)
+    return plan_call(denoiser, config, args, kwargs, getattr(target, "do_classifier_free_guidance", False) is True)
 
 
 def denoisers(target):

@@ -3,10 +3,19 @@
 import dataclasses
 
 from ..patches.plan import MeshPlan, PatchPlan
+from ..steps.plan import EXAMPLES, StepPlan
 
 
 def as_dict(plan):
-    """Dict of a `Plan` of stages, a `PatchPlan`, or a `MeshPlan` of both."""
+    """Dict of a `StepPlan`, a `Plan` of stages, a `PatchPlan`, or a `MeshPlan` of both."""
+    if isinstance(plan, StepPlan):
+        return {
+            **_common(plan),
+            "output_bytes": plan.output_bytes,
+            "bytes_per_block": plan.bytes_per_block,
+            "calls": {steps: plan.calls(steps) for steps in EXAMPLES},
+            "each_call": None if plan.each is None else as_dict(plan.each),
+        }
     if isinstance(plan, MeshPlan):
         return {
             "bytes_per_call": plan.bytes_per_call,
