@@ -42,7 +42,7 @@ def patch(target, *, mesh=None, scheduler=None, **options):
         world = World(_ranks(mesh, config), timeout_s)
         _agree(world, config, found, problem)
         _share_seeds(world)
-        steps = _steps(config, world, target)
+        steps = _steps(config, world, target, scheduler)
         for number, denoiser in enumerate(found):
             runtimes.append(_patch_one(denoiser, config, world, scheduler, target, steps, number))
     except BaseException:
@@ -224,13 +224,13 @@ def _share_seeds(world):
         torch.cuda.set_rng_state(cuda_state)
 
 
-def _steps(config, world, target):
+def _steps(config, world, target, scheduler):
     """The steps side by side that a pipeline's denoisers share, or None."""
     if config.parallel_steps == 1:
         return None
     ranks = [world.ranks[r] for r in config.mesh.along("step", world.rank)]
     pipe = weakref.ref(target)
-    return StepCalls(config, World(ranks, world.timeout_s), lambda: getattr(pipe(), "_num_timesteps", None))
+    return StepCalls(config, World(ranks, world.timeout_s), lambda: getattr(pipe(), "_num_timesteps", None), scheduler)
 
 
 def _patch_one(denoiser, config, world, scheduler, target, steps, number):

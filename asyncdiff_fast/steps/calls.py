@@ -37,10 +37,11 @@ class StepCalls:
     Args:
         world: the ranks that differ in their step only.
         told: returns the pipeline's own count of steps, or None.
+        scheduler: the loop's, if it is not one of diffusers'.
     """
 
-    def __init__(self, config, world, told=lambda: None):
-        self.config, self.world = config, world
+    def __init__(self, config, world, told=lambda: None, scheduler=None):
+        self.config, self.world, self._scheduler = config, world, scheduler
         self.exchange = self._shared = self._thread = None
         self.counts, self.interrupted = StepStats(), False
         self._told, self._said = told, set()
@@ -55,6 +56,7 @@ class StepCalls:
         self.exchange, self.interrupted = exchange, False
         self._shared = SharedOutputs(self.world, exchange)
         watch.listen(self)
+        self._unwatch = watch.watch_instance(self._scheduler)
 
     def forget(self, released=False):
         """Begin anew; if the exchange was `released`, listen no more."""
@@ -62,6 +64,7 @@ class StepCalls:
         self._clock.end()
         if released:
             watch.unlisten(self)
+            self._unwatch()
             self.exchange = self._shared = None
 
     def plan(self, each=None):
@@ -250,6 +253,7 @@ class StepCalls:
             error,
         )
         block.draws[-1].restore(block.drawn)
+        self.counts.cut_short += 1
         self._stay_exact(reason)
         result, self._results = step.run(outputs[number])
         return result

@@ -2,7 +2,8 @@
 
 A change is expected to be a share of the change before it, so that the last one dies away: the share is found by least
 squares over the last few outputs, 0 where they turn at random, 1 where they go straight on (an autoregression of first
-order). Each picture of a batch has a share of its own.
+order), and damped, since what is carried on too far costs more than what is not. Each picture of a batch has a share of
+its own.
 """
 
 import itertools
@@ -11,6 +12,8 @@ import torch
 
 # Outputs that are looked at.
 KEPT = 6
+# Found by comparing pictures, see docs/steps.md.
+DAMPING = 0.7
 
 
 class Outputs:
@@ -34,7 +37,7 @@ class Outputs:
         if len(self._newest) < 3:
             return last
         if self._share is None:
-            self._share = share(self._newest)
+            self._share = DAMPING * share(self._newest)
         change = last.float() - self._newest[-2].float()
         changes = sum(self._share**i for i in range(1, number + 1))
         return (last.float() + changes * change).to(last)

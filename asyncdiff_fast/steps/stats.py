@@ -11,7 +11,7 @@ class StepStats:
 
     def clear(self):
         """Begin to count anew."""
-        self.evaluations = self.exact_steps = 0
+        self.evaluations = self.exact_steps = self.cut_short = 0
         self._lengths, self._errors = collections.Counter(), []
         self.exact_because = {}
 
@@ -27,6 +27,7 @@ class StepStats:
             "evaluations": self.evaluations,
             "exact_steps": self.exact_steps,
             "blocks": sum(self._lengths.values()),
+            "blocks_cut_short": self.cut_short,
             "block_lengths": dict(sorted(self._lengths.items())),
             "latent_error": {"mean": sum(errors) / len(errors), "worst": max(errors)} if errors else {},
             "exact_because": dict(self.exact_because),

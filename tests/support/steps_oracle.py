@@ -61,7 +61,7 @@ class Simulation:
         for i in range(len(last)):
             over = sum(float((b[i] * a[i]).sum()) for a, b in itertools.pairwise(changes))
             under = sum(float(a[i].square().sum()) for a in changes[:-1])
-            shares.append(min(max(over / max(under, 1e-38), 0.0), 1.0))
+            shares.append(0.7 * min(max(over / max(under, 1e-38), 0.0), 1.0))
         share = torch.tensor(shares).view(-1, *[1] * (last.dim() - 1))
         return last + sum(share**i for i in range(1, ahead + 1)) * changes[-1]
 
