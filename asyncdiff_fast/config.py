@@ -54,7 +54,7 @@ class Config:
             own ("local").
         bessel: GroupNorm divides the variance by n - 1, as the published implementation does.
         patch_axis: naive patches are cut into "rows", "columns", or both by turns ("alternating").
-        balance: "flops" divides by counted work, the same on every machine; "time" measures each unit once.
+        balance: "flops" divides by counted work, the same on all GPUs and on all CPUs; "time" measures each unit once.
         timeout_s: seconds to wait for another rank before failing.
         kernels: "auto" replaces layers by fused kernels where they were measured to be no slower, on a GPU with Triton;
             "triton" wherever they can run; "torch" nowhere.

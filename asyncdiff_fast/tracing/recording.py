@@ -46,12 +46,16 @@ class Exit:
 
 @dataclass(frozen=True)
 class Op:
-    """One tensor operation that reads or writes data. `branches`: its result steers Python (`.item()`)."""
+    """One tensor operation that reads or writes data. `branches`: its result steers Python (`.item()`).
+
+    `nbytes`: of the activations that it reads and writes; weights are not counted.
+    """
 
     reads: tuple[int, ...]
     writes: tuple[int, ...]
     flops: int = 0
     branches: bool = False
+    nbytes: int = 0
 
 
 @dataclass
@@ -78,6 +82,7 @@ class Node:
     stop: int = -1
     flops: int = 0
     own_flops: int = 0
+    nbytes: int = 0
     eligible: bool = True
     children: list = field(default_factory=list)
 
@@ -88,7 +93,7 @@ class Node:
 
 
 def call_tree(recording):
-    """Fold the events into a tree of module calls with inclusive and own FLOPs. Returns the root node."""
+    """Fold the events into a tree of module calls with inclusive FLOPs and bytes, and own FLOPs. Returns the root."""
     root = Node("", 0, -1, len(recording.events))
     stack = [root]
     for i, event in enumerate(recording.events):
@@ -104,4 +109,5 @@ def call_tree(recording):
             stack[-1].own_flops += event.flops
             for node in stack:
                 node.flops += event.flops
+                node.nbytes += event.nbytes
     return root

@@ -34,10 +34,11 @@ _OWN_FORMULAS = {_aten._scaled_dot_product_flash_attention_for_cpu: _sdpa_flops}
 class _Recorder(TorchDispatchMode):
     """Dispatch mode and module hooks that fill a `Recording`."""
 
-    def __init__(self):
+    def __init__(self, denoiser):
         super().__init__()
         self.recording = Recording()
         self._numbers = {}
+        self._weights = set(self.numbers(list(denoiser.parameters())))
 
     def _number(self, tensor):
         """Number of a tensor's storage; the weak reference keeps the number from being used again."""
@@ -90,8 +91,15 @@ class _Recorder(TorchDispatchMode):
         written = tuple(n for n in self.numbers(result) if n not in reads) + self._mutated(func, args, kwargs)
         branches = packet is _aten._local_scalar_dense
         if written or branches:
-            self.recording.events.append(Op(() if packet in _SHAPE_ONLY else reads, written, int(flops), branches))
+            touched = () if packet in _SHAPE_ONLY else (args, kwargs, result)
+            op = Op(reads if touched else (), written, int(flops), branches, self._moved(touched))
+            self.recording.events.append(op)
         return result
+
+    def _moved(self, tree):
+        """Bytes of the tensors in a tree that are not weights."""
+        moved = (x for x in tree_leaves(tree) if isinstance(x, torch.Tensor) and self._number(x) not in self._weights)
+        return sum(x.numel() * x.element_size() for x in moved)
 
     def _mutated(self, func, args, kwargs):
         """Storages that an in-place operation or an `out=` argument writes."""
@@ -152,7 +160,7 @@ def record(denoiser, forward, args, kwargs):
         args, kwargs: as the pipeline passes them. They are not changed.
     Returns: `Recording`.
     """
-    recorder = _Recorder()
+    recorder = _Recorder(denoiser)
     args, kwargs = tree_map_only(torch.Tensor, _copy, (args, kwargs))
     signature = CallSignature(denoiser)
     recorder.recording.latent = frozenset(recorder.numbers(signature.latent(args, kwargs)))
