@@ -74,7 +74,9 @@ def parse_configuration(name):
         raise ValueError(
             f"a configuration is exact@STEPS or OPTIONS@STEPS, then / and {names} or nothing: got {name!r}"
         )
-    return (None if options == "exact" else parse_options(options)), int(steps)
+    # Results are named by what was passed when the published rule was the default.
+    given = None if options == "exact" else {"predict": "none"} | parse_options(options)
+    return given, int(steps)
 
 
 def pairs(names):
