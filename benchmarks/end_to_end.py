@@ -19,7 +19,7 @@ import measure
 import real_models
 import torch
 import torch.distributed as dist
-from rounds import SPENT, Loop, Patched, compared, one_round, paired_round, timed, twin_of
+from rounds import SPENT, Alone, Loop, Patched, compared, one_round, paired_round, timed, twin_of
 
 import asyncdiff_fast
 from asyncdiff_fast.commands.launch import launch
@@ -61,6 +61,9 @@ def load(name, device):
 def patch_options(text, options):
     """The options of one patched denoiser."""
     config = {"warmup_steps": options.warmup_steps, **asyncdiff_fast.config.parse_options(text)}
+    if config.get("parallel_steps", 1) > 1:
+        # Two exact steps come first, and blocks are as long as can be: the weights are random.
+        return {"tolerance": 1e8} | config | {"warmup_steps": 2}
     if not {"num_patches", "cfg_parallel"} & set(config):
         config.setdefault("num_stages", options.nproc + 1 - config.get("stride", 1))
     return config
@@ -90,6 +93,7 @@ def measure_rank(options):
         second = Patched(twin_of(denoiser), inputs, same_stages(first, config), "torch")
     elif options.beside:
         second = Patched(twin_of(denoiser), inputs, same_stages(first, patch_options(options.beside, options)))
+    one_device = Alone(twin_of(denoiser), inputs) if config.get("parallel_steps", 1) > 1 else None
     alone, cpu_alone, pairs = [], [], []
     for number in range(options.rounds):
         plain = Loop(denoiser, inputs, options.calls + 1)
@@ -98,17 +102,32 @@ def measure_rank(options):
         began = time.process_time()
         alone.append(timed(plain, options.calls, dist.get_rank() == 0)[0] / options.calls)
         cpu_alone.append((time.process_time() - began) / options.calls)
+        if one_device:
+            one_device.round(options.calls)
         folder = options.profile if number + 1 == options.rounds else None
         if second:
             paired_round((first, second), options.calls, folder, pairs)
         else:
             one_round(first, options.calls, folder)
     rows = [report(options, patched, alone, cpu_alone) for patched in (first, second) if patched]
+    if one_device and rows[0]:
+        rows[0] |= against_one_device(rows[0], first, one_device)
     if second:
         found = compared(pairs)
         if found:
             rows[0]["beside"] = {"options": rows[1]["options"], "exchange": rows[1]["exchange"], **found}
     return rows
+
+
+def against_one_device(row, patched, one_device):
+    """How long all ranks take in units of one device that is patched too, and what blocks take beside evaluations."""
+    call, steps = statistics.median(one_device.rounds), patched.runtime.stats()["steps"]
+    return {
+        "call_s_patched_alone": call,
+        "speedups_over_patched": [a / b for a, b in zip(one_device.rounds, patched.together, strict=True)],
+        "whole_speedup_over_patched": row["whole_steps"] * call / row["whole_s"],
+        "replay_share": steps["replay_s"] / (row["call_s"] * sum(n * k for n, k in steps["block_lengths"].items())),
+    }
 
 
 def balance(plan):

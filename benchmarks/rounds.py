@@ -9,6 +9,7 @@ import prediction_cost
 import torch
 import torch.distributed as dist
 from diffusers import DDIMScheduler
+from torch.distributed.device_mesh import DeviceMesh
 
 import asyncdiff_fast
 from asyncdiff_fast.config import EXCHANGE_VARIABLE
@@ -71,6 +72,29 @@ def timed(loop, calls, active):
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
     return synchronised() - began, seconds
+
+
+class Alone:
+    """A denoiser patched for one device, on rank 0 only: what `patch` does for each device anyway."""
+
+    def __init__(self, denoiser, inputs):
+        self._denoiser, self._inputs, self._active = denoiser, inputs, dist.get_rank() == 0
+        if self._active:
+            one = DeviceMesh(next(denoiser.parameters()).device.type, [0], _init_backend=False)
+            asyncdiff_fast.patch(denoiser, mesh=one)
+        self.rounds = []
+        # Weights are packed by the second call of a second generation.
+        for _ in range(2):
+            timed(self._loop(2), 2, self._active)
+
+    def _loop(self, calls):
+        return Loop(self._denoiser, self._inputs, calls)
+
+    def round(self, calls):
+        """Seconds of each of some calls; the other ranks sleep meanwhile. Collective."""
+        loop = self._loop(calls + 1)
+        timed(loop, 1, self._active)
+        self.rounds.append(timed(loop, calls, self._active)[0] / calls)
 
 
 class Patched:

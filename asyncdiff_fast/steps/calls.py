@@ -11,6 +11,7 @@ errors of the last one allow.
 
 import logging
 import threading
+import time
 
 import torch
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -148,6 +149,10 @@ class StepCalls:
         except BaseException:
             self.interrupted = True
             raise
+        finally:
+            if self._block is None and self._step + 1 == self._num_steps:
+                # What steps in this thread after the last one is somebody else's.
+                self._thread = None
 
     def _exact(self, scheduler, step):
         """A step that every rank has evaluated. All take the first one's output: devices may round differently."""
@@ -208,6 +213,7 @@ class StepCalls:
 
     def _replay(self, scheduler):
         """The block's steps again, with what its ranks have evaluated. Collective; returns the last one's result."""
+        began = time.perf_counter()
         block, self._block = self._block, None
         outputs = self._shared.all(block.steps[0].output if block.own is None else block.own)[: len(block.steps)]
         block.snapshot.restore(scheduler)
@@ -222,7 +228,7 @@ class StepCalls:
         self._results = results
         errors = torch.stack(errors).tolist()
         self._lengths.learn(errors)
-        self.counts.block(len(block.steps), errors)
+        self.counts.block(len(block.steps), errors, time.perf_counter() - began)
         return result
 
     def _cut_short(self, scheduler, step):
