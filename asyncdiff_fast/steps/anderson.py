@@ -5,9 +5,11 @@ round moves a point by its residual R, and then by what the last rounds' changes
 |R - ΔR γ|² + λ |γ|², summed over the points from the window's first to q, since those after it have no say in it.
 Source: ParaTAA (Tang et al., arXiv 2402.09970), and class ParallelDDIM of TZW1998/ParaTAA-Diffusion. As in that code, a
 point that entered late is moved by the oldest differences that are kept; and the last point of a window, which begins
-at zero, is made anew when the window moves on. Both show in the rounds only, not in what they end with.
+at zero, is made anew when the window moves on. Both show in the rounds only, not in what they end with. Unlike there,
+it is kept where the window moves on by its whole length: it is what the next one begins with.
 """
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -42,6 +44,8 @@ class Anderson:
         begin, entered, history = 0, 1, []
         while begin < num_steps:
             end, reached = min(begin + window, num_steps), min(begin + window, num_steps + 1)
+            # The point that the window now begins with is final; the published code loses it where a round solved all.
+            entered = max(entered, begin + 1)
             if entered < reached:
                 points[entered:reached] = points[entered - 1].clone()
                 entered = reached
@@ -93,7 +97,7 @@ def _correction(history, first, regularisation):
     """(n, …): what is taken from the points `first` … of the last round's window after their residuals are added."""
     begin, end = history[-1].begin, history[-1].end
     seen = slice(begin + 1, end + 1)
-    pairs = list(zip(history, history[1:], strict=False))
+    pairs = list(itertools.pairwise(history))
     # (m, points, numbers)
     change = torch.stack([(new.residuals - old.residuals)[seen].flatten(1) for old, new in pairs])
     moved = torch.stack([(new.points - old.points)[seen].flatten(1) for old, new in pairs]) + change
