@@ -11,6 +11,8 @@ import itertools
 
 import torch
 
+from asyncdiff_fast.steps.levels import level
+
 
 class Simulation:
     """Gives one scheduler a `step` that follows the rule for `most` ranks; `restart()` begins a new generation.
@@ -121,6 +123,10 @@ class Simulation:
             if before is not None:
                 changed["sample"] = before.to(sample)
                 self.error = _relative(sample, before)
+                at = level(scheduler, given["timestep"])
+                if at is not None and output.shape == sample.shape:
+                    output = output + at.slope * (changed["sample"] - sample)
+                    changed["model_output"] = output
                 if "old_pred_original_sample" in given:
                     changed["old_pred_original_sample"] = result[1]
             result = self._run(scheduler, given, **changed)

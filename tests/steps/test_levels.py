@@ -1,0 +1,66 @@
+"""What an output says of the picture: as the samplers themselves have it, and where an output would move."""
+
+import diffusers
+import pytest
+import sequences
+import torch
+
+from asyncdiff_fast.steps.levels import DATA_SIGMA, Level, level, moved
+
+VP = dict(clip_sample=False)
+KINDS = [
+    *[("DDIMScheduler", VP | dict(prediction_type=p)) for p in ("epsilon", "v_prediction", "sample")],
+    *[("DDPMScheduler", VP | dict(prediction_type=p)) for p in ("epsilon", "v_prediction", "sample")],
+    *[("EulerDiscreteScheduler", dict(prediction_type=p)) for p in ("epsilon", "v_prediction")],
+    *[("EulerAncestralDiscreteScheduler", dict(prediction_type=p)) for p in ("epsilon", "v_prediction")],
+    ("LMSDiscreteScheduler", {}),
+    ("FlowMatchEulerDiscreteScheduler", dict(shift=3.0)),
+    *[("DPMSolverMultistepScheduler", dict(prediction_type=p)) for p in ("epsilon", "v_prediction", "sample")],
+    ("DPMSolverMultistepScheduler", dict(prediction_type="flow_prediction", use_flow_sigmas=True)),
+    *[("UniPCMultistepScheduler", dict(prediction_type=p)) for p in ("epsilon", "v_prediction", "sample")],
+    ("SASolverScheduler", {}),
+]
+
+
+def own_picture(scheduler, output, t, x):
+    """The picture as the sampler has it, and the next latents."""
+    converts = hasattr(scheduler, "convert_model_output")
+    picture = (
+        scheduler.convert_model_output(output, sample=x) if converts and scheduler.step_index is not None else None
+    )
+    if "FlowMatch" in type(scheduler).__name__ and scheduler.step_index is not None:
+        picture = x - scheduler.sigmas[scheduler.step_index] * output
+    result = scheduler.step(output, t, x)
+    own = getattr(result, "pred_original_sample", None)
+    return (picture if own is None else own), result.prev_sample
+
+
+@pytest.mark.parametrize("name, options", KINDS)
+def test_the_picture_is_the_samplers_own(name, options):
+    scheduler = getattr(diffusers, name)(**options)
+    scheduler.set_timesteps(10)
+    x, output, compared = sequences.noise(0), sequences.noise(1), 0
+    for t in scheduler.timesteps[:6]:
+        at = level(scheduler, t)
+        before = x
+        picture, x = own_picture(scheduler, output, t, x)
+        if at is not None and picture is not None:
+            compared += 1
+            assert torch.allclose(at.of_sample * before + at.of_output * output, picture, rtol=1e-4, atol=1e-5)
+    assert compared >= 5
+
+
+def test_an_output_moves_with_the_latents():
+    at = Level(0.6, 0.8, 0.6, -0.8)
+    x, other, v = sequences.noise(0), sequences.noise(1), sequences.noise(2)
+    moves = 0.6 * DATA_SIGMA**2 / (0.36 * DATA_SIGMA**2 + 0.64)
+    there = v + at.slope * (other - x)
+    picture, elsewhere = 0.6 * x - 0.8 * v, 0.6 * other - 0.8 * there
+    assert torch.allclose(elsewhere - picture, moves * (other - x), atol=1e-6)
+
+
+def test_samplers_of_no_known_family_leave_outputs_alone():
+    scheduler = diffusers.EDMEulerScheduler()
+    scheduler.set_timesteps(5)
+    x, u = sequences.noise(0), sequences.noise(1)
+    assert moved(u, scheduler, scheduler.timesteps[0], x, x + 1) is u
