@@ -48,7 +48,7 @@ def level(scheduler, timestep):
         timestep: what the step is given, a number or a tensor with one.
     """
     kinds = {cls.__name__ for cls in type(scheduler).__mro__}
-    kind = getattr(scheduler.config, "prediction_type", None)
+    kind = getattr(getattr(scheduler, "config", None), "prediction_type", None)
     if kinds & _CUMULATIVE:
         cumulative = float(scheduler.alphas_cumprod[int(timestep)])
         return _preserving(cumulative**0.5, (1 - cumulative) ** 0.5, kind)
