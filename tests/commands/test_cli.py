@@ -98,15 +98,25 @@ def test_every_option_has_the_help_of_the_config(capsys):
     ("options", "num_processes", "expected"),
     [
         ({}, 1, {}),
-        ({}, 3, {"num_stages": 3}),
-        ({"warmup_steps": 1}, 2, {"warmup_steps": 1, "num_stages": 2}),
+        ({}, 3, {"parallel_steps": 3}),
+        ({"warmup_steps": 1}, 2, {"warmup_steps": 1, "parallel_steps": 2}),
+        ({"warmup_steps": "auto"}, 2, {"warmup_steps": "auto", "parallel_steps": 2}),
+        ({"cfg_parallel": True}, 2, {"cfg_parallel": True}),
+        ({"cfg_parallel": True}, 6, {"cfg_parallel": True, "parallel_steps": 3}),
+        ({"parallel_steps": 2}, 4, {"parallel_steps": 2}),
+        ({"num_patches": 2}, 4, {"num_patches": 2}),
         ({"stride": 2}, 4, {"stride": 2, "num_stages": 3}),
+        ({"stride": 1}, 4, {"stride": 1, "num_stages": 4}),
+        ({"stride": 2, "cfg_parallel": True}, 6, {"stride": 2, "cfg_parallel": True, "num_stages": 2}),
+        ({"balance": "time"}, 2, {"balance": "time", "num_stages": 2}),
         ({"num_stages": 2}, 4, {"num_stages": 2}),
         ({"stages": (("a",), ("b",))}, 4, {"stages": (("a",), ("b",))}),
     ],
 )
-def test_a_num_stages_left_out_follows_from_the_processes(options, num_processes, expected):
-    assert complete(options, num_processes) == expected
+def test_processes_that_nothing_shares_become_steps_or_stages(options, num_processes, expected):
+    completed = complete(options, num_processes)
+    assert completed == expected
+    Config.from_options(completed)
 
 
 def test_options_survive_the_environment():
