@@ -111,6 +111,7 @@ def test_every_option_has_the_help_of_the_config(capsys):
         ({"stride": 1}, 4, {"stride": 1, "num_stages": 4}),
         ({"stride": 2, "cfg_parallel": True}, 6, {"stride": 2, "cfg_parallel": True, "num_stages": 2}),
         ({"balance": "time"}, 2, {"balance": "time", "num_stages": 2}),
+        ({"predict": "linear"}, 2, {"predict": "linear", "num_stages": 2}),
         ({"num_stages": 2}, 4, {"num_stages": 2}),
         ({"stages": (("a",), ("b",))}, 4, {"stages": (("a",), ("b",))}),
     ],
