@@ -1,7 +1,7 @@
 """asyncdiff_fast: one image or video faster, by several devices at once.
 
-`patch(pipe, num_stages=2)` lets the ranks of a torchrun share each call of the pipeline's denoiser;
-`unpatch(pipe)` undoes it; `print(plan(pipe, num_stages=2))` shows who would do what.
+`patch(pipe, parallel_steps=2)` lets the ranks of a torchrun share the steps of a pipeline, other options each call of
+its denoiser; `unpatch(pipe)` undoes it; `print(plan(pipe, num_stages=2))` shows who would do what.
 """
 
 import importlib
