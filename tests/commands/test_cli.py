@@ -236,7 +236,7 @@ def test_where_every_mode_is_refused_the_demo_says_so_and_exits_with_2(tmp_path,
     [
         (Config(), ""),
         (Config(parallel_steps=2), "parallel_steps=2"),
-        (Config(num_stages=2, predict="linear"), "num_stages=2, predict=linear"),
+        (Config(num_stages=2, stride=2, time_shift=True), "num_stages=2, stride=2, time_shift=True"),
         (Config(num_patches=2, exchange="sync"), "num_patches=2, exchange=sync"),
         (Config(parallel_steps=2, warmup_steps="auto"), "warmup_steps=auto, parallel_steps=2"),
     ],
