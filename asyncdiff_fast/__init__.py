@@ -1,8 +1,8 @@
 """asyncdiff_fast: one image or video faster, by several devices at once.
 
-`patch(pipe, num_stages=2)` lets the ranks of a torchrun share each call of the pipeline's denoiser;
-`unpatch(pipe)` undoes it; `print(plan(pipe, num_stages=2))` shows who would do what. `sample_window` is for sampling
-loops of your own: many steps at once, by fixed-point iteration.
+`patch(pipe, parallel_steps=2)` lets the ranks of a torchrun share the steps of a pipeline, other options each call of
+its denoiser; `unpatch(pipe)` undoes it; `print(plan(pipe, num_stages=2))` shows who would do what. `sample_window` is
+for sampling loops of your own: many steps at once, by fixed-point iteration.
 """
 
 import importlib

@@ -1,8 +1,9 @@
 """`import asyncdiff_fast.auto`: from then on each diffusers pipeline is patched when it is first called.
 
-Options come from the variable ASYNCDIFF_FAST, a list such as `num_stages=2,warmup_steps=3`; without it, the processes
-that torchrun started become as many stages; in a single process nothing happens. Under torchrun with CUDA, the current
-device becomes this rank's, so that a script's "cuda" means its own GPU. `disable()` undoes the rest.
+Options come from the variable ASYNCDIFF_FAST, a list such as `num_patches=2,warmup_steps=3`; where it names no way to
+share, the processes that torchrun started evaluate as many steps side by side; in a single process nothing happens.
+Under torchrun with CUDA, the current device becomes this rank's, so that a script's "cuda" means its own GPU.
+`disable()` undoes the rest.
 
 `python -m asyncdiff_fast.auto script.py …` runs a script that does not import this.
 

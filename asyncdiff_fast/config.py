@@ -9,7 +9,7 @@ from .mesh import Mesh
 EXCHANGE_VARIABLE = "ASYNCDIFF_FAST_EXCHANGE"
 ENGINE_CHOICES = ("", "engine", "nccl-puts", "torch")
 ENVIRONMENT = {
-    "ASYNCDIFF_FAST": "options of patch() for `import asyncdiff_fast.auto`, such as num_stages=2,warmup_steps=3",
+    "ASYNCDIFF_FAST": "options of patch() for `import asyncdiff_fast.auto`, such as num_patches=2,warmup_steps=3",
     EXCHANGE_VARIABLE: "torch: exchange by torch.distributed; engine: by the engine, or fail; nccl-puts: CUDA tensors "
     "by one-sided puts where they work; default: by the engine where it is built and fits",
     "ASYNCDIFF_FAST_CACHE": "folder where measured choices of kernels are kept; default ~/.cache/asyncdiff_fast",

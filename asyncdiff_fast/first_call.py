@@ -47,8 +47,10 @@ def plan_call(denoiser, config, args, kwargs, guided=False):
     if config.parallel_steps > 1:
         latent = signature.latent(args, kwargs)
         halves = 2 if (guided or config.cfg_parallel) and latent.shape[0] % 2 == 0 else 1
-        inner = replace(config, parallel_steps=1)
-        each = plan_call(denoiser, inner, args, kwargs) if config.num_patches > 1 else None
+        each = None
+        if config.num_patches > 1:
+            # Patches beneath have no warm-up of their own to end.
+            each = plan_call(denoiser, replace(config, parallel_steps=1, warmup_steps=1), args, kwargs)
         return StepPlan(config, latent.nbytes // halves, each)
     if config.cfg_parallel:
         latent = signature.latent(args, kwargs)

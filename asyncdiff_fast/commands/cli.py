@@ -15,6 +15,9 @@ from pathlib import Path
 from ..config import Config, environment_options
 from .launch import UsageError, as_text, complete, is_rank, launch
 
+# What the demo draws without options: ways for two processes to share a picture.
+MODES = ({"parallel_steps": 2}, {"num_stages": 2, "predict": "linear"}, {"num_patches": 2})
+
 
 class _Parser(argparse.ArgumentParser):
     """Answers a wrong command line with one line and exit code 2."""
@@ -55,7 +58,8 @@ def _parser():
 
 
 def _add_demo(commands):
-    demo = commands.add_parser("demo", help="the same pictures unpatched and patched: a picture, a table, a report")
+    text = "the same pictures unpatched and shared between processes: a picture, a table, a report"
+    demo = commands.add_parser("demo", help=text, description=text)
     _add_path(demo)
     demo.add_argument("--prompts", nargs="+", metavar="PROMPT", help="default: five captions of the small pipeline")
     demo.add_argument("--steps", type=_positive, default=50, help="steps of the sampler (default: 50)")
@@ -63,7 +67,7 @@ def _add_demo(commands):
     demo.add_argument(
         "--out", type=Path, default=Path("out"), help="folder for compare.png and report.json (default: out)"
     )
-    _add_options(demo, num_stages=2)
+    _add_options(demo, "without any, three ways to share are drawn: steps side by side, stages, patches")
     demo.set_defaults(command=_demo)
 
 
@@ -71,7 +75,7 @@ def _add_run(commands):
     text = "start a script of yours in several processes, its pipelines patched if an option is given"
     run = commands.add_parser("run", help=text, description=f"{text}. Options stand before the script.")
     run.add_argument("--nproc", type=_positive, help="processes (default: as many as the options need)")
-    _add_options(run)
+    _add_options(run, "where they name no way to share, as many steps side by side as processes")
     run.add_argument("script", help="a Python script")
     run.add_argument("arguments", nargs=argparse.REMAINDER, help="its arguments")
     run.set_defaults(command=_run)
@@ -85,7 +89,7 @@ def _add_plan(commands):
     plan.add_argument("--width", type=_positive, help="pixels (default: the pipeline's)")
     plan.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="default: float32")
     plan.add_argument("--json", action="store_true", help="print JSON")
-    _add_options(plan, num_stages=2)
+    _add_options(plan, "without any way to share, two steps side by side")
     plan.set_defaults(command=_plan)
 
 
@@ -95,19 +99,18 @@ def _add_path(parser):
     )
 
 
-def _add_options(parser, **defaults):
+def _add_options(parser, description):
     """One option for each field of `Config` that a word can express, with the help that its docstring has."""
-    parser.set_defaults(default_options=defaults)
-    group = parser.add_argument_group("options of patch()")
+    group = parser.add_argument_group("options of patch()", description)
     for field in dataclasses.fields(Config):
         kinds = [k for k in (field.type, *typing.get_args(field.type)) if k in (bool, int, float, str)]
         if kinds:
-            yes_no, value = (
-                {"action": argparse.BooleanOptionalAction},
-                {"type": kinds[0], "metavar": kinds[0].__name__.upper()},
-            )
-            how = yes_no if kinds[0] is bool else value
-            text = f"{_help(field.name)} (default: {defaults.get(field.name, field.default)})"
+            kind = _number_or_word if {int, str} <= set(kinds) else kinds[0]
+            value = {"type": kind, "metavar": "|".join(k.__name__.upper() for k in kinds)}
+            how = {"action": argparse.BooleanOptionalAction} if kinds[0] is bool else value
+            # What depends on other options, the docstring says.
+            default = "" if field.default is None else f" (default: {field.default})"
+            text = f"{_help(field.name)}{default}"
             group.add_argument(f"--{field.name.replace('_', '-')}", dest=f"option_{field.name}", help=text, **how)
 
 
@@ -117,6 +120,10 @@ def _help(name):
     return " ".join(found[1].split()).rstrip(".").replace("%", "%%") if found else ""
 
 
+def _number_or_word(text):
+    return int(text) if text.removeprefix("-").isdigit() else text
+
+
 def _positive(text):
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be an integer of at least 1: got {text!r}")
@@ -124,12 +131,14 @@ def _positive(text):
 
 
 def _options(args):
-    """{name: value} of the options of `patch` that were given, or that the command sets."""
+    """{name: value} of the options of `patch` that were given."""
     given = {name.removeprefix("option_"): value for name, value in vars(args).items() if name.startswith("option_")}
-    given = {name: value for name, value in given.items() if value is not None}
-    # Who asks for another way to share a call gets that one alone.
-    shared = given.get("num_patches", 1) > 1 or given.get("cfg_parallel")
-    return ({} if shared else args.default_options) | given
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def _for_two(options):
+    """Options that share a call between two ranks (three with stride 2), if they name no way themselves."""
+    return complete(options, 3 if options.get("stride") == 2 else 2)
 
 
 def _config(options):
@@ -142,20 +151,20 @@ def _config(options):
 def _demo(args):
     from . import folder
 
-    config = _config(_options(args))
+    given = _options(args)
+    configs = [_config(options) for options in ([_for_two(given)] if given else MODES)]
     path = folder.checked(args.path)
     if args.out.exists() and not args.out.is_dir():
         raise UsageError(f"--out must be a folder: {args.out} is a file; name another")
     from . import demo
 
+    needed = configs[0].world_size
     if not is_rank():
-        return demo.start(config, args.command_line)
+        return demo.start(needed, args.command_line)
     world_size = int(os.environ["WORLD_SIZE"])
-    if world_size != config.world_size:
-        raise UsageError(
-            f"these options need {config.world_size} processes: got WORLD_SIZE={world_size}; start as many"
-        )
-    return demo.draw_and_compare(path, config, args.prompts or demo.PROMPTS, args.steps, args.out, args.seed)
+    if world_size != needed:
+        raise UsageError(f"these options need {needed} processes: got WORLD_SIZE={world_size}; start as many")
+    return demo.draw_and_compare(path, configs, args.prompts or demo.PROMPTS, args.steps, args.out, args.seed)
 
 
 def _run(args):
@@ -187,7 +196,7 @@ def _from_environment():
 def _plan(args):
     from . import folder
 
-    options = _options(args)
+    options = _for_two(_options(args))
     _config(options)
     path = folder.checked(args.path)
     inputs = {name: getattr(args, name) for name in ("prompt", "height", "width") if getattr(args, name) is not None}

@@ -1,4 +1,4 @@
-"""The demo: the same pictures unpatched and patched, compared by eye, by time and by number."""
+"""The demo: the same pictures unpatched and in each mode, compared by eye, by time and by number."""
 
 import os
 import sys
@@ -26,7 +26,8 @@ _FEW = 4
 class Drawn:
     """One picture: (3, h, w) fp32 in 0..1; seconds for all of it, and for a step after warm-up (None: no such step).
 
-    `core_s` are the seconds of a CPU core that this process got meanwhile.
+    The latter is the mean over those steps, since those of a block end together. `core_s` are the seconds of a CPU core
+    that this process got meanwhile.
     """
 
     picture: object
@@ -35,79 +36,115 @@ class Drawn:
     core_s: float
 
 
-def start(config, command_line):
+def start(num_processes, command_line):
     """Start the ranks, each with the command line that this process got. Returns their exit code.
 
     Raises: UsageError if there are neither GPUs nor CPU cores for so many.
     """
     import torch
 
-    on_gpus, cores = torch.cuda.device_count() >= config.world_size, len(os.sched_getaffinity(0))
-    if not on_gpus and config.world_size > max(cores, _FEW):
+    on_gpus, cores = torch.cuda.device_count() >= num_processes, len(os.sched_getaffinity(0))
+    if not on_gpus and num_processes > max(cores, _FEW):
         raise UsageError(
-            f"the demo needs a CPU core for each process, or no more than {_FEW} processes: got {config.world_size} "
-            f"processes, {cores} cores; use fewer stages or patches"
+            f"the demo needs a CPU core for each process, or no more than {_FEW} processes: got {num_processes} "
+            f"processes, {cores} cores; share between fewer"
         )
     kind = "GPU" if on_gpus else "CPU"
-    print(f"starting {config.world_size} {kind} processes; they import torch and diffusers first", flush=True)
+    print(f"starting {num_processes} {kind} processes; they import torch and diffusers first", flush=True)
     hidden = {} if on_gpus else {"CUDA_VISIBLE_DEVICES": ""}
-    return launch(config.world_size, ["-m", "asyncdiff_fast.commands.cli", *command_line], **hidden)
+    return launch(num_processes, ["-m", "asyncdiff_fast.commands.cli", *command_line], **hidden)
 
 
-def draw_and_compare(path, config, prompts, steps, out, seed):
-    """One rank's work: rank 0 draws every picture alone, then all ranks draw them together. Collective.
+@dataclass(frozen=True)
+class Mode:
+    """The pictures of one way to share, in the order of the prompts, and what each rank's denoisers counted.
 
-    Rank 0 writes `compare.png` and `report.json` into the folder `out`, and prints the table.
+    `planned_bytes` is what all ranks together send in a call after warm-up, by the plan.
+    """
+
+    config: object
+    drawn: list
+    stats: list
+    planned_bytes: int
+
+
+def draw_and_compare(path, configs, prompts, steps, out, seed):
+    """One rank's work: rank 0 draws every picture alone, then all ranks draw them together in each mode. Collective.
+
+    Rank 0 writes `compare.png` and `report.json` into the folder `out`, and prints the table. A mode that the pipeline
+    cannot be shared by is left out, and named; where none is left, all ranks exit with 2.
     """
     import torch
     from tqdm import tqdm
 
     from ..exchange.world import World, device, start_process_group, stop_process_group
-    from ..patching import denoisers, unpatch
+    from ..patching import denoisers
 
     place = device()
     if place.type == "cpu":
         torch.set_num_threads(1)
     start_process_group(_PATIENCE_S)
-    world = World(range(config.world_size), _PATIENCE_S)
+    world = World(range(configs[0].world_size), _PATIENCE_S)
     pipe = folder.load(path, place, torch.float32 if place.type == "cpu" else torch.float16)
-    with tqdm(total=2 * len(prompts) * steps, unit="step", mininterval=0.5, disable=world.rank != 0) as bar:
-        artist = _Artist(pipe, denoisers(pipe), place, steps, config.warmup_steps, bar)
+    wanted = [(prompt, seed + i) for i, prompt in enumerate(prompts)]
+    total, modes, refused = (1 + len(configs)) * len(prompts) * steps, [], {}
+    with tqdm(total=total, unit="step", mininterval=0.5, disable=world.rank != 0) as bar:
+        artist = _Artist(pipe, denoisers(pipe), place, steps, bar)
         bar.set_description("unpatched, 1 process")
-        alone = [artist.draw(p, seed + i) for i, p in enumerate(prompts)] if world.rank == 0 else []
+        shortest = min(_warmup_steps(config) for config in configs)
+        alone = [artist.draw(*one, shortest) for one in wanted] if world.rank == 0 else []
         world.gather(None, "the unpatched pictures")
-        runtimes = _patched(pipe, config, world)
-        bar.set_description(f"patched, {world.size} processes")
-        together = [_draw_together(artist, world, p, seed + i) for i, p in enumerate(prompts)]
-        stats = world.gather([r.stats() for r in runtimes], "the statistics")
-    planned = sum(r.plan.bytes_per_call for r in runtimes if r.plan is not None)
-    unpatch(pipe)
+        for config in configs:
+            name = report.name(asdict(config))
+            bar.set_description(f"{name}, {world.size} processes")
+            try:
+                modes.append(_in_mode(artist, pipe, config, world, wanted))
+            except (ValueError, TypeError) as error:
+                refused[name] = str(error)
     stop_process_group()
     if world.rank == 0:
-        made = _about(path, place, config, steps, seed) | report.figures(prompts, alone, together, stats, planned)
-        report.write(out, made, alone, together)
-        print(report.table(made), f"\nsee {out / 'compare.png'} and {out / 'report.json'}", sep="\n")
+        _tell(out, _about(path, place, world.size, steps, seed), prompts, alone, modes, refused)
+    if not modes:
+        sys.exit(2)
 
 
-def _patched(pipe, config, world):
-    """The runtimes of a patched pipeline. A refusal, which all ranks get alike, is told by rank 0; all exit with 2."""
-    from ..patching import patch
+def _in_mode(artist, pipe, config, world, wanted):
+    """The `Mode`: all pictures, drawn together. Raises ValueError or TypeError on all ranks alike if it is refused."""
+    from ..patching import denoisers, is_patched, patch, unpatch
 
     try:
         runtimes = patch(pipe, **asdict(config))
-    except (ValueError, TypeError) as error:
-        if world.rank == 0:
-            print(f"\nasyncdiff-fast: {error}", file=sys.stderr, flush=True)
-        world.gather(None, "the refusal")
-        sys.exit(2)
-    return runtimes if isinstance(runtimes, list) else [runtimes]
+        runtimes = runtimes if isinstance(runtimes, list) else [runtimes]
+        drawn = [_draw_together(artist, world, *one, _warmup_steps(config)) for one in wanted]
+        stats = world.gather([r.stats() for r in runtimes], "the statistics")
+        return Mode(config, drawn, stats, sum(r.plan.bytes_per_call for r in runtimes if r.plan is not None))
+    finally:
+        if any(is_patched(denoiser) for denoiser in denoisers(pipe)):
+            unpatch(pipe)
+
+
+def _tell(out, about, prompts, alone, modes, refused):
+    """Write and print what was found."""
+    if modes:
+        made = about | report.figures(prompts, about["steps"], alone, modes) | {"refused": refused}
+        report.write(out, made, alone, modes)
+        print(report.table(made))
+    for name, reason in refused.items():
+        print(f"asyncdiff-fast: no {name}: {reason}", file=sys.stderr, flush=True)
+    if modes:
+        print(f"\nsee {out / 'compare.png'} and {out / 'report.json'}")
+
+
+def _warmup_steps(config):
+    """Steps that count as warm-up in the times; "auto" tells only of the first."""
+    return 1 if config.warmup_steps == "auto" else config.warmup_steps
 
 
 class _Artist:
     """Draws with one pipeline, and keeps the times."""
 
-    def __init__(self, pipe, denoisers, device, steps, warmup_steps, bar):
-        self._pipe, self._device, self._steps, self._warmup_steps, self._bar = pipe, device, steps, warmup_steps, bar
+    def __init__(self, pipe, denoisers, device, steps, bar):
+        self._pipe, self._device, self._steps, self._bar = pipe, device, steps, bar
         self._ends = []
         for denoiser in denoisers:
             denoiser.register_forward_hook(self._call_ended)
@@ -124,7 +161,7 @@ class _Artist:
             torch.cuda.synchronize(self._device)
         return time.perf_counter()
 
-    def draw(self, prompt, seed):
+    def draw(self, prompt, seed, warmup_steps):
         """`Drawn`: the picture of one prompt, its noise from `seed`."""
         import torch
 
@@ -138,31 +175,35 @@ class _Artist:
             output_type="pt",
         ).images[0]
         seconds, core_s = self._now() - begin, time.process_time() - core_begin
-        num_exact = self._warmup_steps * len(self._ends) // self._steps
-        steady = self._steps - self._warmup_steps
-        step_s = (self._ends[-1] - self._ends[num_exact - 1]) / steady if steady > 0 else None
-        return Drawn(made.float().cpu(), seconds, step_s, core_s)
+        return Drawn(made.float().cpu(), seconds, self._step_s(begin, warmup_steps), core_s)
+
+    def _step_s(self, begin, warmup_steps):
+        steady = self._steps - warmup_steps
+        if steady <= 0:
+            return None
+        num_exact = warmup_steps * len(self._ends) // self._steps
+        # Naive patches have no warm-up.
+        return (self._ends[-1] - (self._ends[num_exact - 1] if num_exact else begin)) / steady
 
 
-def _draw_together(artist, world, prompt, seed):
+def _draw_together(artist, world, prompt, seed, warmup_steps):
     """A picture that all ranks draw, with the times of the slowest, from barrier to barrier."""
     world.gather(None, "the start of a picture")
-    drawn = artist.draw(prompt, seed)
+    drawn = artist.draw(prompt, seed, warmup_steps)
     times = world.gather((drawn.seconds, drawn.step_s or 0.0), "the end of a picture")
     seconds, step_s = (max(column) for column in zip(*times, strict=True))
     return Drawn(drawn.picture, seconds, step_s or None, drawn.core_s)
 
 
-def _about(path, device, config, steps, seed):
+def _about(path, device, num_processes, steps, seed):
     import torch
 
     return {
         "pipeline": str(path),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "processes": config.world_size,
+        "processes": num_processes,
         "threads_per_process": torch.get_num_threads(),
         "versions": doctor.versions(),
-        "options": asdict(config),
         "steps": steps,
         "guidance_scale": GUIDANCE,
         "seed": seed,

@@ -90,7 +90,7 @@ def _pipeline():
 
 
 def _use(num_gpus, engine):
-    """What two stages take: a GPU for each process, or CPU processes."""
+    """What two ranks take: a GPU for each process, or CPU processes."""
     if num_gpus >= 2:
         return {"device": "cuda", "processes": 2, "transport": "nccl"}
     return {"device": "cpu", "processes": 2, "transport": "shared memory" if engine else "gloo"}

@@ -4,7 +4,9 @@ import logging
 import os
 import sys
 
-from ..config import Config
+# Options that say how a call is shared, or how stages share it.
+_WAYS = {"num_stages", "stages", "num_patches", "parallel_steps"}
+_OF_STAGES = {"stride", "stride_phase", "time_shift", "balance", "predict"}
 
 
 class UsageError(Exception):
@@ -12,18 +14,16 @@ class UsageError(Exception):
 
 
 def complete(options, num_processes):
-    """Options that use `num_processes`: a `num_stages` that was left out is filled in, if nothing else uses them.
+    """Options that use `num_processes`: where they name no way to share, as many steps side by side.
 
-    Raises: as `Config`.
+    The halves of guidance take two of them each. Where an option is one of stages', they become stages.
     """
-    if "num_stages" in options or "stages" in options or num_processes == 1:
+    num_ranks = num_processes // (2 if options.get("cfg_parallel") else 1)
+    if num_ranks < 2 or options.keys() & _WAYS:
         return options
-    filled = options | {"num_stages": max(num_processes - options.get("stride", 1) + 1, 1)}
-    try:
-        alone = Config.from_options(options)
-    except ValueError:
-        return filled
-    return options if alone.world_size == num_processes else filled
+    if options.keys() & _OF_STAGES:
+        return options | {"num_stages": max(num_ranks - (options.get("stride") == 2), 1)}
+    return options | {"parallel_steps": num_ranks}
 
 
 def as_text(options):

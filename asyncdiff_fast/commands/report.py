@@ -1,9 +1,13 @@
 """What the demo measured: as JSON, as a table, and as a sheet of pictures."""
 
+import contextlib
 import json
 import statistics
+from dataclasses import asdict
 
+from ..config import Config
 from . import compare
+from .launch import as_text
 
 
 def psnr_db(picture, exact):
@@ -14,103 +18,148 @@ def psnr_db(picture, exact):
     return (10 * torch.log10(1 / mse)).item() if mse > 0 else None
 
 
-def figures(prompts, alone, together, stats, planned_bytes):
+def name(options):
+    """How a picture is shared out, in words."""
+    stride = f" with stride {options['stride']}" if options["stride"] > 1 else ""
+    ways = {
+        f"{options['parallel_steps']} steps side by side": options["parallel_steps"] > 1,
+        "two halves of guidance": options["cfg_parallel"],
+        f"{options['num_patches']} patches": options["num_patches"] > 1,
+        f"{options['num_stages']} stages{stride}": options["num_stages"] > 1,
+    }
+    return ", ".join(way for way, used in ways.items() if used) or "one process"
+
+
+def figures(prompts, steps, alone, modes):
     """Dict of what was measured, fit for JSON.
 
     Args:
-        alone, together: `Drawn` of each prompt, unpatched and patched.
-        stats: for each rank a list of its denoisers' statistics.
-        planned_bytes: what all ranks together send in an asynchronous call, by the plan.
+        steps: of each picture.
+        alone: `Drawn` of each prompt, unpatched.
+        modes: `Mode`s: the same prompts, patched.
     """
-    unpatched, patched = _times(alone), _times(together)
-    steps = sum(s["compute_calls"] + s["repeat_calls"] or s["exact_calls"] for s in stats[0])
-    sent = sum(s.get("sent_bytes", 0) for rank in stats for s in rank)
-    waits = [sum(s.get("wait_s", 0.0) for s in rank) for rank in stats]
-    steady = (unpatched["step_s"], patched["step_s"])
-    closeness = [psnr_db(b.picture, a.picture) for a, b in zip(alone, together, strict=True)]
+    unpatched = _times(alone)
+    closeness = [[psnr_db(b.picture, a.picture) for a, b in zip(alone, m.drawn, strict=True)] for m in modes]
+    pictures = [
+        {
+            "prompt": prompt,
+            "unpatched_s": alone[i].seconds,
+            "modes": [
+                {"seconds": mode.drawn[i].seconds, "psnr_db": close[i]}
+                for mode, close in zip(modes, closeness, strict=True)
+            ],
+        }
+        for i, prompt in enumerate(prompts)
+    ]
     return {
         "unpatched": unpatched,
-        "patched": patched,
-        "speed_up": unpatched["seconds"] / patched["seconds"],
-        "steady_speed_up": steady[0] / steady[1] if None not in steady else None,
-        "bytes_per_step": sent / max(steps, 1),
-        "planned_bytes_per_call": planned_bytes,
-        "core_share": sum(d.core_s for d in alone) / unpatched["seconds"],
+        "core_share": sum(d.core_s for d in alone) / sum(d.seconds for d in alone),
+        "modes": [_mode(unpatched, mode, close, steps) for mode, close in zip(modes, closeness, strict=True)],
+        "pictures": pictures,
+    }
+
+
+def _mode(unpatched, mode, closeness, steps):
+    """What one mode took, sent and missed. What is said of a step is the mean of all, warm-up included."""
+    times, options = _times(mode.drawn), asdict(mode.config)
+    found = [stats for rank in mode.stats for stats in rank]
+    steps *= len(mode.drawn)
+    waits = [sum(s.get("wait_s", 0.0) for s in rank) for rank in mode.stats]
+    return {
+        "name": name(options),
+        "options": options,
+        **times,
+        "speed_up": _ratio(unpatched, times, "picture_s"),
+        "steady_speed_up": _ratio(unpatched, times, "step_s"),
+        "bytes_per_step": sum(s.get("sent_bytes", 0) for s in found) / steps,
+        "planned_bytes_per_call": mode.planned_bytes,
         "wait_s": waits,
-        "wait_s_per_step": max(waits) / max(steps, 1),
+        "wait_s_per_step": max(waits) / steps,
+        "wait_share": max(waits) / sum(d.seconds for d in mode.drawn),
         "psnr_db": statistics.median([c for c in closeness if c is not None] or [0.0]) or None,
-        "pictures": [
-            {"prompt": prompt, "unpatched_s": a.seconds, "patched_s": b.seconds, "psnr_db": c}
-            for prompt, a, b, c in zip(prompts, alone, together, closeness, strict=True)
-        ],
+        "side_by_side": mode.stats[0][0].get("steps"),
     }
 
 
 def _times(drawn):
-    seconds = [d.seconds for d in drawn]
     steps = [d.step_s for d in drawn if d.step_s is not None]
     return {
-        "seconds": sum(seconds),
-        "first_picture_s": seconds[0],
-        "picture_s": statistics.median(seconds),
+        "picture_s": statistics.median(d.seconds for d in drawn),
+        "first_picture_s": drawn[0].seconds,
         "step_s": statistics.median(steps) if steps else None,
     }
 
 
+def _ratio(unpatched, times, key):
+    return None if None in (unpatched[key], times[key]) else unpatched[key] / times[key]
+
+
 def table(report):
     """The report as a table for people."""
-    a, b = report["unpatched"], report["patched"]
-    names = {
-        "all pictures": ("seconds", 1, "s"),
-        "first picture, plan included": ("first_picture_s", 1, "s"),
-        "a picture, median": ("picture_s", 1, "s"),
-        "a step after warm-up": ("step_s", 1e3, "ms"),
-    }
-    lines = [f"{'':30}{'unpatched':>12}{'patched':>12}{'speed-up':>10}"]
-    for name, (key, scale, unit) in names.items():
-        if a[key] is not None:
-            cells = [f"{x[key] * scale:.2f} {unit}" for x in (a, b)]
-            lines.append(f"{name:30}{cells[0]:>12}{cells[1]:>12}{a[key] / b[key]:>9.2f}x")
-    share = report["wait_s_per_step"] / b["step_s"] if b["step_s"] else 0.0
-    rows = {
-        "bytes sent per step": f"{report['bytes_per_step'] / 1e3:.1f} kB",
-        "exposed wait per step": f"{report['wait_s_per_step'] * 1e3:.2f} ms ({share:.0%}), on the rank that waits most",
-        "difference, median": _decibels(report["psnr_db"]),
-    }
-    lines += [f"{name:30}  {value}" for name, value in rows.items()]
+    first, modes = report["unpatched"], report["modes"]
+    rows = [("", "unpatched", *(m["name"] for m in modes))]
+    for text, key in (("a picture, median", "picture_s"), ("first picture, plan included", "first_picture_s")):
+        rows.append((text, *(f"{x[key]:.2f} s" for x in (first, *modes))))
+    rows.append(("a step after warm-up", *(_milliseconds(x["step_s"]) for x in (first, *modes))))
+    for text, key in (("speed-up of a picture", "speed_up"), ("speed-up of a step", "steady_speed_up")):
+        rows.append((text, "", *("" if m[key] is None else f"{m[key]:.2f}x" for m in modes)))
+    rows.append(("bytes sent per step", "", *(f"{m['bytes_per_step'] / 1e3:.1f} kB" for m in modes)))
+    rows.append(("exposed wait per step", "", *(_wait(m) for m in modes)))
+    rows.append(("difference, median", "", *(_decibels(m["psnr_db"]) for m in modes)))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        f"{row[0]:{widths[0]}}" + "".join(f"  {x:>{w}}" for x, w in zip(row[1:], widths[1:], strict=True))
+        for row in rows
+    ]
     if report["device"] == "cpu" and report["core_share"] < 0.9:
         lines.append(f"times say little: the one process got {report['core_share']:.0%} of a core; the machine is busy")
     return "\n".join(lines)
+
+
+def _milliseconds(seconds):
+    return "" if seconds is None else f"{seconds * 1e3:.2f} ms"
+
+
+def _wait(mode):
+    return f"{_milliseconds(mode['wait_s_per_step'])} ({mode['wait_share']:.0%})"
 
 
 def _decibels(value):
     return "the same picture" if value is None else f"PSNR {value:.1f} dB"
 
 
-def write(out, report, alone, together):
+def write(out, report, alone, modes):
     """Write `report.json` and `compare.png` into the folder `out`, which is made if need be."""
     out.mkdir(parents=True, exist_ok=True)
     (out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
-    config = report["options"]
-    title = f"asyncdiff_fast: {_shares(config)} on {report['processes']} processes ({report['device']})"
-    seconds = [report[way]["picture_s"] for way in ("unpatched", "patched")]
-    subtitle = (
-        f"{report['steps']} steps, {config['warmup_steps']} of them warm-up: a picture takes {seconds[0]:.2f} s "
-        f"unpatched on one process, {seconds[1]:.2f} s patched"
-    )
+    _sheet(report, alone, modes).save(out / "compare.png")
+
+
+def _sheet(report, alone, modes):
+    title = f"asyncdiff_fast: the same pictures by one process and shared by {report['processes']} ({report['device']})"
+    medians = [
+        f"{m['name']} {m['picture_s']:.2f} s, {m['speed_up']:.2f}x, {_decibels(m['psnr_db'])}" for m in report["modes"]
+    ]
+    first = f"medians of a picture of {report['steps']} steps: unpatched {report['unpatched']['picture_s']:.2f} s"
+    small = f"below each picture its difference from the unpatched one x {compare.DIFFERENCE_GAIN}"
+    columns = [("unpatched", "one process"), *((name(asdict(m.config)), changed(m.config)) for m in modes)]
     rows = []
-    for figures, a, b in zip(report["pictures"], alone, together, strict=True):
-        note = f"unpatched {a.seconds:.2f} s\npatched {b.seconds:.2f} s\n{_decibels(figures['psnr_db'])}"
-        rows.append((figures["prompt"], note, a.picture, b.picture))
-    compare.sheet(title, subtitle, rows).save(out / "compare.png")
+    for i, figures in enumerate(report["pictures"]):
+        cells = [(alone[i].picture, f"{alone[i].seconds:.2f} s")]
+        for mode, one in zip(modes, figures["modes"], strict=True):
+            # One word below the other: there is room for few.
+            text = f"{one['seconds']:.2f} s\n{_decibels(one['psnr_db']).replace(' ', chr(10), 1)}"
+            cells.append((mode.drawn[i].picture, text))
+        rows.append((figures["prompt"], cells))
+    return compare.sheet(title, [first, *medians, small], columns, rows)
 
 
-def _shares(options):
-    """How a call is shared out, in words."""
-    stride = f" with stride {options['stride']}" if options["stride"] > 1 else ""
-    ways = {
-        "two halves of guidance": options["cfg_parallel"],
-        f"{options['num_patches']} patches": options["num_patches"] > 1,
-        f"{options['num_stages']} stages{stride}": options["num_stages"] > 1,
-    }
-    return ", ".join(way for way, used in ways.items() if used) or "one process"
+def changed(config):
+    """The options that one would write for this `Config`, as text."""
+    options = asdict(config)
+    for name in list(options):
+        rest = {key: value for key, value in options.items() if key != name}
+        with contextlib.suppress(ValueError):
+            if Config.from_options(rest) == config:
+                options = rest
+    return as_text(options).replace(",", ", ")

@@ -13,7 +13,6 @@ from asyncdiff_fast import Config
 from asyncdiff_fast.commands import cli, compare, demo, folder, report
 from asyncdiff_fast.commands.launch import as_text, complete
 from asyncdiff_fast.config import parse_options
-from asyncdiff_fast.exchange.world import World
 
 CAPTION = "a green circle, night background"
 
@@ -25,7 +24,7 @@ def _command(*arguments, cwd=None):
         cwd=cwd,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=280,
     )
 
 
@@ -44,6 +43,8 @@ def _command(*arguments, cwd=None):
         (["run", "no_such_script.py"], "no file no_such_script.py"),
         (["run", "--nproc", "3", "--num-stages", "2", __file__], "got --nproc 3, num_stages=2 needs 2"),
         (["run", "--nproc", "2", "--balance", "luck", __file__], 'balance must be "flops" or "time"'),
+        (["plan", "--warmup-steps", "some"], "got warmup_steps='some'"),
+        (["plan", "--warmup-steps", "-1"], "got warmup_steps=-1"),
     ],
 )
 def test_wrong_usage_is_one_line_and_exit_code_2(arguments, expected, capsys, tmp_path, monkeypatch):
@@ -87,8 +88,9 @@ def test_every_option_has_the_help_of_the_config(capsys):
     text = " ".join(capsys.readouterr().out.split())
     assert stop.value.code == 0
     for expected in (
-        "--warmup-steps INT first steps of each generation",
-        "(default: 4)",
+        "--warmup-steps INT|STR first steps of each generation",
+        "how many ranks share one call of the denoiser (AsyncDiff's N) (default: 1)",
+        "without any way to share, two steps side by side",
         "--time-shift, --no-time-shift",
     ):
         assert expected in text
@@ -98,15 +100,26 @@ def test_every_option_has_the_help_of_the_config(capsys):
     ("options", "num_processes", "expected"),
     [
         ({}, 1, {}),
-        ({}, 3, {"num_stages": 3}),
-        ({"warmup_steps": 1}, 2, {"warmup_steps": 1, "num_stages": 2}),
+        ({}, 3, {"parallel_steps": 3}),
+        ({"warmup_steps": 1}, 2, {"warmup_steps": 1, "parallel_steps": 2}),
+        ({"warmup_steps": "auto"}, 2, {"warmup_steps": "auto", "parallel_steps": 2}),
+        ({"cfg_parallel": True}, 2, {"cfg_parallel": True}),
+        ({"cfg_parallel": True}, 6, {"cfg_parallel": True, "parallel_steps": 3}),
+        ({"parallel_steps": 2}, 4, {"parallel_steps": 2}),
+        ({"num_patches": 2}, 4, {"num_patches": 2}),
         ({"stride": 2}, 4, {"stride": 2, "num_stages": 3}),
+        ({"stride": 1}, 4, {"stride": 1, "num_stages": 4}),
+        ({"stride": 2, "cfg_parallel": True}, 6, {"stride": 2, "cfg_parallel": True, "num_stages": 2}),
+        ({"balance": "time"}, 2, {"balance": "time", "num_stages": 2}),
+        ({"predict": "linear"}, 2, {"predict": "linear", "num_stages": 2}),
         ({"num_stages": 2}, 4, {"num_stages": 2}),
         ({"stages": (("a",), ("b",))}, 4, {"stages": (("a",), ("b",))}),
     ],
 )
-def test_a_num_stages_left_out_follows_from_the_processes(options, num_processes, expected):
-    assert complete(options, num_processes) == expected
+def test_processes_that_nothing_shares_become_steps_or_stages(options, num_processes, expected):
+    completed = complete(options, num_processes)
+    assert completed == expected
+    Config.from_options(completed)
 
 
 def test_options_survive_the_environment():
@@ -148,41 +161,88 @@ def test_plan(capsys):
     assert {send["bytes"] for send in plan["sends"] if send["tensors_of"] == "prediction"} == {2 * 8 * 8 * 12 * 4}
 
 
+def test_plan_without_options_is_of_steps_side_by_side(capsys):
+    assert cli.main(["plan"]) == 0
+    assert "2 steps side by side after 2 exact ones" in capsys.readouterr().out
+    assert cli.main(["plan", "--warmup-steps", "auto", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["options"]["warmup_steps"] == "auto" and plan["calls"] == {"50": 26, "25": 13, "12": 7}
+    # 8 latent channels of 16 × 16, after guidance, fp32, from each rank to the other
+    assert plan["bytes_per_block"] == 2 * plan["output_bytes"] == 2 * 8 * 16 * 16 * 4
+    patches = ["--parallel-steps", "2", "--num-patches", "2", "--exchange", "sync", "--warmup-steps", "auto"]
+    assert cli.main(["plan", *patches, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["each_call"]["processes"] == 2
+    assert cli.main(["plan", "--stride", "2"]) == 0
+    assert "2 stages, stride 2, 3 ranks" in capsys.readouterr().out
+
+
 def test_plan_refuses_what_cannot_be_planned(capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main(["plan", "--num-stages", "2000"])
     assert stop.value.code == 2 and "no plan" in capsys.readouterr().err
 
 
-def test_demo_writes_a_sheet_and_a_report(tmp_path):
-    done = _command("demo", "--prompts", CAPTION, "a striped white ring, sky background", "--steps", "8", cwd=tmp_path)
+def test_demo_draws_three_modes(tmp_path):
+    done = _command("demo", "--prompts", CAPTION, "a striped white ring, sky background", "--steps", "12", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "all pictures" in done.stdout and "bytes sent per step" in done.stdout and "PSNR" in done.stdout
-    assert "patched, 2 processes" in done.stderr
+    for expected in ("2 steps side by side", "2 stages", "2 patches", "a step after warm-up", "bytes sent per step"):
+        assert expected in done.stdout
+    assert "PSNR" in done.stdout and "2 patches, 2 processes" in done.stderr and "96/96" in done.stderr
     made = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert made["processes"] == 2 and made["threads_per_process"] == 1 and made["options"]["num_stages"] == 2
-    assert made["pictures"][0]["prompt"] == CAPTION and len(made["wait_s"]) == 2
-    assert made["bytes_per_step"] == made["planned_bytes_per_call"] > 0
-    assert made["speed_up"] == pytest.approx(made["unpatched"]["seconds"] / made["patched"]["seconds"])
-    assert 20 < made["psnr_db"] < 100
-    # Two rows of pictures, each enlarged three times to 192 pixels.
+    assert made["processes"] == 2 and made["threads_per_process"] == 1 and not made["refused"]
+    modes = made["modes"]
+    assert [m["options"]["parallel_steps"] for m in modes] == [2, 1, 1]
+    assert [m["options"]["num_stages"] for m in modes] == [1, 2, 1] and modes[1]["options"]["predict"] == "linear"
+    assert [m["options"]["num_patches"] for m in modes] == [1, 1, 2]
+    for mode in modes:
+        assert 20 < mode["psnr_db"] < 100 and len(mode["wait_s"]) == 2 and mode["bytes_per_step"] > 0
+        assert mode["speed_up"] == pytest.approx(made["unpatched"]["picture_s"] / mode["picture_s"])
+        assert mode["steady_speed_up"] == pytest.approx(made["unpatched"]["step_s"] / mode["step_s"])
+    steps = modes[0]["side_by_side"]
+    of_blocks = sum(int(length) * times for length, times in steps["block_lengths"].items())
+    assert steps["exact_steps"] + of_blocks == 2 * 12 and steps["blocks"] and modes[1]["side_by_side"] is None
+    assert made["pictures"][0]["prompt"] == CAPTION and len(made["pictures"][0]["modes"]) == 3
+    # Two rows of pictures, each enlarged three times to 192 pixels, with their differences below.
     sheet = Image.open(tmp_path / "out" / "compare.png")
-    assert sheet.width > 3 * 192 and 2 * 192 < sheet.height < 3 * 192
+    assert 4 * 192 < sheet.width < 6 * 192 and 3 * 192 < sheet.height < 5 * 192
 
 
 def test_demo_in_one_process_draws_the_same_pictures(tmp_path, capsys):
     path = folder.checked()
-    demo.draw_and_compare(path, Config(), [CAPTION], 3, tmp_path, 0)
+    demo.draw_and_compare(path, [Config()], [CAPTION], 3, tmp_path, 0)
     made = json.loads((tmp_path / "report.json").read_text())
-    assert made["psnr_db"] is None and made["bytes_per_step"] == 0 and made["pictures"][0]["psnr_db"] is None
-    assert made["steady_speed_up"] is None
-    assert "the same picture" in capsys.readouterr().out
+    (mode,) = made["modes"]
+    assert mode["psnr_db"] is None and mode["bytes_per_step"] == 0 and mode["steady_speed_up"] is None
+    assert made["pictures"][0]["modes"][0]["psnr_db"] is None
+    printed = capsys.readouterr().out
+    assert "the same picture" in printed and "one process" in printed
 
 
-def test_a_refusal_to_patch_is_told_once_and_exits_with_2(capsys):
+def test_a_mode_that_is_refused_is_left_out_and_named(tmp_path, capsys):
+    demo.draw_and_compare(folder.checked(), [Config(num_stages=1), Config(kernels="triton")], [CAPTION], 2, tmp_path, 0)
+    made = json.loads((tmp_path / "report.json").read_text())
+    assert len(made["modes"]) == 1 and "Triton" in made["refused"]["one process"]
+    assert "asyncdiff-fast: no one process" in capsys.readouterr().err
+
+
+def test_where_every_mode_is_refused_the_demo_says_so_and_exits_with_2(tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
-        demo._patched(torch.nn.Linear(1, 1), Config(num_stages=2), World([0], 1.0))
-    assert stop.value.code == 2 and "start 2 processes" in capsys.readouterr().err
+        demo.draw_and_compare(folder.checked(), [Config(kernels="triton")], [CAPTION], 2, tmp_path, 0)
+    assert stop.value.code == 2 and "Triton" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("config", "text"),
+    [
+        (Config(), ""),
+        (Config(parallel_steps=2), "parallel_steps=2"),
+        (Config(num_stages=2, stride=2, time_shift=True), "num_stages=2, stride=2, time_shift=True"),
+        (Config(num_patches=2, exchange="sync"), "num_patches=2, exchange=sync"),
+        (Config(parallel_steps=2, warmup_steps="auto"), "warmup_steps=auto, parallel_steps=2"),
+    ],
+)
+def test_a_column_names_the_options_that_were_chosen(config, text):
+    assert report.changed(config) == text
 
 
 def test_psnr_is_that_of_the_formula():
@@ -194,11 +254,14 @@ def test_psnr_is_that_of_the_formula():
 @pytest.mark.parametrize(("side", "drawn"), [(16, 192), (64, 192), (80, 160), (512, 192)])
 def test_sheet_enlarges_small_pictures_and_reduces_large_ones(side, drawn):
     picture = torch.full((3, side, side), 0.5)
-    sheet = compare.sheet("title", "subtitle", [("prompt", "note", picture, picture)])
-    # One row below the 76 pixels of the title; 12 pixels around.
-    assert sheet.height == 76 + drawn + 2 * 12
-    # The difference of equal pictures is black, at the lower right.
-    assert sheet.getpixel((sheet.width - 40, sheet.height - 40)) == (0, 0, 0)
+    columns, cells = [("unpatched", ""), ("patched", "x=1")], [(picture, "1 s"), (picture.clone(), "1 s")]
+    one, two = (compare.sheet("title", ["note"], columns, [("prompt", cells)] * n) for n in (1, 2))
+    # A row has the picture, its difference at half the size, and 30 pixels between.
+    assert two.height - one.height == drawn + drawn // 2 + 30
+    # Pictures, 12 pixels apart, end at the right; the difference of equal ones is black, at the lower left.
+    left, lower = one.width - 24 - drawn, one.height - 24 - drawn // 2
+    assert one.getpixel((left + 5, lower + 5)) == (0, 0, 0) != one.getpixel((left - 6, lower + 5))
+    assert one.getpixel((left + 5, lower - 20)) == (128, 128, 128)
 
 
 def test_run_patches_a_script_that_imports_nothing_of_ours(tmp_path):
