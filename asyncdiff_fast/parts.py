@@ -23,11 +23,12 @@ class Parts:
     def __init__(self, shared, world, device_type, steps=None):
         self._shared, self._world = shared, world
         self._worlds = {axis: World(self.along(axis), world.timeout_s) for axis in ("half", "patch", "stage")}
-        self.device_type, self.steps = device_type, steps
+        self.device_type, self.steps, self._has_opened_steps = device_type, steps, False
         self._open()
 
     def __iter__(self):
-        return (part for part in (self.halves, self.patches, self.stages, self._open_steps()) if part is not None)
+        steps = self.steps if self._has_opened_steps else None
+        return (part for part in (self.halves, self.patches, self.stages, steps) if part is not None)
 
     def along(self, axis):
         """torch.distributed ranks that differ from this one in one axis of the mesh."""
@@ -65,6 +66,7 @@ class Parts:
     def close(self, why=None):
         """Drop all plans and buffers, and close the exchanges; with `why` they are stopped on all ranks."""
         parts, self.halves, self.patches, self.stages = list(self), None, None, None
+        self._has_opened_steps = False
         exchanges = [part.exchange for part in parts]
         for part, exchange in zip(parts, exchanges, strict=True):
             if why:
@@ -86,13 +88,11 @@ class Parts:
         halves, rows, stages = self._worlds.values()
         if self.steps is not None and self.steps.exchange is None:
             self.steps.open(open_exchange(self.steps.world, self.device_type))
+            self._has_opened_steps = True
         self.halves = self.patches = self.stages = None
         self.halves = self._made(Halves, halves)
         self.patches = self._shared.choice.patches = self._made(Patches, rows)
         self.stages = self._made(StageCalls, stages)
-
-    def _open_steps(self):
-        return self.steps if self.steps is not None and self.steps.exchange is not None else None
 
     def _made(self, kind, world):
         return kind(self._shared, world, open_exchange(world, self.device_type)) if world.size > 1 else None
