@@ -5,9 +5,9 @@ import os
 
 import diffusers
 import pytest
+import ranks
 import tiny_pipelines
 import torch
-import workers
 
 
 @pytest.fixture
@@ -120,4 +120,4 @@ def _two_ranks(rank):
 
 
 def test_two_ranks_share_the_pipeline_and_disable_gives_it_back():
-    assert workers.run(2, _two_ranks) == [(1, 1, False, True)] * 2
+    assert ranks.run(2, _two_ranks) == [(1, 1, False, True)] * 2

@@ -5,8 +5,8 @@ import functools
 import numpy as np
 import oracle
 import pytest
+import ranks
 import tiny_pipelines
-import workers
 
 import asyncdiff_fast
 
@@ -54,7 +54,7 @@ def _families(rank, num_stages):
 
 @functools.cache
 def families(num_stages):
-    return workers.run(num_stages, _families, num_stages, timeout=290)
+    return ranks.run(num_stages, _families, num_stages, timeout=290)
 
 
 @pytest.mark.parametrize("num_stages", [2, 3])

@@ -4,9 +4,9 @@ import functools
 import statistics
 import time
 
+import ranks
 import torch
 import user_parts
-import workers
 from torch import nn
 
 import asyncdiff_fast
@@ -88,7 +88,7 @@ def _traces(rank):
 
 @functools.cache
 def traces():
-    return workers.run(2, _traces, timeout=120)
+    return ranks.run(2, _traces, timeout=120)
 
 
 def test_each_result_is_posted_before_the_next_unit_starts():

@@ -5,8 +5,8 @@ import itertools
 
 import oracle
 import pytest
+import ranks
 import torch
-import workers
 from torch.utils._pytree import tree_leaves, tree_map_only
 from user_runs import NETS, STEPS, build, generations, sample
 
@@ -148,7 +148,7 @@ def _studies(rank, num_stages):
 
 @functools.cache
 def studies(num_stages):
-    return workers.run(num_stages, _studies, num_stages, timeout=200)
+    return ranks.run(num_stages, _studies, num_stages, timeout=200)
 
 
 @pytest.mark.parametrize("num_stages", [2, pytest.param(3, marks=pytest.mark.slow)])
