@@ -11,7 +11,7 @@ KERNEL_BENCHES := $(addprefix benchmarks/bench_,attention.py group_norm.py point
 BENCHES := $(filter-out $(if $(wildcard /dev/nvidiactl),,$(KERNEL_BENCHES)),$(wildcard benchmarks/bench_*.py benchmarks/end_to_end.py))
 
 # Two workers, between which tests/conftest.py shares out the tests.
-PYTEST := $(BIN)/pytest -n 2 --dist loadgroup
+PYTEST := $(BIN)/pytest -n 2
 
 .PHONY: install demo test test-slow lint bench clean
 

@@ -1,22 +1,32 @@
-"""Two workers of pytest-xdist share two cores: one thread each, and only one test with ranks of its own at a time."""
+"""How `pytest -n 2` shares out the tests: one worker has all that start ranks, the other begins with the rest."""
 
+import functools
 import os
-import types
+import pathlib
+import re
 
-import pytest
-
-# Modules that start ranks; a test file that starts processes otherwise says so by the same mark.
-STARTERS = {"ranks", "workers", "shm_ranks"}
+# What starts several processes says so in its text; the others measure times beside each other.
+STARTS_RANKS = re.compile(r'^import (?:ranks|workers|shm_ranks)$|"--nproc"', re.M)
+MEASURES = {"test_bench_exchange.py", "test_connecting.py"}
 
 if "PYTEST_XDIST_WORKER" in os.environ:
-    # Before torch is imported, and for all that these tests start.
+    # Two workers, two cores. Set before torch is imported, and for all that the tests start.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
-# First, since xdist reads the groups as another hook of this name.
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
-    for item in items:
-        found = (vars(item.module).get(name) for name in STARTERS)
-        if any(isinstance(module, types.ModuleType) for module in found):
-            item.add_marker(pytest.mark.xdist_group("ranks"))
+@functools.cache
+def _wants_a_core_a_rank(path):
+    return path.name in MEASURES or bool(STARTS_RANKS.search(path.read_text()))
+
+
+def pytest_xdist_make_scheduler(config, log):
+    """Beside a test with ranks runs one of a single process with one thread, and never another one with ranks."""
+    # Without pytest-xdist nobody asks.
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            path = config.rootpath / pathlib.Path(nodeid.partition("::")[0])
+            return "ranks" if _wants_a_core_a_rank(path) else nodeid
+
+    return Scheduling(config, log)

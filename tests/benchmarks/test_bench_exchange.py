@@ -5,12 +5,9 @@ import pathlib
 import subprocess
 import sys
 
-import pytest
-
 BENCHMARK = pathlib.Path(__file__).resolve().parents[2] / "benchmarks" / "bench_exchange.py"
 
 
-@pytest.mark.xdist_group("ranks")
 def test_an_exchange_costs_the_host_far_less_than_torchs():
     """Ratios within one run, less than any machine has shown; the committed rows have the times."""
     command = [sys.executable, str(BENCHMARK), "--json", "--only", "host", "--quick"]

@@ -10,7 +10,6 @@ import pytest
 BENCHMARK = Path(__file__).resolve().parents[2] / "benchmarks" / "end_to_end.py"
 
 
-@pytest.mark.xdist_group("ranks")
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_two_denoisers_in_turn():

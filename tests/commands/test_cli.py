@@ -154,7 +154,6 @@ def test_plan_refuses_what_cannot_be_planned(capsys):
     assert stop.value.code == 2 and "no plan" in capsys.readouterr().err
 
 
-@pytest.mark.xdist_group("ranks")
 def test_demo_writes_a_sheet_and_a_report(tmp_path):
     done = _command("demo", "--prompts", CAPTION, "a striped white ring, sky background", "--steps", "8", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -202,7 +201,6 @@ def test_sheet_enlarges_small_pictures_and_reduces_large_ones(side, drawn):
     assert sheet.getpixel((sheet.width - 40, sheet.height - 40)) == (0, 0, 0)
 
 
-@pytest.mark.xdist_group("ranks")
 def test_run_patches_a_script_that_imports_nothing_of_ours(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
