@@ -5,8 +5,9 @@ import os
 import pathlib
 import re
 
-# What starts several processes says so in its text; the others measure times beside each other.
+# A file that starts ranks says so in its text.
 STARTS_RANKS = re.compile(r'^import (?:ranks|workers|shm_ranks)$|"--nproc"', re.M)
+# These start none, and compare times.
 MEASURES = {"test_bench_exchange.py", "test_connecting.py"}
 
 if "PYTEST_XDIST_WORKER" in os.environ:
