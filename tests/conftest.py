@@ -5,6 +5,8 @@ import os
 import pathlib
 import re
 
+import pytest
+
 # A file that starts ranks says so in its text.
 STARTS_RANKS = re.compile(r'^import (?:ranks|workers|shm_ranks)$|"--nproc"', re.M)
 # These start none, and compare times.
@@ -20,9 +22,10 @@ def _wants_a_core_a_rank(path):
     return path.name in MEASURES or bool(STARTS_RANKS.search(path.read_text()))
 
 
+# Optional: without pytest-xdist there is no such hook.
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
     """Beside a test with ranks runs one of a single process with one thread, and never another one with ranks."""
-    # Without pytest-xdist nobody asks.
     from xdist.scheduler import LoadScopeScheduling
 
     class Scheduling(LoadScopeScheduling):
