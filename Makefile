@@ -10,6 +10,9 @@ CPP := $(wildcard csrc/*.cpp csrc/*.hpp)
 KERNEL_BENCHES := $(addprefix benchmarks/bench_,attention.py group_norm.py pointwise.py)
 BENCHES := $(filter-out $(if $(wildcard /dev/nvidiactl),,$(KERNEL_BENCHES)),$(wildcard benchmarks/bench_*.py benchmarks/end_to_end.py))
 
+# Two workers, between which tests/conftest.py shares out the tests.
+PYTEST := $(BIN)/pytest -n 2
+
 .PHONY: install demo test test-slow lint bench clean
 
 # What builds the package comes first, since it is built in the environment itself: an isolated build would fetch its own.
@@ -40,12 +43,12 @@ demo: install
 	$(BIN)/asyncdiff-fast demo
 
 test: install
-	$(BIN)/pytest -m "not slow"
-	$(BIN)/pytest -m "not slow" tests/interpreter
+	$(PYTEST) -m "not slow"
+	$(PYTEST) -m "not slow" tests/interpreter
 
 test-slow: install
-	$(BIN)/pytest -m slow
-	$(BIN)/pytest -m slow tests/interpreter
+	$(PYTEST) -m slow
+	$(PYTEST) -m slow tests/interpreter
 
 lint: install
 	$(BIN)/ruff check .

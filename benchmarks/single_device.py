@@ -134,9 +134,9 @@ def rows(options, pixels, memory_format):
     return made
 
 
+@torch.no_grad()
 def main(argv):
     options = parse(argv)
-    torch.set_grad_enabled(False)
     for pixels in options.pixels or [None]:
         for memory_format in ("contiguous_format", "channels_last"):
             for row in rows(options, pixels, memory_format):

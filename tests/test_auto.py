@@ -5,9 +5,9 @@ import os
 
 import diffusers
 import pytest
+import ranks
 import tiny_pipelines
 import torch
-import workers
 
 
 @pytest.fixture
@@ -122,4 +122,4 @@ def _two_ranks(rank):
 
 
 def test_two_ranks_evaluate_steps_side_by_side_and_disable_gives_the_pipeline_back():
-    assert workers.run(2, _two_ranks) == [(2, {2: 1}, False, True)] * 2
+    assert ranks.run(2, _two_ranks) == [(2, {2: 1}, False, True)] * 2

@@ -2,9 +2,9 @@
 
 import numpy as np
 import oracle
+import ranks
 import tiny_pipelines
 import torch
-import workers
 from diffusers.hooks import HookRegistry, ModelHook
 from peft import LoraConfig
 
@@ -118,5 +118,5 @@ def _run(rank):
 
 
 def test_neighbours():
-    for rank, results in enumerate(workers.run(2, _run, timeout=200)):
+    for rank, results in enumerate(ranks.run(2, _run, timeout=200)):
         assert all(results.values()), f"rank {rank}: {results}"

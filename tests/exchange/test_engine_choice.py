@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import ranks
 import torch
-from sequences import Bare
+from bare import Bare
 
 import asyncdiff_fast
 from asyncdiff_fast.config import EXCHANGE_VARIABLE
@@ -249,7 +249,7 @@ def test_an_error_on_one_rank_reaches_the_others_at_once():
 def test_a_process_that_never_unpatches_ends_quietly():
     script = """
         import torch, asyncdiff_fast
-        from sequences import Bare
+        from bare import Bare
         model = Bare()
         asyncdiff_fast.patch(model, num_stages=2, warmup_steps=1, timeout_s=30)
         x = torch.ones(1, 4, 8, 8)

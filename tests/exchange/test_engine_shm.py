@@ -107,7 +107,8 @@ def _many(rank, posts):
 
 
 def test_many_posts_do_not_grow():
-    for (rss, fds, threads), (rss_after, fds_after, threads_after) in shm_ranks.run(2, _many, 100_000):
+    posts = building.repeats(100_000, 4_000)
+    for (rss, fds, threads), (rss_after, fds_after, threads_after) in shm_ranks.run(2, _many, posts):
         # The ring touches its pages one after another; a sanitizer keeps a memory of its own.
         assert building.SANITIZE_VARIABLE in os.environ or rss_after <= rss + 2048
         assert (fds_after, threads_after) == (fds, threads)

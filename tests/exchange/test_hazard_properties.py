@@ -130,13 +130,13 @@ def _run(plan, delay_us, edge=-1):
                 rank.channel.close()
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=building.repeats(300, 40), deadline=None)
 @given(plan=plans(), delay_us=st.sampled_from([0, 0, 200]))
 def test_legal_schedules_are_clean(plan, delay_us):
     assert _run(plan, delay_us) == ([], [], [], [])
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=building.repeats(100, 20), deadline=None)
 @given(plan=plans(), edge=st.deferred(lambda: st.integers(0, len(building.load()[1].edges()) - 1)))
 def test_the_report_does_not_depend_on_the_timing(plan, edge):
     (stuck, races, *_), (stuck_late, races_late, *_) = _run(plan, 0, edge), _run(plan, 200, edge)

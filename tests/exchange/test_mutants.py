@@ -12,7 +12,7 @@ from channels import connect, kinds, ring, verdict
 from double import Double
 
 STEPS = 4
-TIMINGS = [(0, 0), *((300, seed) for seed in range(1, 6))]
+TIMINGS = [(0, 0), *((300, seed) for seed in range(1, building.repeats(6, 2)))]
 
 
 # Each case runs a schedule and returns the (kind, earlier access, later access) that keep apart what the edge orders.

@@ -7,7 +7,7 @@ import pathlib
 
 import pytest
 import torch
-import workers
+import ranks
 
 import asyncdiff_fast
 
@@ -117,7 +117,7 @@ def _run_cases(rank, names):
 def results(world_size):
     """Results of all ranks for all reproduced cases of one world size."""
     names = [n for n, c in cases().items() if c["world_size"] == world_size and _reproduced(c)]
-    return workers.run(world_size, _run_cases, names, timeout=280)
+    return ranks.run(world_size, _run_cases, names, timeout=280)
 
 
 @pytest.mark.parametrize("name", cases())

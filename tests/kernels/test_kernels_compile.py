@@ -1,7 +1,6 @@
 """Every kernel compiles for every target without spills, within shared memory, with wide accesses; none uses what is
 banned."""
 
-import concurrent.futures
 import json
 import os
 import pathlib
@@ -18,14 +17,8 @@ NARROW_LOADS = 8
 BANNED = ("tl.atomic_", "make_block_ptr", "warp_specialize", "triton.autotune", "triton.heuristics")
 
 
-@pytest.fixture(scope="module")
-def compiling():
-    """Target → future of its process: own processes, since the driver is replaced there, two at a time."""
-    with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        yield {target: pool.submit(_compile, target) for target in SHARED_BYTES}
-
-
 def _compile(target):
+    """What a process of its own prints, since the driver is replaced there."""
     environment = {"TRITON_CACHE_DIR": str(ROOT / "build" / "triton"), **os.environ}
     environment.pop("TRITON_INTERPRET", None)
     command = [sys.executable, ROOT / "tests" / "support" / "compile_kernels.py", target]
@@ -47,9 +40,10 @@ def faults(row, target):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("target", SHARED_BYTES)
-def test_compiles(compiling, target):
-    result = compiling[target].result()
+def test_compiles(target):
+    result = _compile(target)
     assert result.returncode == 0, result.stderr[-3000:]
     rows = [json.loads(line) for line in result.stdout.splitlines()]
     assert rows

@@ -8,8 +8,9 @@ import patch_nets
 import pytest
 import ranks
 import torch
+from bare import Bare, noise
 from patch_runs import assert_refused, build, difference, outcome, predictions
-from sequences import Bare, noise, quick
+from sequences import quick
 
 import asyncdiff_fast
 

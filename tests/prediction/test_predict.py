@@ -5,7 +5,8 @@ import oracle
 import pytest
 import ranks
 import torch
-from sequences import Bare, assert_right, compare, noise
+from bare import Bare, noise
+from sequences import assert_right, compare
 from torch.utils._pytree import tree_map_only
 
 import asyncdiff_fast

@@ -4,9 +4,9 @@ import functools
 import statistics
 import time
 
+import ranks
 import torch
-import user_nets
-import workers
+import user_parts
 from torch import nn
 
 import asyncdiff_fast
@@ -23,12 +23,12 @@ class Net(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.conv_in = user_nets.conv(4)
-        self.blocks = nn.ModuleList(user_nets.Block() for _ in range(8))
-        self.conv_out = user_nets.conv(user_nets.WIDTH, 4)
+        self.conv_in = user_parts.conv(4)
+        self.blocks = nn.ModuleList(user_parts.Block() for _ in range(8))
+        self.conv_out = user_parts.conv(user_parts.WIDTH, 4)
 
     def forward(self, x, t):
-        h = start = self.conv_in(x) + user_nets.embed(t, x)
+        h = start = self.conv_in(x) + user_parts.embed(t, x)
         made = []
         for i in range(4):
             h = self.blocks[i](h)
@@ -88,7 +88,7 @@ def _traces(rank):
 
 @functools.cache
 def traces():
-    return workers.run(2, _traces, timeout=120)
+    return ranks.run(2, _traces, timeout=120)
 
 
 def test_each_result_is_posted_before_the_next_unit_starts():

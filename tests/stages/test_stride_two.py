@@ -5,7 +5,8 @@ import pytest
 import ranks
 import tiny_pipelines
 import torch
-from sequences import Bare, assert_right, compare, image_to_image, noise, quick
+from bare import Bare, noise
+from sequences import assert_right, compare, image_to_image, quick
 from stride_two import StrideTwo, recorded_timesteps
 
 import asyncdiff_fast

@@ -73,6 +73,11 @@ def build(sanitize=None):
     return double, extension
 
 
+def repeats(count, sanitized):
+    """How often to repeat a case: `count` times, or `sanitized` times under a sanitizer, which slows all down."""
+    return sanitized if os.environ.get(SANITIZE_VARIABLE) else count
+
+
 @functools.cache
 def load(sanitize=None):
     """(path of the double, the module `_C` with droppable edges); see `build`."""

@@ -40,7 +40,7 @@ class Simulation:
     def __exit__(self, *_):
         del self.denoiser.forward
 
-    def held(self, size):
+    def held_at(self, size):
         """The rows that each patch computes where there are `size` rows."""
         factor = self.size // size
         return [(start // factor, -(-stop // factor)) for start, stop in self.held]
@@ -48,7 +48,7 @@ class Simulation:
     def owned(self, size):
         """Of those, the ones that no patch before it computes too."""
         end, found = 0, []
-        for start, stop in self.held(size):
+        for start, stop in self.held_at(size):
             found.append((max(start, end), stop))
             end = stop
         return found
@@ -87,7 +87,8 @@ class Simulation:
             self.memory = {site: self._joined(site) for site in self.memory}
         whole = results[0].sample
         dim = -2 if whole.dim() == 4 else 1
-        parts = [r.sample.narrow(dim, a, b - a) for r, (a, b) in zip(results, self.held(whole.shape[dim]), strict=True)]
+        held = self.held_at(whole.shape[dim])
+        parts = [r.sample.narrow(dim, a, b - a) for r, (a, b) in zip(results, held, strict=True)]
         results[0].sample = torch.cat(parts, dim)
         return results[0]
 
@@ -152,7 +153,7 @@ class _View(TorchFunctionMode):
         for x, old in zip(tensors, self.simulation.memory[site][1], strict=True):
             size, dim, first, per_row = self.simulation._place(kind, x)
             # A convolution reads all rows that the patch has; keys and values of a row come from its owner.
-            start, stop = (self.simulation.held if kind == "conv" else self.simulation.owned)(size)[self.patch]
+            start, stop = (self.simulation.held_at if kind == "conv" else self.simulation.owned)(size)[self.patch]
             mixed, picture = x.clone(), slice(first, first + size * per_row)
             mine = slice(first + start * per_row, first + stop * per_row)
             mixed.transpose(0, dim)[picture] = old.transpose(0, dim)[picture]
@@ -168,7 +169,7 @@ class _View(TorchFunctionMode):
             return F.group_norm(x, num_groups, weight, bias, eps)
         own = fresh[self.patch]
         if rule.group_norm == "local":
-            start, stop = rule.held(size)[self.patch]
+            start, stop = rule.held_at(size)[self.patch]
             moments = _moments(x[..., start:stop, :], num_groups)
         else:
             parts = list(rule.memory[site][1])

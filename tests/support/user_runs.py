@@ -2,11 +2,15 @@
 
 import torch
 import user_nets
+import user_nets_inplace
+import user_nets_results
 import user_nets_state
+import user_nets_steered
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
-NETS = user_nets.NETS | user_nets_state.NETS
-CALLS = user_nets.CALLS | user_nets_state.CALLS
+_FILES = (user_nets, user_nets_results, user_nets_inplace, user_nets_state, user_nets_steered)
+NETS = {name: net for file in _FILES for name, net in file.NETS.items()}
+CALLS = {name: call for file in _FILES for name, call in getattr(file, "CALLS", {}).items()}
 STEPS = 7
 
 
