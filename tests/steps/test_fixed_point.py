@@ -2,10 +2,10 @@
 
 import functools
 
+import bare
 import diffusers
 import pytest
 import ranks
-import sequences
 import torch
 import torch.distributed as dist
 
@@ -48,12 +48,12 @@ def make(kind):
 
 
 def start(scheduler):
-    return sequences.noise() * getattr(scheduler, "init_noise_sigma", 1.0)
+    return bare.noise() * getattr(scheduler, "init_noise_sigma", 1.0)
 
 
 @functools.cache
 def model():
-    return sequences.Bare(num_blocks=2)
+    return bare.Bare(num_blocks=2)
 
 
 def predict(points, timesteps):
@@ -177,7 +177,7 @@ def test_half_precision_and_batches():
 @pytest.mark.parametrize("kind", REFUSED)
 def test_samplers_that_are_refused(kind):
     with pytest.raises(ValueError, match=REFUSED[kind][2]):
-        asyncdiff_fast.sample_window(predict, make(kind), sequences.noise())
+        asyncdiff_fast.sample_window(predict, make(kind), bare.noise())
 
 
 @pytest.mark.parametrize(
@@ -200,7 +200,7 @@ def test_samplers_that_are_refused(kind):
     ],
 )
 def test_bad_input_is_refused(error, match, changed):
-    given = dict(predict=predict, scheduler="DDIM", noise=sequences.noise()) | changed
+    given = dict(predict=predict, scheduler="DDIM", noise=bare.noise()) | changed
     if isinstance(given["scheduler"], str):
         given["scheduler"] = make(given["scheduler"])
     with pytest.raises(error, match=match):
@@ -227,7 +227,7 @@ def _sampled(number, counted=predict, group=None):
 
 def _refusal(**changed):
     """What a call raises here."""
-    given = dict(predict=predict, scheduler=make("DDIM"), noise=sequences.noise(), timeout_s=20) | changed
+    given = dict(predict=predict, scheduler=make("DDIM"), noise=bare.noise(), timeout_s=20) | changed
     try:
         asyncdiff_fast.sample_window(**given)
     except Exception as error:
@@ -253,7 +253,7 @@ def _all(rank):
     alone = [dist.new_group([r]) for r in range(2)][rank]
     found["alone"] = _sampled(0, group=alone)
     found["window"] = _refusal(window=3 + rank)
-    found["noise"] = _refusal(noise=sequences.noise(rank))
+    found["noise"] = _refusal(noise=bare.noise(rank))
     found["option"] = _refusal(**({"window": 0} if rank else {}))
     found["predict"] = _refusal(**({"predict": _fails} if rank else {}))
     found["after"] = _sampled(0)

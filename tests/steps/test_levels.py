@@ -1,8 +1,8 @@
 """What an output says of the picture: as the samplers themselves have it, and where an output would move."""
 
+import bare
 import diffusers
 import pytest
-import sequences
 import torch
 
 from asyncdiff_fast.steps.levels import DATA_SIGMA, Level, level, moved
@@ -39,7 +39,7 @@ def own_picture(scheduler, output, t, x):
 def test_the_picture_is_the_samplers_own(name, options):
     scheduler = getattr(diffusers, name)(**options)
     scheduler.set_timesteps(10)
-    x, output, compared = sequences.noise(0), sequences.noise(1), 0
+    x, output, compared = bare.noise(0), bare.noise(1), 0
     for t in scheduler.timesteps[:6]:
         at = level(scheduler, t)
         before = x
@@ -52,7 +52,7 @@ def test_the_picture_is_the_samplers_own(name, options):
 
 def test_an_output_moves_with_the_latents():
     at = Level(0.6, 0.8, 0.6, -0.8)
-    x, other, v = sequences.noise(0), sequences.noise(1), sequences.noise(2)
+    x, other, v = bare.noise(0), bare.noise(1), bare.noise(2)
     moves = 0.6 * DATA_SIGMA**2 / (0.36 * DATA_SIGMA**2 + 0.64)
     there = v + at.slope * (other - x)
     picture, elsewhere = 0.6 * x - 0.8 * v, 0.6 * other - 0.8 * there
@@ -62,5 +62,5 @@ def test_an_output_moves_with_the_latents():
 def test_samplers_of_no_known_family_leave_outputs_alone():
     scheduler = diffusers.EDMEulerScheduler()
     scheduler.set_timesteps(5)
-    x, u = sequences.noise(0), sequences.noise(1)
+    x, u = bare.noise(0), bare.noise(1)
     assert moved(u, scheduler, scheduler.timesteps[0], x, x + 1) is u

@@ -3,10 +3,10 @@
 import functools
 import inspect
 
+import bare
 import diffusers
 import pytest
 import ranks
-import sequences
 import steps_oracle
 import torch
 
@@ -64,7 +64,7 @@ def loop(model, scheduler, seed=0):
     scheduler.set_timesteps(STEPS)
     generator = torch.Generator().manual_seed(seed)
     options = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
-    x = sequences.noise(seed) * getattr(scheduler, "init_noise_sigma", 1.0)
+    x = bare.noise(seed) * getattr(scheduler, "init_noise_sigma", 1.0)
     for t in scheduler.timesteps:
         scaled = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
         output = model(scaled, t)
@@ -79,7 +79,7 @@ def _make(kind):
 
 def _all(rank, num_ranks):
     """{sampler: (results of two generations, blocks, reasons), (results by the rule, blocks by the rule)}"""
-    model, found = sequences.Bare(), {}
+    model, found = bare.Bare(), {}
     for kind in SIDE_BY_SIDE | EXACT:
         plain = loop(model, _make(kind))
         runtime = asyncdiff_fast.patch(model, parallel_steps=num_ranks, tolerance=TOLERANCE, timeout_s=60)

@@ -3,6 +3,7 @@
 import functools
 import logging
 
+import bare
 import diffusers
 import pytest
 import ranks
@@ -70,7 +71,7 @@ class TwoStates(torch.nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.net = sequences.Bare()
+        self.net = bare.Bare()
 
     def forward(self, x, t):
         return self.net(x, t)
@@ -89,7 +90,7 @@ class Own:
 @torch.no_grad()
 def own_loop(model, scheduler, steps=STEPS, second=None):
     scheduler.set_timesteps(steps)
-    x = sequences.noise()
+    x = bare.noise()
     y = x.clone()
     if second is not None:
         second.set_timesteps(steps)
@@ -137,7 +138,7 @@ def _uses(rank):
     use("after it stopped", lambda: draw(pipe))
     use("image", lambda: torch.as_tensor(from_image(0.6)()))
     with torch.enable_grad():
-        x = sequences.noise().requires_grad_(True)
+        x = bare.noise().requires_grad_(True)
         use(
             "gradients",
             lambda: pipe.unet(x, 10, torch.zeros(1, 77, pipe.unet.config.cross_attention_dim)).sample.mean(),
@@ -146,7 +147,7 @@ def _uses(rank):
     asyncdiff_fast.unpatch(pipe)
     found["unpatched"] = draw(pipe)
 
-    model = sequences.Bare()
+    model = bare.Bare()
     alone = own_loop(model, Own())
     scheduler = Own()
     runtime = asyncdiff_fast.patch(model, parallel_steps=2, tolerance=1e8, timeout_s=60, scheduler=scheduler)
@@ -166,7 +167,7 @@ def _uses(rank):
     def differently():
         ddim = diffusers.DDIMScheduler(clip_sample=False)
         ddim.set_timesteps(6)
-        x = sequences.noise()
+        x = bare.noise()
         with torch.no_grad():
             for t in ddim.timesteps:
                 x = ddim.step(model(x, t), t, x, eta=0.1 * rank, generator=torch.Generator().manual_seed(0))[0]
