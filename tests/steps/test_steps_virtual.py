@@ -1,0 +1,100 @@
+"""Steps side by side on up to eight ranks that are threads: the rule, and how the work is shared."""
+
+import bare
+import diffusers
+import pytest
+import steps_oracle
+import torch
+import virtual
+
+from asyncdiff_fast.config import Config
+from asyncdiff_fast.runtime import Runtime
+from asyncdiff_fast.steps.calls import StepCalls
+
+STEPS = 26
+# name: class, its options; the last draws noise of its own in every step.
+SAMPLERS = {
+    "flow": ("FlowMatchEulerDiscreteScheduler", {}),
+    "v": ("DDIMScheduler", dict(prediction_type="v_prediction", clip_sample=False)),
+    "multistep": ("DPMSolverMultistepScheduler", dict(solver_order=3)),
+    "noisy": ("DDPMScheduler", {}),
+}
+
+
+@torch.no_grad()
+def loop(model, scheduler, seed=0):
+    scheduler.set_timesteps(STEPS)
+    x = bare.noise(seed) * scheduler.init_noise_sigma if hasattr(scheduler, "init_noise_sigma") else bare.noise(seed)
+    noisy = isinstance(scheduler, diffusers.DDPMScheduler)
+    options = {"generator": torch.Generator().manual_seed(seed)} if noisy else {}
+    for t in scheduler.timesteps:
+        x = scheduler.step(model(x, t), t, x, return_dict=False, **options)[0]
+    return x
+
+
+def make(kind):
+    name, options = SAMPLERS[kind]
+    return getattr(diffusers, name)(**options)
+
+
+def patched(config, kind):
+    """A function of a `VirtualWorld`: ([two results], statistics, bytes sent) of one rank."""
+    # Made here: threads share the random numbers that weights are drawn from.
+    models = [bare.Bare() for _ in range(config.parallel_steps)]
+
+    def one(world):
+        model = models[world.rank]
+        steps = StepCalls(config, world)
+        steps.open(virtual.VirtualExchange(world))
+        runtime = Runtime(model, config, world, steps=steps)
+        try:
+            scheduler = make(kind)
+            found = [loop(model, scheduler), loop(model, scheduler)]
+            return found, runtime.stats()["steps"], steps.exchange.sent_bytes
+        finally:
+            world.gather(None, "the end")
+            runtime.close()
+
+    return one
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3, 4, 8])
+@pytest.mark.parametrize("kind", SAMPLERS)
+def test_rule(kind, num_ranks):
+    tolerance = 0.3
+    config = Config(parallel_steps=num_ranks, tolerance=tolerance, kernels="torch")
+    results = virtual.run(num_ranks, patched(config, kind))
+    with steps_oracle.Simulation(make(kind), num_ranks, 2, tolerance, STEPS) as rule:
+        simulated = loop(bare.Bare(), rule.scheduler)
+    assert max(rule.lengths) > min(2, num_ranks - 1), "the case must have long blocks"
+    blocks = [n for n in rule.lengths if n > 1]
+    for rank, ((first, second), stats, sent_bytes) in enumerate(results):
+        assert torch.equal(first, results[0][0][0]) and torch.equal(first, second)
+        assert torch.allclose(first, simulated, rtol=1e-4, atol=1e-5 * float(simulated.abs().max()))
+        assert stats["evaluations"] == 2 * (rule.lengths.count(1) + sum(rank < n for n in blocks))
+        assert sent_bytes == 2 * len(rule.lengths) * (num_ranks - 1) * first.nbytes
+
+
+def test_a_rank_that_fails_ends_all():
+    config = Config(parallel_steps=4, tolerance=1e8, kernels="torch")
+
+    class Odd(bare.Bare):
+        def forward(self, x, t):
+            if float(t) < 600:
+                raise ZeroDivisionError("in the denoiser")
+            return super().forward(x, t)
+
+    models = [Odd() if rank == 1 else bare.Bare() for rank in range(4)]
+
+    def one(world):
+        model = models[world.rank]
+        steps = StepCalls(config, world)
+        steps.open(virtual.VirtualExchange(world))
+        runtime = Runtime(model, config, world, steps=steps)
+        try:
+            loop(model, make("flow"))
+        finally:
+            runtime.close()
+
+    with pytest.raises(ZeroDivisionError):
+        virtual.run(4, one)
