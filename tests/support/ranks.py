@@ -30,6 +30,6 @@ def start(world_size, target, *args):
     return workers.start(world_size, target, *args, context=_context())
 
 
-def run(world_size, target, *args, timeout=100):
+def run(world_size, target, *args, timeout=240):
     """Results of all ranks in order, as `workers.run` gives them."""
     return workers.collect(start(world_size, target, *args), timeout)

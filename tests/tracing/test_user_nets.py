@@ -153,7 +153,7 @@ def difference(a, b, plain):
 
 @functools.cache
 def studies(num_stages):
-    return ranks.run(num_stages, _studies, num_stages, timeout=200)
+    return ranks.run(num_stages, _studies, num_stages, timeout=280)
 
 
 @pytest.mark.parametrize("num_stages", [2, pytest.param(3, marks=pytest.mark.slow)])
