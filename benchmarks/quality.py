@@ -32,11 +32,9 @@ SHAPES = ROOT / "examples" / "shapes"
 sys.path.append(str(SHAPES))
 
 import grammar  # noqa: E402
-import judge  # noqa: E402
-import metrics  # noqa: E402
 import quality_tables as tables  # noqa: E402
-from render import render  # noqa: E402
-from sampling import GUIDANCE, draw, load, to_bytes  # noqa: E402
+from quality_ruler import Ruler  # noqa: E402
+from sampling import GUIDANCE, draw, load  # noqa: E402
 
 import asyncdiff_fast  # noqa: E402
 from asyncdiff_fast.config import parse_options  # noqa: E402
@@ -60,8 +58,6 @@ PRESETS = {
 }
 # Where the results lie, if not in quality.*
 FILES = {"patches": "quality_patches"}
-ASPECTS = ("all", "colour", "shape", "background")
-NUM_RENDERED = 4096
 SAMPLERS = {"euler": diffusers.EulerDiscreteScheduler, "dpm++": diffusers.DPMSolverMultistepScheduler}
 
 
@@ -153,55 +149,19 @@ def launch_missing(args):
         subprocess.run([*command, *names], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
-class Ruler:
-    """Measures pictures against the reference pictures and against rendered truth."""
-
-    def __init__(self, exact, captions, num_seeds):
-        self.exact, self.captions = exact, captions
-        num_prompts = len(captions) // num_seeds
-        self.picked = metrics.resampled_prompts(num_prompts, num_seeds)
-        self.without = metrics.without_each_prompt(num_prompts, num_seeds)
-        self.judge = judge.load()
-        rendered = render(captions * -(-NUM_RENDERED // len(captions)), seed=0)
-        truth = torch.cat([self.judge.features(judge.to_pixels(part)) for part in rendered.split(256)]).double().numpy()
-        self.mean, self.covariance = truth.mean(0), np.cov(truth, rowvar=False)
-        self.exact_obeyed, self.exact_features = self._read(exact)
-
-    def _read(self, pictures):
-        drawn = to_bytes(torch.from_numpy(pictures))
-        obeyed = judge.verdicts(self.judge, drawn, self.captions)
-        features = self.judge.features(judge.to_pixels(drawn)).double().numpy()
-        return {name: obeyed[name].numpy() for name in ASPECTS}, features
-
-    def row(self, pictures):
-        """All figures of one configuration; `pictures` is (n, 3, 64, 64) in 0..1."""
-        psnr, ssim = metrics.psnr(pictures, self.exact), metrics.ssim(pictures, self.exact)
-        obeyed, features = self._read(pictures)
-        return {
-            "psnr_db": {**metrics.mean_with_interval(psnr, self.picked), **_spread(psnr)},
-            "ssim": {**metrics.mean_with_interval(ssim, self.picked), **_spread(ssim)},
-            "obedience": {name: metrics.share_with_interval(obeyed[name]) for name in ASPECTS},
-            "obeyed_by_exact_only": metrics.share_with_interval(self.exact_obeyed["all"] & ~obeyed["all"]),
-            "frechet": self._frechet_row(features),
-        }
-
-    def pair(self, ours, theirs):
-        """How much closer one set of pictures is to the exact ones than another, in dB, picture by picture."""
-        gain = metrics.psnr(ours, self.exact) - metrics.psnr(theirs, self.exact)
-        return {**metrics.mean_with_interval(gain, self.picked), "closer": float(np.mean(gain > 0))}
-
-    def _frechet_row(self, features):
-        def distances(kept):
-            return [metrics.frechet(f[kept], self.mean, self.covariance) for f in (features, self.exact_features)]
-
-        ours, exact = distances(slice(None))
-        without = np.array([distances(kept) for kept in self.without])
-        change = metrics.jackknife(ours - exact, without[:, 0] - without[:, 1])
-        return {**metrics.jackknife(ours, without[:, 0]), "minus_exact": change}
-
-
-def _spread(values):
-    return {"median": float(np.median(values)), "worst": float(values.min()), "each": values.round(4).tolist()}
+def measured(args, pairs):
+    """Yields (name, reference, figures, facts) of each (name, reference) of which all pictures are there."""
+    captions, _ = captions_and_seeds(args)
+    rulers = {}
+    for name, reference in pairs:
+        path, exact = picture_file(name, args), picture_file(reference, args)
+        if not path.exists() or not exact.exists():
+            continue
+        if reference not in rulers:
+            rulers[reference] = Ruler(np.load(exact), captions, args.seeds)
+        row = rulers[reference].row(np.load(path))
+        figures = {k: row[k] for k in ("psnr_db", "ssim", "obedience")}
+        yield name, reference, figures, json.loads(path.with_suffix(".json").read_text())
 
 
 def main(args):

@@ -8,11 +8,9 @@ those of 50 steps DDIM also with exact sampling of fewer steps that takes as lon
 """
 
 import itertools
-import json
 import sys
 
 import measure
-import numpy as np
 import quality
 import quality_predict_tables as tables
 
@@ -65,19 +63,11 @@ def largest_shares():
 
 def rows(args, references):
     """{name: figures} of every configuration whose pictures are there."""
-    captions, _ = quality.captions_and_seeds(args)
-    plans, rulers, found = largest_shares(), {}, {}
-    for name, reference in references.items():
-        path = quality.picture_file(name, args)
-        if not path.exists():
-            continue
-        if reference not in rulers:
-            rulers[reference] = quality.Ruler(np.load(quality.picture_file(reference, args)), captions, args.seeds)
-        row = rulers[reference].row(np.load(path))
-        facts = json.loads(path.with_suffix(".json").read_text())
-        found[name] = {k: row[k] for k in ("psnr_db", "ssim", "obedience")} | facts
-        found[name] |= {"reference": reference, "latency_calls": latency(name, plans)}
-    return found
+    plans = largest_shares()
+    return {
+        name: figures | facts | {"reference": reference, "latency_calls": latency(name, plans)}
+        for name, reference, figures, facts in quality.measured(args, references.items())
+    }
 
 
 def main(args):
