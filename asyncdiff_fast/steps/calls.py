@@ -11,6 +11,7 @@ errors of the last one allow.
 
 import logging
 import threading
+import time
 
 import torch
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -18,7 +19,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from ..calls import watch
 from ..calls.clock import Clock
 from ..exchange.fingerprint import input_digests
-from .given import OUTPUT, SAMPLE, TIMESTEP, Step
+from .block import Block, relative_error
+from .given import TIMESTEP, Step
 from .lengths import Lengths
 from .loop import num_steps
 from .outputs import Outputs
@@ -29,6 +31,7 @@ from .stats import StepStats
 from .unable import starts_slowly, why_not
 
 log = logging.getLogger(__name__)
+CHANGED = "the latents are changed between two steps"
 
 
 class StepCalls:
@@ -94,7 +97,7 @@ class StepCalls:
             self._end("a new generation began")
             self._begin()
         if tick.call == 0 and self._called and tick.step > 0:
-            self._stay_exact("no scheduler's step was seen between two calls: pass scheduler= to patch()")
+            self._irregular("no scheduler's step was seen between two calls: pass scheduler= to patch()")
         self._step, self._called, self._thread = tick.step, True, threading.get_ident()
         if tick.call == 0 and self._block is None:
             self._block = self._next_block(tick.step)
@@ -133,29 +136,30 @@ class StepCalls:
 
     def step(self, scheduler, method, args, kwargs):
         """What `scheduler.step` returns, called from the pipeline's loop."""
-        step = Step(method, scheduler, args, kwargs, self._results)
         again, self._called = not self._called, False
-        if again and self._block is not None:
-            raise RuntimeError(
-                f"{type(scheduler).__name__} stepped once more without a call of the denoiser, at step {self._step} in "
-                "the middle of steps that run side by side: pass parallel_steps=1"
-            )
         if again:
-            self._stay_exact("the sampler steps more than once for each call of the denoiser")
+            self._irregular("the sampler steps more than once for each call of the denoiser")
+        if self._exact_because:
+            self.counts.exact_steps += 1
+            return method(scheduler, *args, **kwargs)
+        step = Step(method, scheduler, args, kwargs, self._results)
         try:
             with self.exchange.step():
                 return self._exact(scheduler, step) if self._block is None else self._in_block(scheduler, step)
         except BaseException:
             self.interrupted = True
             raise
+        finally:
+            if self._block is None and self._step + 1 == self._num_steps:
+                # What steps in this thread after the last one is somebody else's.
+                self._thread = None
 
     def _exact(self, scheduler, step):
         """A step that every rank has evaluated. All take the first one's output: devices may round differently."""
         self.counts.exact_steps += 1
-        if not self._exact_because:
-            self._look(scheduler, step)
+        self._look(scheduler, step)
         if self._exact_because or starts_slowly(scheduler):
-            result, self._results = step.run(step.named.get(OUTPUT))
+            result, self._results = step.plain()
             return result
         output = self._shared.all(step.output)[0]
         guess = self._tried(scheduler, step) if self._outputs else None
@@ -178,7 +182,7 @@ class StepCalls:
         """Whether steps like this one can be replayed, and how many there will be."""
         reason = step.reason or why_not(scheduler)
         if reason is None and not step.follows:
-            reason = "the latents are changed between two steps"
+            reason = CHANGED
         if reason is None and self._num_steps is None:
             self._num_steps = num_steps(scheduler, step.named.get(TIMESTEP), self._told())
             if self._num_steps is None:
@@ -191,70 +195,43 @@ class StepCalls:
 
     def _in_block(self, scheduler, step):
         block = self._block
-        number = self._step - block.first
-        if number and not step.follows:
+        if block.steps and not step.follows:
             return self._cut_short(scheduler, step)
-        if number == 0:
-            block.snapshot = Snapshot(scheduler)
-        block.steps.append(step)
-        block.draws.append(Draws(step.named, step.sample.device))
-        if number == self.world.rank:
-            block.own = step.output
-        if number < block.length - 1:
-            result, self._results = step.run(self._outputs.ahead(number + 1))
-            block.drawn |= block.draws[-1].used()
-            return result
-        return self._replay(scheduler)
+        block.take(scheduler, step, self.world.rank)
+        if block.is_complete:
+            return self._replay(scheduler)
+        result, self._results = block.tried(self._outputs.ahead(len(block.steps)))
+        return result
 
     def _replay(self, scheduler):
         """The block's steps again, with what its ranks have evaluated. Collective; returns the last one's result."""
+        began = time.perf_counter()
         block, self._block = self._block, None
-        outputs = self._shared.all(block.steps[0].output if block.own is None else block.own)[: len(block.steps)]
-        block.snapshot.restore(scheduler)
-        results, errors = None, []
-        for step, draws, output in zip(block.steps, block.draws, outputs, strict=True):
-            if results is not None:
-                sample = results[step.links[SAMPLE]]
-                errors.append(relative_error(step.sample, sample))
-            draws.restore(block.drawn)
-            result, results = step.run(output, results)
+        result, self._results, outputs, errors = block.replay(scheduler, self._shared.all(block.own))
+        for output in outputs:
             self._outputs.add(output)
-        self._results = results
-        errors = torch.stack(errors).tolist()
         self._lengths.learn(errors)
-        self.counts.block(len(block.steps), errors)
+        self.counts.block(block.length, errors, time.perf_counter() - began)
         return result
 
     def _cut_short(self, scheduler, step):
-        """The latents were replaced in the middle of a block: what came until here is replayed, the rest is exact."""
-        reason = "the latents are changed between two steps"
-        block = self._block
-        number = self._step - block.first
-        block.steps.append(step)
-        block.draws.append(Draws(step.named, step.sample.device))
-        if number == self.world.rank:
-            block.own = step.output
-        step.links = {}
-        step.follows = True
-        before = block.steps[:-1]
-        outputs = self._shared.all(block.steps[0].output if block.own is None else block.own)
-        self._block = None
-        block.snapshot.restore(scheduler)
-        results = None
-        for earlier, draws, output in zip(before, block.draws, outputs, strict=False):
-            draws.restore(block.drawn)
-            _, results = earlier.run(output, results)
-        error = float(relative_error(self._results[0], results[0]))
+        """Latents were replaced in the middle of a block: what came before is replayed, what comes after is exact.
+
+        What the ranks have evaluated of this step is of the new latents already.
+        """
+        block, self._block = self._block, None
+        expected, number = self._results[0], len(block.steps)
+        outputs = self._shared.all(step.output if number == self.world.rank else block.own)
+        _, results, _, _ = block.replay(scheduler, outputs)
         log.warning(
             "the latents were changed at step %d, between steps that run side by side: they were made from predicted "
             "ones, %.1e from what they should have been; from here every step is exact. Pass parallel_steps=1 for "
             "callbacks that change latents",
             self._step,
-            error,
+            float(relative_error(expected, results[0])),
         )
-        block.draws[-1].restore(block.drawn)
         self.counts.cut_short += 1
-        self._stay_exact(reason)
+        self._stay_exact(CHANGED)
         result, self._results = step.run(outputs[number])
         return result
 
@@ -286,30 +263,18 @@ class StepCalls:
                 len(self._block.steps),
             )
 
+    def _irregular(self, what):
+        """Calls and steps do not come in turn: exact from here, which in the middle of a block is too late."""
+        if self._block is not None:
+            raise RuntimeError(
+                f"{what}; this came at step {self._step}, in the middle of steps that run side by side: pass "
+                "parallel_steps=1"
+            )
+        self._stay_exact(what)
+
     def _stay_exact(self, reason):
         self._exact_because = reason
         self.counts.exact_because[reason] = self.counts.exact_because.get(reason, 0) + 1
         if reason not in self._said:
             self._said.add(reason)
             log.info("steps are exact, one after the other: %s", reason)
-
-
-class Block:
-    """Steps `first` to `first + length - 1`, and what is known of them until they are replayed."""
-
-    def __init__(self, first, length):
-        self.first, self.length = first, length
-        self.steps, self.draws = [], []
-        self.snapshot = self.own = None
-        # The generators that steps draw from.
-        self.drawn = set()
-
-    def is_own(self, step, rank):
-        """True if a rank evaluates this step."""
-        return step - self.first == rank
-
-
-def relative_error(predicted, value):
-    """How far predicted latents were from those that came: the worst picture's, of the norm. A scalar on the device."""
-    difference, value = (x.reshape(len(x), -1).float().norm(dim=1) for x in (predicted.float() - value.float(), value))
-    return (difference / value.clamp(min=1e-12)).amax()

@@ -1,5 +1,6 @@
 """What one step of a sampler is given, and what of it the step before had returned."""
 
+import functools
 import inspect
 
 import torch
@@ -15,8 +16,9 @@ class Step:
     """
 
     def __init__(self, method, scheduler, args, kwargs, results=None):
-        self._method, self._scheduler = method, scheduler
-        self.named, self._after = _named(method, args, kwargs)
+        self._method, self._scheduler, self._as_given = method, scheduler, (args, kwargs)
+        names = _names(method)
+        self.named, self._unnamed = dict(zip(names, args, strict=False)) | kwargs, args[len(names) :]
         self.links = {}
         for name, x in self.named.items() if results else ():
             place = _place(x, results, name == SAMPLE)
@@ -29,7 +31,7 @@ class Step:
         """Why a step like this cannot be replayed, or None."""
         found = {name: self.named.get(name) for name in (OUTPUT, SAMPLE)}
         missing = [n for n, x in found.items() if not isinstance(x, torch.Tensor) or not x.is_floating_point()]
-        if missing:
+        if missing or self._unnamed:
             return f"{type(self._scheduler).__name__}.step takes no {' or '.join(missing)} of floating numbers"
         return None
 
@@ -51,7 +53,13 @@ class Step:
         named = {**self.named, OUTPUT: output}
         for name, place in self.links.items() if results else ():
             named[name] = results[place].to(named[name])
-        result = self._method(self._scheduler, *self._after, **named)
+        result = self._method(self._scheduler, **named)
+        return result, tensors(result)
+
+    def plain(self):
+        """The step as it was given. Returns as `run`."""
+        args, kwargs = self._as_given
+        result = self._method(self._scheduler, *args, **kwargs)
         return result, tensors(result)
 
 
@@ -59,14 +67,17 @@ def tensors(result):
     """The results of a step in order, whatever it returns them in; `None` where one is no tensor."""
     if isinstance(result, torch.Tensor):
         return [result]
-    found = result if isinstance(result, tuple) else result.values()
-    return [x if isinstance(x, torch.Tensor) else None for x in found]
+    if not isinstance(result, tuple):
+        result = result.values() if hasattr(result, "values") else ()
+    return [x if isinstance(x, torch.Tensor) else None for x in result]
 
 
-def _named(method, args, kwargs):
-    """({name: argument}, arguments that have no name)."""
-    names = list(inspect.signature(method).parameters)[1:]
-    return dict(zip(names, args, strict=False)) | kwargs, args[len(names) :]
+@functools.cache
+def _names(method):
+    """The names of a step's arguments, in order, until one that has none."""
+    parameters = list(inspect.signature(method).parameters.values())[1:]
+    named = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+    return named if len(named) == len([p for p in parameters if p.kind is not p.KEYWORD_ONLY]) else []
 
 
 def _place(x, results, by_value):

@@ -13,10 +13,11 @@ class StepStats:
         """Begin to count anew."""
         self.evaluations = self.exact_steps = self.cut_short = 0
         self._lengths, self._errors = collections.Counter(), []
-        self.exact_because = {}
+        self.exact_because, self._replay_s = {}, 0.0
 
-    def block(self, length, errors):
-        """A block is over; errors of its predicted latents, relative."""
+    def block(self, length, errors, replay_s):
+        """A block is over; relative errors of its predicted latents, and host time from the exchange to the end."""
+        self._replay_s += replay_s
         self._lengths[length] += 1
         self._errors += errors
 
@@ -29,6 +30,7 @@ class StepStats:
             "blocks": sum(self._lengths.values()),
             "blocks_cut_short": self.cut_short,
             "block_lengths": dict(sorted(self._lengths.items())),
+            "replay_s": self._replay_s,
             "latent_error": {"mean": sum(errors) / len(errors), "worst": max(errors)} if errors else {},
             "exact_because": dict(self.exact_because),
         }
