@@ -58,7 +58,11 @@ PRESETS = {
 }
 # Where the results lie, if not in quality.*
 FILES = {"patches": "quality_patches"}
-SAMPLERS = {"euler": diffusers.EulerDiscreteScheduler, "dpm++": diffusers.DPMSolverMultistepScheduler}
+SAMPLERS = {
+    "euler": diffusers.EulerDiscreteScheduler,
+    "dpm++": diffusers.DPMSolverMultistepScheduler,
+    "unipc": diffusers.UniPCMultistepScheduler,
+}
 
 
 def parse_configuration(name):
@@ -116,26 +120,46 @@ def draw_configurations(args):
     """What every rank runs: each configuration in turn; rank 0 keeps the pictures."""
     torch.set_num_threads(1)
     pipe = load(args.model).to(asyncdiff_fast.device())
-    captions, seeds = captions_and_seeds(args)
     own = pipe.scheduler
     for name in args.configurations:
         options, steps = parse_configuration(name)
         sampler = SAMPLERS.get(name.rpartition("@")[2].partition("/")[2])
         pipe.scheduler = sampler.from_config(own.config) if sampler else own
         began = time.perf_counter()
-        if options is not None:
-            asyncdiff_fast.patch(pipe, **options)
-        pictures = draw(pipe, captions, seeds, steps, args.guidance, args.batch_size)
+        runtime = None if options is None else asyncdiff_fast.patch(pipe, **options)
+        pictures, calls = draw_batches(pipe, runtime, steps, args)
         if options is not None:
             asyncdiff_fast.unpatch(pipe)
         if int(os.environ.get("RANK", 0)) == 0:
-            path = picture_file(name, args)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            np.save(path.with_suffix(".tmp.npy"), pictures.cpu().numpy())
-            path.with_suffix(".tmp.npy").replace(path)
-            seconds = (time.perf_counter() - began) / (steps * -(-len(captions) // args.batch_size))
-            path.with_suffix(".json").write_text(json.dumps({"s_per_step": seconds, "date": measure.facts()["date"]}))
+            seconds = (time.perf_counter() - began) / (steps * -(-len(pictures) // args.batch_size))
+            facts = {"s_per_step": seconds, "date": measure.facts()["date"]}
+            keep(picture_file(name, args), pictures, facts | ({"calls": calls} if calls else {}))
             print(f"drawn: {name}", flush=True)
+
+
+def draw_batches(pipe, runtime, steps, args):
+    """(pictures, calls of the denoiser that each batch waited for, one after the other).
+
+    Calls are counted where steps run side by side; elsewhere there are as many as steps, and the list is empty.
+    """
+    captions, seeds = captions_and_seeds(args)
+    pictures, calls = [], []
+    for start in range(0, len(captions), args.batch_size):
+        batch = slice(start, start + args.batch_size)
+        pictures.append(draw(pipe, captions[batch], seeds[batch], steps, args.guidance, args.batch_size))
+        if runtime is not None and runtime.config.parallel_steps > 1:
+            done = runtime.stats()["steps"]
+            runtime.clear_stats()
+            calls.append(done["exact_steps"] + done["blocks"] + done["blocks_cut_short"])
+    return torch.cat(pictures), calls
+
+
+def keep(path, pictures, facts):
+    """Write the facts, then the pictures: where these are, a configuration is finished."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.with_suffix(".json").write_text(json.dumps(facts))
+    np.save(path.with_suffix(".tmp.npy"), pictures.cpu().numpy())
+    path.with_suffix(".tmp.npy").replace(path)
 
 
 def launch_missing(args):
@@ -150,7 +174,7 @@ def launch_missing(args):
 
 
 def measured(args, pairs):
-    """Yields (name, reference, figures, facts) of each (name, reference) of which all pictures are there."""
+    """Yields (name, reference, closeness, facts) of each (name, reference) of which all pictures are there."""
     captions, _ = captions_and_seeds(args)
     rulers = {}
     for name, reference in pairs:
@@ -159,9 +183,8 @@ def measured(args, pairs):
             continue
         if reference not in rulers:
             rulers[reference] = Ruler(np.load(exact), captions, args.seeds)
-        row = rulers[reference].row(np.load(path))
-        figures = {k: row[k] for k in ("psnr_db", "ssim", "obedience")}
-        yield name, reference, figures, json.loads(path.with_suffix(".json").read_text())
+        facts = json.loads(path.with_suffix(".json").read_text())
+        yield name, reference, rulers[reference].closeness(np.load(path)), facts
 
 
 def main(args):
@@ -186,7 +209,8 @@ def main(args):
     print(tables.as_markdown(result))
 
 
-def parse_arguments():
+def parse_arguments(**defaults):
+    """The command line; `defaults` stand for what another script's grid has otherwise."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("configurations", nargs="*", help="such as exact@50, num_stages=2,warmup_steps=3@50")
     parser.add_argument("--preset", choices=PRESETS)
@@ -199,6 +223,7 @@ def parse_arguments():
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--fresh", action="store_true", help="draw everything again")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    parser.set_defaults(**defaults)
     args = parser.parse_args()
     args.configurations = PRESETS.get(args.preset, []) + args.configurations
     if not any(name.startswith("exact@") for name in args.configurations) and not args.worker:

@@ -8,7 +8,6 @@ those of 50 steps DDIM also with exact sampling of fewer steps that takes as lon
 """
 
 import itertools
-import sys
 
 import measure
 import quality
@@ -22,6 +21,7 @@ FEWER_STEPS = (42, 33, 29, 25, 20, 17, 14, 12)
 STAGES = tuple((stages, stride) for stride in (1, 2) for stages in (2, 3, 4))
 PATCHES = (2, 4)
 PREDICTS = ("none", "linear")
+SAMPLERS = ("euler", "dpm++")
 
 
 def ways():
@@ -35,7 +35,7 @@ def configurations():
     found = {}
     for steps in STEPS:
         found |= {f"{way},predict={p}@{steps}": f"exact@{steps}" for way in ways() for p in PREDICTS}
-    for sampler in quality.SAMPLERS:
+    for sampler in SAMPLERS:
         for way in (f"num_stages=4,stride=1,warmup_steps={WARMUP}", f"num_patches=4,warmup_steps={WARMUP}"):
             found |= {f"{way},predict={p}@25/{sampler}": f"exact@25/{sampler}" for p in PREDICTS}
     return found | {f"exact@{steps}": "exact@50" for steps in (50, *FEWER_STEPS)}
@@ -87,5 +87,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    sys.argv.append("exact@50")
-    main(quality.parse_arguments())
+    main(quality.parse_arguments(configurations=["exact@50"]))

@@ -34,16 +34,25 @@ class Ruler:
         features = self.judge.features(judge.to_pixels(drawn)).double().numpy()
         return {name: obeyed[name].numpy() for name in ASPECTS}, features
 
+    def closeness(self, pictures):
+        """PSNR, SSIM and obedience of one configuration; `pictures` is (n, 3, 64, 64) in 0..1."""
+        return self._closeness(pictures, self._read(pictures)[0])
+
     def row(self, pictures):
-        """All figures of one configuration; `pictures` is (n, 3, 64, 64) in 0..1."""
-        psnr, ssim = metrics.psnr(pictures, self.exact), metrics.ssim(pictures, self.exact)
+        """All figures of one configuration."""
         obeyed, features = self._read(pictures)
+        return {
+            **self._closeness(pictures, obeyed),
+            "obeyed_by_exact_only": metrics.share_with_interval(self.exact_obeyed["all"] & ~obeyed["all"]),
+            "frechet": self._frechet_row(features),
+        }
+
+    def _closeness(self, pictures, obeyed):
+        psnr, ssim = metrics.psnr(pictures, self.exact), metrics.ssim(pictures, self.exact)
         return {
             "psnr_db": {**metrics.mean_with_interval(psnr, self.picked), **_spread(psnr)},
             "ssim": {**metrics.mean_with_interval(ssim, self.picked), **_spread(ssim)},
             "obedience": {name: metrics.share_with_interval(obeyed[name]) for name in ASPECTS},
-            "obeyed_by_exact_only": metrics.share_with_interval(self.exact_obeyed["all"] & ~obeyed["all"]),
-            "frechet": self._frechet_row(features),
         }
 
     def pair(self, ours, theirs):
