@@ -1,6 +1,5 @@
 """Which options for which hardware and aim: data, and the committed results that each row reads."""
 
-import json
 from typing import NamedTuple
 
 import measure
@@ -34,10 +33,15 @@ PATCHES = (2, {"num_patches": 2})
 # Ways to share a call, each of which was drawn with reused inputs and with predicted ones.
 BOTH = ("num_stages=2,stride=1", "num_stages=3,stride=1", "num_stages=4,stride=1", "num_patches=2", "num_patches=4")
 
-# The closeness of `predict="auto"`: "linear" for stages and two patches, "none" for more patches.
+# The closeness of the default `tolerance`, and of `predict="auto"`: "linear" for stages and two patches, "none" for
+# more patches.
 AIMS = (
     Aim("one device", "none needed", "on CPU, weights of layers with few pixels are kept twice", ALONE, ALONE, EXACT),
     Aim("two devices on one host, guidance", "cfg_parallel=True", "needs guidance", HALVES, HALVES, EXACT),
+    Aim(
+        "two devices on one host", "parallel_steps=2", "predicted latents: more calls where they turn",
+        closeness=("quality_steps", "parallel_steps=2,tolerance=0.014@50"),
+    ),
     Aim(
         "two devices on one host", "num_stages=2", "stale inputs, predicted: one buffer more for each", STAGES, STAGES,
         ("quality_predict", "num_stages=2,stride=1,warmup_steps=3,predict=linear@50"),
@@ -53,6 +57,10 @@ AIMS = (
     ),
     Aim("four devices, guidance", "cfg_parallel=True, num_stages=2", "needs guidance; stale inputs, predicted"),
     Aim(
+        "four devices", "parallel_steps=4", "predicted latents: more calls where they turn",
+        closeness=("quality_steps", "parallel_steps=4,tolerance=0.014@50"),
+    ),
+    Aim(
         "four devices", "num_stages=4", "longer chains of stale inputs",
         closeness=("quality_predict", "num_stages=4,stride=1,warmup_steps=3,predict=linear@50"),
     ),
@@ -65,6 +73,10 @@ AIMS = (
         closeness=("quality_predict", "num_patches=4,warmup_steps=3,predict=none@50"),
     ),
     Aim("slow link between two, guidance", "cfg_parallel=True", "needs guidance", None, HALVES, EXACT),
+    Aim(
+        "slow link between two", "parallel_steps=2", "predicted latents: more calls where they turn",
+        closeness=("quality_steps", "parallel_steps=2,tolerance=0.014@50"),
+    ),
     Aim(
         "slow link between two", "num_stages=2", "stale inputs, predicted", None, STAGES,
         ("quality_predict", "num_stages=2,stride=1,warmup_steps=3,predict=linear@50"),
@@ -90,7 +102,7 @@ def cells(aims=AIMS):
 
 def baselines():
     """(header, rows): reused and predicted inputs beside exact sampling in as many calls."""
-    rows = json.loads((measure.RESULTS / "quality_predict.json").read_text())["rows"]
+    rows = measure.read_result("quality_predict")["rows"]
     header = [
         "PSNR dB, mean (worst)",
         '`predict="none"`, as published',
@@ -122,10 +134,10 @@ def _closeness(closeness):
     if isinstance(closeness, str):
         return (closeness, "", "") if closeness == EXACT else (closeness, UNMEASURED, UNMEASURED)
     name, key = closeness
-    rows = json.loads((measure.RESULTS / f"{name}.json").read_text())["rows"]
-    row = rows[key]
+    row = measure.read_result(name)["rows"][key]
     if row["psnr_db"]["worst"] >= 100:
         return EXACT.replace("tests", "measured"), "", ""
+    rows = measure.read_result("quality_predict")["rows"]
     exact = quality_predict_tables.exact_as_long(rows, row)
     if exact is None:
         return _psnr(row), UNMEASURED, UNMEASURED

@@ -61,6 +61,11 @@ def read_rows(name):
     return [json.loads(line) for line in (RESULTS / f"{name}.jsonl").read_text().splitlines()]
 
 
+def read_result(name):
+    """The dict in `results/NAME.json`."""
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
 def _output(*command):
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

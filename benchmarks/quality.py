@@ -32,11 +32,9 @@ SHAPES = ROOT / "examples" / "shapes"
 sys.path.append(str(SHAPES))
 
 import grammar  # noqa: E402
-import judge  # noqa: E402
-import metrics  # noqa: E402
 import quality_tables as tables  # noqa: E402
-from render import render  # noqa: E402
-from sampling import GUIDANCE, draw, load, to_bytes  # noqa: E402
+from quality_ruler import Ruler  # noqa: E402
+from sampling import GUIDANCE, draw, load  # noqa: E402
 
 import asyncdiff_fast  # noqa: E402
 from asyncdiff_fast.config import parse_options  # noqa: E402
@@ -60,9 +58,11 @@ PRESETS = {
 }
 # Where the results lie, if not in quality.*
 FILES = {"patches": "quality_patches"}
-ASPECTS = ("all", "colour", "shape", "background")
-NUM_RENDERED = 4096
-SAMPLERS = {"euler": diffusers.EulerDiscreteScheduler, "dpm++": diffusers.DPMSolverMultistepScheduler}
+SAMPLERS = {
+    "euler": diffusers.EulerDiscreteScheduler,
+    "dpm++": diffusers.DPMSolverMultistepScheduler,
+    "unipc": diffusers.UniPCMultistepScheduler,
+}
 
 
 def parse_configuration(name):
@@ -122,26 +122,46 @@ def draw_configurations(args):
     """What every rank runs: each configuration in turn; rank 0 keeps the pictures."""
     torch.set_num_threads(1)
     pipe = load(args.model).to(asyncdiff_fast.device())
-    captions, seeds = captions_and_seeds(args)
     own = pipe.scheduler
     for name in args.configurations:
         options, steps = parse_configuration(name)
         sampler = SAMPLERS.get(name.rpartition("@")[2].partition("/")[2])
         pipe.scheduler = sampler.from_config(own.config) if sampler else own
         began = time.perf_counter()
-        if options is not None:
-            asyncdiff_fast.patch(pipe, **options)
-        pictures = draw(pipe, captions, seeds, steps, args.guidance, args.batch_size)
+        runtime = None if options is None else asyncdiff_fast.patch(pipe, **options)
+        pictures, calls = draw_batches(pipe, runtime, steps, args)
         if options is not None:
             asyncdiff_fast.unpatch(pipe)
         if int(os.environ.get("RANK", 0)) == 0:
-            path = picture_file(name, args)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            np.save(path.with_suffix(".tmp.npy"), pictures.cpu().numpy())
-            path.with_suffix(".tmp.npy").replace(path)
-            seconds = (time.perf_counter() - began) / (steps * -(-len(captions) // args.batch_size))
-            path.with_suffix(".json").write_text(json.dumps({"s_per_step": seconds, "date": measure.facts()["date"]}))
+            seconds = (time.perf_counter() - began) / (steps * -(-len(pictures) // args.batch_size))
+            facts = {"s_per_step": seconds, "date": measure.facts()["date"]}
+            keep(picture_file(name, args), pictures, facts | ({"calls": calls} if calls else {}))
             print(f"drawn: {name}", flush=True)
+
+
+def draw_batches(pipe, runtime, steps, args):
+    """(pictures, calls of the denoiser that each batch waited for, one after the other).
+
+    Calls are counted where steps run side by side; elsewhere there are as many as steps, and the list is empty.
+    """
+    captions, seeds = captions_and_seeds(args)
+    pictures, calls = [], []
+    for start in range(0, len(captions), args.batch_size):
+        batch = slice(start, start + args.batch_size)
+        pictures.append(draw(pipe, captions[batch], seeds[batch], steps, args.guidance, args.batch_size))
+        if runtime is not None and runtime.config.parallel_steps > 1:
+            done = runtime.stats()["steps"]
+            runtime.clear_stats()
+            calls.append(done["exact_steps"] + done["blocks"] + done["blocks_cut_short"])
+    return torch.cat(pictures), calls
+
+
+def keep(path, pictures, facts):
+    """Write the facts, then the pictures: where these are, a configuration is finished."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.with_suffix(".json").write_text(json.dumps(facts))
+    np.save(path.with_suffix(".tmp.npy"), pictures.cpu().numpy())
+    path.with_suffix(".tmp.npy").replace(path)
 
 
 def launch_missing(args):
@@ -155,55 +175,18 @@ def launch_missing(args):
         subprocess.run([*command, *names], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
-class Ruler:
-    """Measures pictures against the reference pictures and against rendered truth."""
-
-    def __init__(self, exact, captions, num_seeds):
-        self.exact, self.captions = exact, captions
-        num_prompts = len(captions) // num_seeds
-        self.picked = metrics.resampled_prompts(num_prompts, num_seeds)
-        self.without = metrics.without_each_prompt(num_prompts, num_seeds)
-        self.judge = judge.load()
-        rendered = render(captions * -(-NUM_RENDERED // len(captions)), seed=0)
-        truth = torch.cat([self.judge.features(judge.to_pixels(part)) for part in rendered.split(256)]).double().numpy()
-        self.mean, self.covariance = truth.mean(0), np.cov(truth, rowvar=False)
-        self.exact_obeyed, self.exact_features = self._read(exact)
-
-    def _read(self, pictures):
-        drawn = to_bytes(torch.from_numpy(pictures))
-        obeyed = judge.verdicts(self.judge, drawn, self.captions)
-        features = self.judge.features(judge.to_pixels(drawn)).double().numpy()
-        return {name: obeyed[name].numpy() for name in ASPECTS}, features
-
-    def row(self, pictures):
-        """All figures of one configuration; `pictures` is (n, 3, 64, 64) in 0..1."""
-        psnr, ssim = metrics.psnr(pictures, self.exact), metrics.ssim(pictures, self.exact)
-        obeyed, features = self._read(pictures)
-        return {
-            "psnr_db": {**metrics.mean_with_interval(psnr, self.picked), **_spread(psnr)},
-            "ssim": {**metrics.mean_with_interval(ssim, self.picked), **_spread(ssim)},
-            "obedience": {name: metrics.share_with_interval(obeyed[name]) for name in ASPECTS},
-            "obeyed_by_exact_only": metrics.share_with_interval(self.exact_obeyed["all"] & ~obeyed["all"]),
-            "frechet": self._frechet_row(features),
-        }
-
-    def pair(self, ours, theirs):
-        """How much closer one set of pictures is to the exact ones than another, in dB, picture by picture."""
-        gain = metrics.psnr(ours, self.exact) - metrics.psnr(theirs, self.exact)
-        return {**metrics.mean_with_interval(gain, self.picked), "closer": float(np.mean(gain > 0))}
-
-    def _frechet_row(self, features):
-        def distances(kept):
-            return [metrics.frechet(f[kept], self.mean, self.covariance) for f in (features, self.exact_features)]
-
-        ours, exact = distances(slice(None))
-        without = np.array([distances(kept) for kept in self.without])
-        change = metrics.jackknife(ours - exact, without[:, 0] - without[:, 1])
-        return {**metrics.jackknife(ours, without[:, 0]), "minus_exact": change}
-
-
-def _spread(values):
-    return {"median": float(np.median(values)), "worst": float(values.min()), "each": values.round(4).tolist()}
+def measured(args, pairs):
+    """Yields (name, reference, closeness, facts) of each (name, reference) of which all pictures are there."""
+    captions, _ = captions_and_seeds(args)
+    rulers = {}
+    for name, reference in pairs:
+        path, exact = picture_file(name, args), picture_file(reference, args)
+        if not path.exists() or not exact.exists():
+            continue
+        if reference not in rulers:
+            rulers[reference] = Ruler(np.load(exact), captions, args.seeds)
+        facts = json.loads(path.with_suffix(".json").read_text())
+        yield name, reference, rulers[reference].closeness(np.load(path)), facts
 
 
 def main(args):
@@ -228,7 +211,8 @@ def main(args):
     print(tables.as_markdown(result))
 
 
-def parse_arguments():
+def parse_arguments(**defaults):
+    """The command line; `defaults` stand for what another script's grid has otherwise."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("configurations", nargs="*", help="such as exact@50, num_stages=2,warmup_steps=3@50")
     parser.add_argument("--preset", choices=PRESETS)
@@ -241,6 +225,7 @@ def parse_arguments():
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--fresh", action="store_true", help="draw everything again")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    parser.set_defaults(**defaults)
     args = parser.parse_args()
     args.configurations = PRESETS.get(args.preset, []) + args.configurations
     if not any(name.startswith("exact@") for name in args.configurations) and not args.worker:

@@ -8,11 +8,8 @@ those of 50 steps DDIM also with exact sampling of fewer steps that takes as lon
 """
 
 import itertools
-import json
-import sys
 
 import measure
-import numpy as np
 import quality
 import quality_predict_tables as tables
 
@@ -24,6 +21,7 @@ FEWER_STEPS = (42, 33, 29, 25, 20, 17, 14, 12)
 STAGES = tuple((stages, stride) for stride in (1, 2) for stages in (2, 3, 4))
 PATCHES = (2, 4)
 PREDICTS = ("none", "linear")
+SAMPLERS = ("euler", "dpm++")
 
 
 def ways():
@@ -37,7 +35,7 @@ def configurations():
     found = {}
     for steps in STEPS:
         found |= {f"{way},predict={p}@{steps}": f"exact@{steps}" for way in ways() for p in PREDICTS}
-    for sampler in quality.SAMPLERS:
+    for sampler in SAMPLERS:
         for way in (f"num_stages=4,stride=1,warmup_steps={WARMUP}", f"num_patches=4,warmup_steps={WARMUP}"):
             found |= {f"{way},predict={p}@25/{sampler}": f"exact@25/{sampler}" for p in PREDICTS}
     return found | {f"exact@{steps}": "exact@50" for steps in (50, *FEWER_STEPS)}
@@ -65,19 +63,11 @@ def largest_shares():
 
 def rows(args, references):
     """{name: figures} of every configuration whose pictures are there."""
-    captions, _ = quality.captions_and_seeds(args)
-    plans, rulers, found = largest_shares(), {}, {}
-    for name, reference in references.items():
-        path = quality.picture_file(name, args)
-        if not path.exists():
-            continue
-        if reference not in rulers:
-            rulers[reference] = quality.Ruler(np.load(quality.picture_file(reference, args)), captions, args.seeds)
-        row = rulers[reference].row(np.load(path))
-        facts = json.loads(path.with_suffix(".json").read_text())
-        found[name] = {k: row[k] for k in ("psnr_db", "ssim", "obedience")} | facts
-        found[name] |= {"reference": reference, "latency_calls": latency(name, plans)}
-    return found
+    plans = largest_shares()
+    return {
+        name: figures | facts | {"reference": reference, "latency_calls": latency(name, plans)}
+        for name, reference, figures, facts in quality.measured(args, references.items())
+    }
 
 
 def main(args):
@@ -97,5 +87,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    sys.argv.append("exact@50")
-    main(quality.parse_arguments())
+    main(quality.parse_arguments(configurations=["exact@50"]))

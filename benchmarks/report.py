@@ -3,15 +3,14 @@
 A table `name` stands between `<!-- name -->` and `<!-- /name -->`, in the README or in one of the pages of docs/.
 """
 
-import json
 import pathlib
 import re
-import sys
 
 import aims
 import goals
 import measure
 import quality_predict_tables
+import quality_steps_tables
 import roofline
 import speed_tables
 
@@ -43,7 +42,7 @@ def table(header, rows):
 
 def plans():
     """How even and how cheap the divisions of real models are."""
-    rows = json.loads((measure.RESULTS / "plans.json").read_text())
+    rows = measure.read_result("plans")
     rows = rows["rows"] if isinstance(rows, dict) else rows
     cells = {}
     for row in rows:
@@ -59,12 +58,12 @@ def plans():
 
 def which_options():
     """Speed and closeness side by side, by hardware and aim."""
-    title = json.loads((measure.RESULTS / "quality_predict.json").read_text())["title"]
+    predicted, steps = (measure.read_result(name)["title"] for name in ("quality_predict", "quality_steps"))
     row = speed_tables.as_patched()[-1]
     return (
         f"Speed: a call of `{row['model']}` after the exact ones, against one process; {speed_tables.machine(row)}.\n"
         "PSNR: mean (worst picture), against exact sampling with 50 steps DDIM;\n"
-        f"{title}\n\n{table(*aims.cells())}"
+        f"{predicted}\nSteps side by side: {steps}\n\n{table(*aims.cells())}"
     )
 
 
@@ -85,7 +84,7 @@ def end_to_end():
 
 def quality():
     """The short form of the quality table."""
-    return quality_tables(json.loads((measure.RESULTS / "quality.json").read_text()))
+    return quality_tables(measure.read_result("quality"))
 
 
 def quality_tables(result):
@@ -111,7 +110,7 @@ def quality_tables(result):
 
 def quality_of_patches():
     """The short form of the table of patches."""
-    return patch_tables(json.loads((measure.RESULTS / "quality_patches.json").read_text()))
+    return patch_tables(measure.read_result("quality_patches"))
 
 
 def patch_tables(result):
@@ -133,12 +132,16 @@ def patch_tables(result):
 
 def quality_of_predictions():
     """What prediction gains, and what exact sampling gives in the same time, of the rows that are there."""
-    path = measure.RESULTS / "quality_predict.json"
-    if not path.exists():
-        return "Not measured yet: `python benchmarks/quality_predict.py`."
-    result = json.loads(path.read_text())
+    result = measure.read_result("quality_predict")
     parts = (quality_predict_tables.gains(result["rows"]), quality_predict_tables.equal_latency(result["rows"]))
     return "\n\n".join([result["title"], *("\n".join(lines) for lines in parts)])
+
+
+def quality_of_steps():
+    """Steps side by side beside stages, patches and exact sampling where pictures wait for about as many calls."""
+    result = measure.read_result("quality_steps")
+    lines = quality_steps_tables.equal_calls(result, measure.read_result("quality_predict"))
+    return "\n".join([result["title"], "", *lines])
 
 
 def _place_and_way(name):
@@ -224,7 +227,7 @@ MAKERS = {
     "quality": quality,
     "quality patches": quality_of_patches,
     "quality predict": quality_of_predictions,
-    "quality steps": lambda: "Not measured yet.",
+    "quality steps": quality_of_steps,
     "kernels": kernels,
     "exchange": exchange,
 }
@@ -252,4 +255,3 @@ if __name__ == "__main__":
         if rows := roofline.latest(name):
             title = f"{title}: share of {roofline.CEILINGS[share]}, {rows[-1]['device']}"
             (measure.RESULTS / f"{name}.svg").write_text(roofline.picture(rows, own, title, share))
-    sys.exit(0)
