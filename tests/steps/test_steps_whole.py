@@ -1,7 +1,9 @@
 """Denoisers that steps side by side leave whole: compiled, quantised, with adapters switched, two that take turns."""
 
 import functools
+import importlib.util
 import itertools
+import warnings
 
 import bare
 import diffusers
@@ -48,11 +50,23 @@ def _compiled(how):
     return patched, stats["blocks"], _close(patched[0], whole), _close(loop([model]), whole), _close(whole, plain)
 
 
-def _quantised():
-    torchao = pytest.importorskip("torchao.quantization")
-    unet = tiny_denoisers.sd15_unet()
-    torchao.quantize_(unet, torchao.Int8WeightOnlyConfig())
+def _by_torch(unet):
+    with warnings.catch_warnings():
+        # torch means to move these to torchao.
+        warnings.simplefilter("ignore")
+        return torch.ao.quantization.quantize_dynamic(unet, {torch.nn.Linear}, dtype=torch.qint8)
+
+
+def _by_torchao(unet):
+    from torchao import quantization
+
+    quantization.quantize_(unet, quantization.Int8WeightOnlyConfig())
     assert any(type(p.data) is not torch.Tensor for p in unet.parameters()), "nothing was quantised"
+    return unet
+
+
+def _quantised(how):
+    unet = how(tiny_denoisers.sd15_unet())
     text = torch.randn(1, 7, unet.config.cross_attention_dim, generator=torch.Generator().manual_seed(0))
 
     def denoise(x, t):
@@ -114,10 +128,13 @@ def _two():
 KINDS = {
     "compiled": functools.partial(_compiled, "wrapped"),
     "compiled in place": functools.partial(_compiled, "in place"),
-    "quantised": _quantised,
+    "quantised": functools.partial(_quantised, _by_torch),
     "adapters": _adapters,
     "two denoisers": _two,
 }
+# No part of the tests' environment: diffusers imports it wherever it is, which every rank would wait for.
+if importlib.util.find_spec("torchao"):
+    KINDS["quantised by torchao"] = functools.partial(_quantised, _by_torchao)
 
 
 def _all(rank):
