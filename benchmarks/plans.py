@@ -3,8 +3,9 @@
     python benchmarks/plans.py                  every model, 2 to 4 stages: results/plans.json and plans.md
     python benchmarks/plans.py sdxl sd15        some models: printed, nothing written
 
-A plan is `asyncdiff_fast.plan(denoiser, inputs, num_stages=n)` on the meta device. For SDXL the published stages
-follow, with what they would cost if every listed module's results were broadcast to all other ranks, as published.
+A plan is `asyncdiff_fast.plan(denoiser, inputs, num_stages=n, predict="none")` on the meta device. For SDXL the
+published stages follow, with what they would cost if every listed module's results were broadcast to all other ranks,
+as published.
 """
 
 import argparse
@@ -76,9 +77,10 @@ def rows(names, num_stages=NUM_STAGES):
         denoiser = real_models.build(name)
         inputs = real_models.inputs(name, denoiser)
         for n in num_stages:
-            found.append(measured(asyncdiff_fast.plan(denoiser, inputs, num_stages=n), name, "searched"))
+            plan = asyncdiff_fast.plan(denoiser, inputs, num_stages=n, predict="none")
+            found.append(measured(plan, name, "searched"))
             if name == "sdxl":
-                plan = asyncdiff_fast.plan(denoiser, inputs, stages=published_stages(name, n))
+                plan = asyncdiff_fast.plan(denoiser, inputs, stages=published_stages(name, n), predict="none")
                 found.append(measured(plan, name, "published") | {"broadcast_mb": broadcast_mb(plan)})
     return found
 

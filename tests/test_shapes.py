@@ -144,8 +144,9 @@ def test_quality_reads_configurations(shapes, monkeypatch):
     quality = importlib.import_module("quality")
     assert quality.parse_configuration("exact@25") == (None, 25)
     name = "num_stages=3,stride=2,warmup_steps=1,time_shift=true@50"
-    options = {"num_stages": 3, "stride": 2, "warmup_steps": 1, "time_shift": True}
+    options = {"predict": "none", "num_stages": 3, "stride": 2, "warmup_steps": 1, "time_shift": True}
     assert quality.parse_configuration(name) == (options, 50)
+    assert quality.parse_configuration("num_patches=2,predict=linear@50")[0]["predict"] == "linear"
     assert (quality.world_size("exact@25"), quality.world_size(name)) == (1, 4)
     with pytest.raises(ValueError, match="exact@STEPS or OPTIONS@STEPS"):
         quality.parse_configuration("num_stages=2")

@@ -150,6 +150,8 @@ def test_plan(capsys):
         "32",
         "--width",
         "48",
+        "--predict",
+        "none",
     ]
     assert cli.main(arguments) == 0
     assert "3 stages, stride 2, 4 ranks" in capsys.readouterr().out

@@ -15,6 +15,7 @@ import asyncdiff_fast
 from asyncdiff_fast.config import EXCHANGE_VARIABLE
 from asyncdiff_fast.exchange.engine import Engine
 from asyncdiff_fast.exchange.world import start_process_group, stop_process_group
+from asyncdiff_fast.stages import plan as plan_of_stages
 from asyncdiff_fast.stages import slots
 
 WORLD_SIZE = 3
@@ -103,13 +104,15 @@ def _traffic(name, rank, options):
         counters[-1].__exit__(None, None, None)
         flops.append(counters[-1].get_total_flops())
 
+    # What is counted here are FLOPs alone.
+    flops_per_byte, plan_of_stages.FLOPS_PER_BYTE = plan_of_stages.FLOPS_PER_BYTE, 0
     buffer_class = slots.Buffer
 
     def counted_buffer(*args):
         made[0] += 1
         return buffer_class(*args)
 
-    runtime = asyncdiff_fast.patch(pipe, warmup_steps=WARMUP_STEPS, timeout_s=60, **options)
+    runtime = asyncdiff_fast.patch(pipe, warmup_steps=WARMUP_STEPS, timeout_s=60, **{"predict": "none"} | options)
     handles = [denoiser.register_forward_pre_hook(before), denoiser.register_forward_hook(after)]
     slots.Buffer = counted_buffer
     buffers = []
@@ -119,7 +122,7 @@ def _traffic(name, rank, options):
                 tiny_pipelines.generate(pipe, name, seed=seed, steps=STEPS)
                 buffers.append(made[0])
     finally:
-        slots.Buffer = buffer_class
+        slots.Buffer, plan_of_stages.FLOPS_PER_BYTE = buffer_class, flops_per_byte
         for handle in handles:
             handle.remove()
     plan, stats = runtime.plan, runtime.stats()

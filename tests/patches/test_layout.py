@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from asyncdiff_fast.mesh import Mesh
+from asyncdiff_fast.mesh import AXES, Mesh
 from asyncdiff_fast.patches import layout, site_rows
 from asyncdiff_fast.patches.kinds import make_state
 from asyncdiff_fast.patches.layout import Rows, Tokens
@@ -294,17 +294,16 @@ def test_tokens_of_a_row_are_told_by_lengths(size, num_patches, inner, extra, st
 # Ranks.
 
 
-@given(st.integers(1, 2), st.integers(1, 5), st.integers(1, 4))
-def test_mesh(halves, patches, stages):
-    mesh = Mesh(halves, patches, stages)
+@given(st.integers(1, 3), st.integers(1, 2), st.integers(1, 4), st.integers(1, 3))
+def test_mesh(steps, halves, patches, stages):
+    mesh = Mesh(steps, halves, patches, stages)
     places = [mesh.place(rank) for rank in range(mesh.size)]
-    assert places == list(itertools.product(range(halves), range(patches), range(stages)))
-    for axis, number in (("half", halves), ("patch", patches), ("stage", stages)):
+    assert places == list(itertools.product(range(steps), range(halves), range(patches), range(stages)))
+    for axis, number in zip(AXES, (steps, halves, patches, stages), strict=True):
         groups = {mesh.along(axis, rank) for rank in range(mesh.size)}
         assert sorted(itertools.chain(*groups)) == list(range(mesh.size))
         for group in groups:
-            index = ("half", "patch", "stage").index(axis)
-            assert [places[r][index] for r in group] == list(range(number))
+            assert [places[r][AXES.index(axis)] for r in group] == list(range(number))
 
 
 def test_rows_shared_by_two_patches_belong_to_the_first():
