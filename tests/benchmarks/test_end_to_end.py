@@ -14,7 +14,7 @@ BENCHMARK = Path(__file__).resolve().parents[2] / "benchmarks" / "end_to_end.py"
 @pytest.mark.timeout(600)
 def test_two_denoisers_in_turn():
     options = ["--device", "cpu", "--nproc", "2", "--calls", "2", "--rounds", "1", "--json"]
-    pair = ["--options", "num_stages=2", "--beside", "num_stages=2,predict=linear"]
+    pair = ["--options", "num_stages=2,predict=none", "--beside", "num_stages=2,predict=linear"]
     done = subprocess.run([sys.executable, str(BENCHMARK), *options, *pair], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     first, second = (json.loads(line) for line in done.stdout.splitlines())
