@@ -19,8 +19,8 @@ def _draw(pipe, name, **changes):
     return tiny_pipelines.generate(pipe, name, steps=STEPS, **changes)
 
 
-def _family(name, num_ranks):
-    """One rank, one family: differences of pictures, by what was compared."""
+def _family(name, rank, num_ranks):
+    """One rank, one family: differences of pictures, by what was compared; the rule is computed on rank 0."""
     pipe = tiny_pipelines.build(name)
     denoiser = tiny_pipelines.denoiser(pipe)
     plain = _draw(pipe, name)
@@ -39,8 +39,11 @@ def _family(name, num_ranks):
     asyncdiff_fast.unpatch(pipe)
     after = _draw(pipe, name)
 
-    with steps_oracle.Simulation(pipe.scheduler, num_ranks, 2, TOLERANCE, lambda: loop_length(pipe)) as rule:
-        simulated = _draw(pipe, name)
+    simulated, lengths = first, None
+    if rank == 0:
+        with steps_oracle.Simulation(pipe.scheduler, num_ranks, 2, TOLERANCE, lambda: loop_length(pipe)) as rule:
+            simulated = _draw(pipe, name)
+        lengths = rule.lengths
     return {
         "exact": float(np.abs(exact - plain).max()),
         "after": float(np.abs(after - plain).max()),
@@ -49,7 +52,7 @@ def _family(name, num_ranks):
         "stale": float(np.abs(first - plain).max()),
         "left": set(vars(denoiser)) - untouched,
         "steps": stats["steps"],
-        "lengths": rule.lengths,
+        "lengths": lengths,
         "picture": first,
     }
 
@@ -60,14 +63,15 @@ def loop_length(pipe):
 
 
 def _families(rank, num_ranks):
-    return {name: _family(name, num_ranks) for name in tiny_pipelines.NAMES}
+    return {name: _family(name, rank, num_ranks) for name in tiny_pipelines.NAMES}
 
 
 @functools.cache
 def families(num_ranks):
-    return ranks.run(num_ranks, _families, num_ranks, timeout=290)
+    return ranks.run(num_ranks, _families, num_ranks, timeout=590)
 
 
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     "num_ranks", [2, pytest.param(3, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)]
 )

@@ -45,10 +45,11 @@ def _steps_alone(rank):
 
 @functools.cache
 def cases():
-    return ranks.run(4, _cases, timeout=250), ranks.run(2, _steps_alone, timeout=120)
+    return ranks.run(4, _cases, timeout=390), ranks.run(2, _steps_alone, timeout=190)
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("case", CASES)
 def test_each_call_is_shared_exactly(case):
     everyone, alone = cases()

@@ -180,7 +180,7 @@ def _uses(rank):
 
 @functools.cache
 def uses():
-    return ranks.run(2, _uses, timeout=250)
+    return ranks.run(2, _uses, timeout=290)
 
 
 def of(name):
