@@ -44,12 +44,7 @@ def build(options):
     """(denoiser, a twin with the same weights, which stays unpatched)."""
     dtype = getattr(torch, options.dtype) if options.dtype else None
     if options.tiny:
-        narrow = dict(block_out_channels=(32, 64), norm_num_groups=8, cross_attention_dim=32, attention_head_dim=8)
-        blocks = dict(down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"))
-        blocks |= dict(up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), layers_per_block=1)
-        from diffusers import UNet2DConditionModel
-
-        denoiser = UNet2DConditionModel(**narrow, **blocks).to(options.device, dtype or torch.float32)
+        denoiser = real_models.tiny(options.device, dtype or torch.float32)[0]
     else:
         denoiser = real_models.build(options.model, device=options.device, dtype=dtype)
     with torch.device("meta"):
@@ -61,11 +56,7 @@ def build(options):
 def inputs(options, denoiser, pixels):
     """Arguments of one call: a picture of `pixels`, or of the model's own size."""
     if options.tiny:
-        random = torch.Generator().manual_seed(0)
-        found = dict(sample=torch.randn(2, 4, 16, 16, generator=random), timestep=torch.tensor(500))
-        found |= dict(encoder_hidden_states=torch.randn(2, 7, 32, generator=random), return_dict=False)
-        like = dict(device=options.device, dtype=denoiser.dtype)
-        return {name: x.to(**like) if isinstance(x, torch.Tensor) else x for name, x in found.items()}
+        return real_models.tiny(options.device, denoiser.dtype)[1]
     return real_models.inputs(options.model, denoiser, options.device, pixels, pixels)
 
 

@@ -67,7 +67,14 @@ class Planner:
         patch.learn_result(whole, self._on_patch(patch, PatchMode.LOCAL, run, args, kwargs))
         patch.bind(plan, exchange, "emulated", samples)
         patch.bind_result(exchange, "emulated")
-        return plan, lambda mode: self._on_patch(patch, mode, run, args, kwargs)
+        # Not quiet: to look into every module around each call is no part of what a rank computes.
+        counted = self.hooks.counted(forward)
+
+        def call(mode):
+            with torch.no_grad():
+                return self._on_patch(patch, mode, lambda args, kwargs: counted(*args, **kwargs), args, kwargs)
+
+        return plan, call
 
     def _planned(self, forward, args, kwargs):
         """(plan, a patch of every patch, samples of its sites, the whole result, a quiet forward)."""
