@@ -10,6 +10,7 @@ is done.
 """
 
 import argparse
+import functools
 import json
 import statistics
 import sys
@@ -27,6 +28,8 @@ from asyncdiff_fast.fused.device_layers import DeviceLayers
 from asyncdiff_fast.patches.calls import Patches
 from asyncdiff_fast.shared import Shared
 
+# What one row of a large model may take.
+LEAST_S = 20
 # With their inputs; for the others a GPU is needed.
 FOR_CPU = {"sd15_width": real_models.sd15_width, "tiny": real_models.tiny}
 
@@ -78,19 +81,23 @@ def parse(argv):
     return parser.parse_args(argv)
 
 
-def load(name, device, pixels):
-    """(denoiser, inputs, the forward of a twin with the same weights that stays unpatched)."""
-    if name in FOR_CPU:
-        denoiser, inputs = FOR_CPU[name]()
-        denoiser.to(device)
-        inputs = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
-    else:
-        denoiser = real_models.build(name, device=device)
-        inputs = real_models.inputs(name, denoiser, device, pixels, pixels)
+@functools.cache
+def built(name, device):
+    """(denoiser, its inputs or None, the forward of a twin with the same weights that stays unpatched)."""
+    denoiser, inputs = FOR_CPU[name]() if name in FOR_CPU else (real_models.build(name, device=device), None)
+    denoiser.to(device)
     with torch.device("meta"):
         twin = type(denoiser).from_config(denoiser.config)
     twin.load_state_dict(denoiser.state_dict(), assign=True)
     return denoiser.eval(), inputs, twin.eval()
+
+
+def load(name, device, pixels):
+    """(denoiser, inputs, the forward of its twin)."""
+    denoiser, inputs, twin = built(name, device)
+    if inputs is None:
+        inputs = real_models.inputs(name, denoiser, device, pixels, pixels)
+    return denoiser, {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}, twin
 
 
 def seconds(call, device):
@@ -113,7 +120,8 @@ def row(options, pixels, patches):
         times = [seconds(lambda: plain(**inputs), options.device) for _ in range(options.rounds + 1)][1:]
         return {**common, "whole": measure.summary(times), "patch": measure.summary(times), "speedup": 1.0}
     exchange = Mirror()
-    layers, signature = DeviceLayers(denoiser, config, World([0], 1.0), options.device), CallSignature(denoiser)
+    signature = CallSignature(denoiser)
+    layers = DeviceLayers(denoiser, config, World([0], 1.0), options.device, signature)
     # As on one of several ranks, which keep nothing for each other's modules.
     layers.choice.alone = False
     shared = Patches(Shared(denoiser, config, signature, layers.packed, layers.choice), None, exchange)
@@ -160,6 +168,9 @@ def main(argv):
         torch.set_num_threads(1)
     for pixels in options.pixels or [None]:
         for patches in options.patches:
+            if measure.left_s() < LEAST_S:
+                print(f"left out: {pixels} pixels, {patches} patches", flush=True)
+                continue
             made = row(options, pixels, patches)
             print(json.dumps(made), flush=True)
             if options.save:
