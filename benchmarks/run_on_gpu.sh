@@ -11,6 +11,8 @@
 # shapes. PYTHON chooses the interpreter, COMMIT names the commit where git does not know it.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+# What is installed first counts as well.
+export BEGAN=$(date +%s)
 python=${PYTHON:-python3} wheels=.whl out=build/gpu arguments=()
 while (($#)); do
     case $1 in

@@ -205,8 +205,10 @@ void NcclPutsTransport::detach(Group* group) {
   if (found == plans_.end()) return;
   const auto window = found->second.window;
   plans_.erase(found);
-  // One here, one in the list: the last group has gone. All that was put into it has been waited for by its post.
-  if (window.use_count() == 2) forget(window);
+  // Once its last group has gone. All that was put into it has been waited for by its post.
+  if (std::none_of(plans_.begin(), plans_.end(), [&](const auto& plan) { return plan.second.window == window; })) {
+    forget(window);
+  }
 }
 
 void NcclPutsTransport::forget(const std::shared_ptr<Window>& window) {

@@ -24,6 +24,10 @@ int flush(Lock& lock) {
       result = kNcclInternalError;
     }
   }
+  // They may be the last to hold a stream, whose end takes the lock.
+  lock.unlock();
+  launches.clear();
+  lock.lock();
   return result;
 }
 
