@@ -58,6 +58,8 @@ class Config:
         timeout_s: seconds to wait for another rank before failing.
         kernels: "auto" replaces layers by fused kernels where they were measured to be no slower, on a GPU with Triton;
             "triton" wherever they can run; "torch" nowhere.
+        graphs: calls are captured as CUDA graphs and replayed, one for each kind of call; what cannot be captured is
+            launched, and logged once. For one device, steps side by side and the halves of guidance.
         predict: what another rank's values of the step before stand for: "linear" carries their last change forward by
             the sampler's intervals; "none" takes them as they are, as published; "auto" is "linear" where that was
             measured to be no worse in the mean and in the worst picture: for stages, and for two patches.
@@ -85,6 +87,7 @@ class Config:
     balance: str = "flops"
     timeout_s: float = 120.0
     kernels: str = "auto"
+    graphs: bool = False
     predict: str = "auto"
     tolerance: float | None = None
     resync: float = 0.2
@@ -104,7 +107,7 @@ class Config:
         for name, allowed in _CHOICES.items():
             quoted = [f'"{a}"' for a in allowed]
             self._check(getattr(self, name) in allowed, name, f"{', '.join(quoted[:-1])} or {quoted[-1]}")
-        for name in ("cfg_parallel", "bessel", "time_shift"):
+        for name in ("cfg_parallel", "bessel", "time_shift", "graphs"):
             self._check(isinstance(getattr(self, name), bool), name, "True or False")
         if self.predict == "auto":
             object.__setattr__(self, "predict", "linear" if self._gains_by_predictions else "none")
@@ -119,10 +122,19 @@ class Config:
                 f"stages must have num_stages lists: got {len(self.stages)} lists, num_stages={self.num_stages}; "
                 "leave num_stages out or make them equal"
             )
+        self._check_graphs()
         if self.stride == 2 and self.num_stages < 2:
             raise ValueError(
                 f"stride=2 needs num_stages of at least 2: got num_stages={self.num_stages}; pass num_stages=2 "
                 "(3 processes) or stride=1"
+            )
+
+    def _check_graphs(self):
+        if self.graphs and (self.num_stages > 1 or self.num_patches > 1):
+            raise ValueError(
+                "calls that ranks share are not captured, whole ones only: got graphs=True, "
+                f"num_stages={self.num_stages}, num_patches={self.num_patches}; pass graphs=False, or "
+                "parallel_steps or cfg_parallel in their place"
             )
 
     def _check_patches(self):

@@ -16,14 +16,14 @@ class Parts:
     Args:
         shared: `Shared`, what they have in common.
         world: all ranks of the mesh.
-        device_type: of the tensors that travel.
+        device: where the tensors lie that travel.
         steps: `StepCalls` of all denoisers of the pipeline; the first of them opens and closes its exchange.
     """
 
-    def __init__(self, shared, world, device_type, steps=None):
+    def __init__(self, shared, world, device, steps=None):
         self._shared, self._world = shared, world
         self._worlds = {axis: World(self.along(axis), world.timeout_s) for axis in ("half", "patch", "stage")}
-        self.device_type, self.steps, self._has_opened_steps = device_type, steps, False
+        self.device, self.steps, self._has_opened_steps = device, steps, False
         self._open()
 
     def __iter__(self):
@@ -87,7 +87,7 @@ class Parts:
     def _open(self):
         halves, rows, stages = self._worlds.values()
         if self.steps is not None and self.steps.exchange is None:
-            self.steps.open(open_exchange(self.steps.world, self.device_type))
+            self.steps.open(open_exchange(self.steps.world, self.device))
             self._has_opened_steps = True
         self.halves = self.patches = self.stages = None
         self.halves = self._made(Halves, halves)
@@ -95,4 +95,4 @@ class Parts:
         self.stages = self._made(StageCalls, stages)
 
     def _made(self, kind, world):
-        return kind(self._shared, world, open_exchange(world, self.device_type)) if world.size > 1 else None
+        return kind(self._shared, world, open_exchange(world, self.device)) if world.size > 1 else None

@@ -42,12 +42,12 @@ class Runtime:
         inside = replace(config, kernels="torch") if is_compiled(denoiser) else config
         self._signature = CallSignature(own(denoiser))
         self._clock = Clock()
-        device_type = _device_type(denoiser)
+        where = _device(denoiser)
         # Beneath every hook of ours.
-        self._layers = DeviceLayers(denoiser, inside, world, device_type)
+        self._layers = DeviceLayers(denoiser, inside, world, where.type, self._signature)
         shared = Shared(denoiser, config, self._signature, self._layers.packed, self._layers.choice, scheduler)
         try:
-            self._parts = Parts(shared, world, device_type, steps)
+            self._parts = Parts(shared, world, where, steps)
         except BaseException:
             self._layers.remove()
             raise
@@ -71,7 +71,7 @@ class Runtime:
     # One call of the denoiser.
 
     def _call(self, forward, args, kwargs):
-        if self._inside or (self.world.size == 1 and not self._layers.keeps_weights):
+        if self._inside or (self.world.size == 1 and not self._layers.keeps):
             return forward(*args, **kwargs)
         if self._needs_gradients(args, kwargs):
             self._end()
@@ -168,18 +168,19 @@ class Runtime:
             raise ValueError(
                 "a step cache of diffusers was enabled after patch(): both reuse activations; call disable_cache()"
             )
+        where = device_of(args, kwargs)
         mine = {
             "inputs": fingerprint.input_digests(self._signature.named(args, kwargs)),
             "interrupted": self._interrupted or (self._steps is not None and self._steps.interrupted),
+            # The weights were elsewhere at `patch`, or have been moved since.
+            "moved": where is not None and _placed(where) != self._parts.device,
         }
         everyone = self.world.gather(mine, "the start of a generation")
-        where = device_of(args, kwargs)
         if any(report["interrupted"] for report in everyone):
             self._parts.restart("interrupted")
             self._interrupted = False
-        elif where is not None and where.type != self._parts.device_type:
-            # The weights were elsewhere at `patch`, or have moved.
-            self._parts.device_type = where.type
+        elif any(report["moved"] for report in everyone):
+            self._parts.device = self._parts.device if where is None else _placed(where)
             self._parts.restart()
         self._compare_inputs([report["inputs"] for report in everyone])
         now = structure(self.denoiser)
@@ -235,9 +236,14 @@ class Runtime:
             self._layers.remove()
 
 
-def _device_type(denoiser):
+def _device(denoiser):
     """Where a denoiser will run, as far as its weights and hooks tell."""
     target = getattr(getattr(denoiser, "_hf_hook", None), "execution_device", None)
     if target is None:
         target = next((x.device for x in denoiser.parameters() if x.device.type != "meta"), device())
-    return torch.device(target).type
+    return _placed(torch.device(target))
+
+
+def _placed(where):
+    """A device with its number."""
+    return torch.device("cuda", torch.cuda.current_device()) if str(where) == "cuda" else where

@@ -87,10 +87,12 @@ class Rows:
             self.facts["device"] = (
                 f"{self.facts['device']} (cpu)" if torch.cuda.is_available() else self.facts["device"]
             )
-        self.deadline = time.monotonic() + budget_s
+        self.deadline = time.monotonic() + min(budget_s, measure.left_s())
         known = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
         self.known = {
-            self._key(row["key"]) for row in known if all(row[name] == self.facts[name] for name in self.SAME)
+            self._key(row["key"])
+            for row in known
+            if "error" not in row and all(row[name] == self.facts[name] for name in self.SAME)
         }
         self.ceilings = None
 
@@ -118,10 +120,17 @@ class Rows:
         if flops is not None:
             row["tflops"] = flops / row["median_s"] / 1e12
             row["share_of_matmul"] = row["tflops"] / row["matmul_tflops"]
+        self._append(row)
+        self.known.add(self._key(key))
+
+    def fail(self, key, error):
+        """Append a row that tells why a case has none of its own."""
+        self._append({"key": {"op": "failed", **key}, "error": f"{type(error).__name__}: {error}"[:600], **self.facts})
+
+    def _append(self, row):
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with open(self.path, "a") as file:
             file.write(json.dumps(row) + "\n")
-        self.known.add(self._key(key))
 
     @staticmethod
     def _key(key):

@@ -3,22 +3,27 @@
 import datetime
 import importlib.metadata
 import json
+import os
 import pathlib
 import platform
 import resource
 import statistics
 import subprocess
+import time
 
 import torch
 
-RESULTS = pathlib.Path(__file__).parent / "results"
+RESULTS = pathlib.Path(os.environ.get("BENCHMARK_RESULTS") or pathlib.Path(__file__).parent / "results")
+# When the caller's time is up, in seconds since the epoch: nothing new is begun then.
+DEADLINE = float(os.environ.get("DEADLINE", "inf"))
 
 
 def facts():
     """Dict: what a row needs to be understood later: commit, date, device, versions."""
     cuda = torch.cuda.is_available()
     return {
-        "commit": _output("git", "rev-parse", "--short", "HEAD"),
+        # A copy of a checkout may not know it.
+        "commit": os.environ.get("COMMIT") or _output("git", "rev-parse", "--short", "HEAD"),
         "date": datetime.date.today().isoformat(),
         "device": torch.cuda.get_device_name() if cuda else _cpu(),
         "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if cuda else None,
@@ -26,6 +31,11 @@ def facts():
         "nccl": ".".join(map(str, torch.cuda.nccl.version())) if cuda else None,
         **{name: _version(name) for name in ("torch", "diffusers", "triton")},
     }
+
+
+def left_s():
+    """Seconds until `DEADLINE`."""
+    return DEADLINE - time.time()
 
 
 def summary(seconds):
@@ -51,7 +61,7 @@ def peak_rss_mb():
 
 def write_row(name, row):
     """Append a row, with the machine's facts, to `results/NAME.jsonl`."""
-    RESULTS.mkdir(exist_ok=True)
+    RESULTS.mkdir(parents=True, exist_ok=True)
     with open(RESULTS / f"{name}.jsonl", "a") as file:
         file.write(json.dumps({**row, **facts()}) + "\n")
 

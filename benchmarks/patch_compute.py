@@ -10,6 +10,7 @@ is done.
 """
 
 import argparse
+import functools
 import json
 import statistics
 import sys
@@ -22,10 +23,15 @@ import torch
 from asyncdiff_fast.calls.schedule import PatchMode
 from asyncdiff_fast.calls.signature import CallSignature
 from asyncdiff_fast.config import Config, parse_options
-from asyncdiff_fast.fused.packed import PackedWeights, packs
-from asyncdiff_fast.fused.projections import Projections
+from asyncdiff_fast.exchange.world import World
+from asyncdiff_fast.fused.device_layers import DeviceLayers
 from asyncdiff_fast.patches.calls import Patches
 from asyncdiff_fast.shared import Shared
+
+# What one row of a large model may take.
+LEAST_S = 20
+# With their inputs; for the others a GPU is needed.
+FOR_CPU = {"sd15_width": real_models.sd15_width, "tiny": real_models.tiny}
 
 
 class Mirror:
@@ -64,7 +70,7 @@ class Mirror:
 def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--model", choices=("sd15_width", *real_models.MODELS), default="sd15_width")
+    parser.add_argument("--model", choices=(*FOR_CPU, *real_models.MODELS), default="sd15_width")
     parser.add_argument("--pixels", type=int, nargs="+", metavar="SIZE", help="default: the model's own size")
     parser.add_argument("--patches", type=int, nargs="+", default=[2], metavar="N")
     parser.add_argument("--rank", type=int, default=None, help="default: one with a neighbour on each side, if any")
@@ -75,19 +81,23 @@ def parse(argv):
     return parser.parse_args(argv)
 
 
-def load(name, device, pixels):
-    """(denoiser, inputs, the forward of a twin with the same weights that stays unpatched)."""
-    if name == "sd15_width":
-        denoiser, inputs = real_models.sd15_width()
-        denoiser.to(device)
-        inputs = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
-    else:
-        denoiser = real_models.build(name, device=device)
-        inputs = real_models.inputs(name, denoiser, device, pixels, pixels)
+@functools.cache
+def built(name, device):
+    """(denoiser, its inputs or None, the forward of a twin with the same weights that stays unpatched)."""
+    denoiser, inputs = FOR_CPU[name]() if name in FOR_CPU else (real_models.build(name, device=device), None)
+    denoiser.to(device)
     with torch.device("meta"):
         twin = type(denoiser).from_config(denoiser.config)
     twin.load_state_dict(denoiser.state_dict(), assign=True)
     return denoiser.eval(), inputs, twin.eval()
+
+
+def load(name, device, pixels):
+    """(denoiser, inputs, the forward of its twin)."""
+    denoiser, inputs, twin = built(name, device)
+    if inputs is None:
+        inputs = real_models.inputs(name, denoiser, device, pixels, pixels)
+    return denoiser, {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}, twin
 
 
 def seconds(call, device):
@@ -110,14 +120,17 @@ def row(options, pixels, patches):
         times = [seconds(lambda: plain(**inputs), options.device) for _ in range(options.rounds + 1)][1:]
         return {**common, "whole": measure.summary(times), "patch": measure.summary(times), "speedup": 1.0}
     exchange = Mirror()
-    packed = PackedWeights(denoiser, active=packs(config.kernels, options.device))
-    signature, projections = CallSignature(denoiser), Projections(denoiser, active=True, beneath=packed.forwards)
-    patches = Patches(Shared(denoiser, config, signature, packed), None, exchange)
-    forward = projections.during(denoiser.forward, signature.latent)
-    plan, call = patches.planner.emulate(rank, forward, (), inputs, exchange)
-    call(PatchMode.SYNC)
-    call(PatchMode.DISPLACED)
-    call(PatchMode.DISPLACED)
+    signature = CallSignature(denoiser)
+    layers = DeviceLayers(denoiser, config, World([0], 1.0), options.device, signature)
+    # As on one of several ranks, which keep nothing for each other's modules.
+    layers.choice.alone = False
+    shared = Patches(Shared(denoiser, config, signature, layers.packed, layers.choice), None, exchange)
+    layers.choice.patches = shared
+    layers.begin()
+    plan, call = shared.planner.emulate(rank, layers.during(denoiser.forward, signature.latent), (), inputs, exchange)
+    with layers.learning():
+        for mode in (PatchMode.SYNC, PatchMode.DISPLACED, PatchMode.DISPLACED):
+            call(mode)
     exchange.sent_bytes, exchange.reflects = 0, False
     rounds = []
     for _ in range(options.rounds):
@@ -125,10 +138,12 @@ def row(options, pixels, patches):
         rounds.append((whole, seconds(lambda: call(PatchMode.DISPLACED), options.device)))
     if options.profile:
         show_profile(lambda: call(PatchMode.DISPLACED), lambda: plain(**inputs), options.device)
-    patches.forget(released=True)
-    projections.remove()
+    kernels = layers.summary()
+    shared.forget(released=True)
+    layers.remove()
     return {
         **common,
+        "kernels": kernels,
         "whole": measure.summary([a for a, _ in rounds]),
         "patch": measure.summary([b for _, b in rounds]),
         "speedup": statistics.median(a / b for a, b in rounds),
@@ -153,6 +168,9 @@ def main(argv):
         torch.set_num_threads(1)
     for pixels in options.pixels or [None]:
         for patches in options.patches:
+            if measure.left_s() < LEAST_S:
+                print(f"left out: {pixels} pixels, {patches} patches", flush=True)
+                continue
             made = row(options, pixels, patches)
             print(json.dumps(made), flush=True)
             if options.save:

@@ -246,3 +246,19 @@ def sd15_width(dtype=torch.float32):
     unet = build("sd15", dtype=dtype).to_empty(device="cpu")
     _fill(unet, dtype)
     return unet, inputs("sd15", unet, device="cpu", height=256, width=256)
+
+
+def tiny(device="cpu", dtype=torch.float32):
+    """A UNet of two narrow levels with random weights, to try a script, and inputs: sample (2, 4, 16, 16)."""
+    torch.manual_seed(0)
+    unet = diffusers.UNet2DConditionModel(
+        block_out_channels=(32, 64), norm_num_groups=8, cross_attention_dim=32, attention_head_dim=8,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+    ).to(device, dtype)  # fmt: skip
+    found = dict(sample=torch.randn(2, 4, 16, 16), timestep=torch.tensor(500))
+    found |= dict(encoder_hidden_states=torch.randn(2, 7, 32), return_dict=False)
+    found = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in found.items()}
+    for name in ("sample", "encoder_hidden_states"):
+        found[name] = found[name].to(dtype)
+    return unet.requires_grad_(False).eval(), found

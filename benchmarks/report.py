@@ -196,41 +196,36 @@ def kernels():
 
 
 def exchange():
-    """What an exchange costs the host, and shared memory against gloo: the latest row of each case."""
+    """Shared memory against gloo, and what a post costs a host with a GPU: the latest row of each case."""
     if not (measure.RESULTS / "exchange.jsonl").exists():
         return "Not measured yet: `python benchmarks/bench_exchange.py --save`."
     latest = {}
     for row in measure.read_rows("exchange"):
-        latest[row["part"], row.get("operations") or row["bytes"]] = row
-    host = [row for row in latest.values() if row["part"] == "host"]
+        latest[row["part"], row["bytes"]] = row
     shm = [row for row in latest.values() if row["part"] == "shm"]
-    header = ["host time of one exchange, µs", *(f"{row['operations']} sends and receives" for row in host)]
-    kinds = {
-        "post": "post_us",
-        "acquire, post, wait": "cycle_us",
-        "the same calls by ctypes": "ctypes_us",
-        "torch.distributed, `batch_isend_irecv` and its waits": "c10d_us",
-        "the same, its list of operations made once": "c10d_prebuilt_us",
-    }
-    body = [[kind, *(f"{row[name]:.2f}" for row in host)] for kind, name in kinds.items()]
-    ratios = (f"{row['speedup']:.0f}× and {row['speedup_prebuilt']:.1f}×" for row in host)
-    body.append(["these two over acquire, post, wait", *ratios])
-    text = table(header, body)
-    first = next(iter(latest.values()))
-    facts = ", ".join(str(first[name]) for name in ("device", "torch", "date"))
-    load = max(row["load_average"] for row in latest.values())
-    text = (
-        f"On {facts}, with a load average of up to {load:g} from other work. Host: the least of many short bursts,\n"
-        f"on a CUDA and NCCL that return at once, against torch.distributed's fake process group.\n\n{text}\n\n"
-    )
-    if not shm:
-        return text + "Shared memory against gloo is not measured on a quiet machine yet."
-    header = ["two processes, both ways", "µs", "gloo, µs", "ratio (paired median)", "CPU µs", "gloo, CPU µs"]
-    body = []
-    for row in sorted(shm, key=lambda row: row["bytes"]):
-        figures = [f"{row[name]:.0f}" for name in ("shm_us", "gloo_us", "shm_cpu_us", "gloo_cpu_us")]
-        body.append([_bytes(row["bytes"]), *figures[:2], f"{row['latency_ratio']:.2f}", *figures[2:]])
-    return text + table(header, body)
+    gpu = [row for row in latest.values() if row["part"] == "gpu" and "engine_post_us" in row]
+    text = []
+    if shm:
+        facts = ", ".join(str(shm[-1][name]) for name in ("device", "torch", "date"))
+        load = max(row["load_average"] for row in shm)
+        text.append(f"On {facts}, with a load average of up to {load:g} from other work.")
+        header = ["two processes, both ways", "µs", "gloo, µs", "ratio (paired median)", "CPU µs", "gloo, CPU µs"]
+        body = []
+        for row in sorted(shm, key=lambda row: row["bytes"]):
+            figures = [f"{row[name]:.0f}" for name in ("shm_us", "gloo_us", "shm_cpu_us", "gloo_cpu_us")]
+            body.append([_bytes(row["bytes"]), *figures[:2], f"{row['latency_ratio']:.2f}", *figures[2:]])
+        text.append(table(header, body))
+    if not gpu:
+        text.append("What a post costs a host with a GPU is not measured: that counts with a real NCCL only.")
+        return "\n\n".join(text)
+    header = ["host time with NCCL, µs", "engine", "torch.distributed", "machine"]
+    names = {"a post": "post_us", "acquire, post, wait": "cycle_us"}
+    body = [
+        [what, *(f"{row[f'{way}_{name}']:.1f}" for way in ("engine", "torch")), f"{row['device']}, NCCL {row['nccl']}"]
+        for row in gpu
+        for what, name in names.items()
+    ]
+    return "\n\n".join([*text, table(header, body)])
 
 
 def _bytes(n):

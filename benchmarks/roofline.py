@@ -14,6 +14,7 @@ def latest(name):
     """The newest row of each key on the device measured last, in the order of measuring; [] if there is no file."""
     path = measure.RESULTS / f"{name}.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    rows = [row for row in rows if "error" not in row]
     return list({json.dumps(row["key"]): row for row in rows if row["device"] == rows[-1]["device"]}.values())
 
 

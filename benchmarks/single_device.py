@@ -5,9 +5,12 @@
 
 Weights are random, in the published checkpoint's configuration. Both ways share the weights and run in turns, a UNet in
 each memory format; a row has the median time with its 20th and 80th percentile, and how far the patched result is off.
+The unpatched denoiser may attend by another backend, or be compiled: then it is the rival, not the start.
 """
 
 import argparse
+import contextlib
+import itertools
 import json
 import statistics
 import sys
@@ -16,8 +19,13 @@ import time
 import measure
 import real_models
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import asyncdiff_fast
+
+BACKENDS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
+# What one case of a large model may take.
+LEAST_S = 12
 
 
 def parse(argv):
@@ -28,7 +36,21 @@ def parse(argv):
         "--pixels", type=int, nargs="+", metavar="SIZE", help="heights and widths; default: the model's"
     )
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="default: the model's")
-    parser.add_argument("--kernels", choices=("auto", "triton", "torch"), default="auto")
+    parser.add_argument("--kernels", nargs="+", choices=("auto", "triton", "torch"), default=["auto"])
+    parser.add_argument(
+        "--attention",
+        nargs="+",
+        choices=("default", *BACKENDS),
+        default=["default"],
+        help="which of torch's backends the unpatched denoiser attends by, on a GPU",
+    )
+    parser.add_argument(
+        "--compile",
+        choices=("no", "blocks", "whole"),
+        default="no",
+        help="compile the unpatched denoiser: its repeated blocks, or all of it",
+    )
+    parser.add_argument("--profile", action="store_true", help="print where the patched call spends its time")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--calls", type=int, default=5, help="calls in each round, which is timed as a whole")
     parser.add_argument("--quick", action="store_true", help="8 rounds of 2 calls, the model's own size only")
@@ -44,12 +66,7 @@ def build(options):
     """(denoiser, a twin with the same weights, which stays unpatched)."""
     dtype = getattr(torch, options.dtype) if options.dtype else None
     if options.tiny:
-        narrow = dict(block_out_channels=(32, 64), norm_num_groups=8, cross_attention_dim=32, attention_head_dim=8)
-        blocks = dict(down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"))
-        blocks |= dict(up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), layers_per_block=1)
-        from diffusers import UNet2DConditionModel
-
-        denoiser = UNet2DConditionModel(**narrow, **blocks).to(options.device, dtype or torch.float32)
+        denoiser = real_models.tiny(options.device, dtype or torch.float32)[0]
     else:
         denoiser = real_models.build(options.model, device=options.device, dtype=dtype)
     with torch.device("meta"):
@@ -61,11 +78,7 @@ def build(options):
 def inputs(options, denoiser, pixels):
     """Arguments of one call: a picture of `pixels`, or of the model's own size."""
     if options.tiny:
-        random = torch.Generator().manual_seed(0)
-        found = dict(sample=torch.randn(2, 4, 16, 16, generator=random), timestep=torch.tensor(500))
-        found |= dict(encoder_hidden_states=torch.randn(2, 7, 32, generator=random), return_dict=False)
-        like = dict(device=options.device, dtype=denoiser.dtype)
-        return {name: x.to(**like) if isinstance(x, torch.Tensor) else x for name, x in found.items()}
+        return real_models.tiny(options.device, denoiser.dtype)[1]
     return real_models.inputs(options.model, denoiser, options.device, pixels, pixels)
 
 
@@ -105,45 +118,111 @@ def compare(options, plain, patched):
     }
 
 
-def rows(options, pixels, memory_format):
-    """Rows of one size and memory format, if the model has convolutions to mind it: eager, and on a GPU as a graph."""
-    denoiser, twin = build(options)
-    if memory_format != "contiguous_format" and "UNet2D" not in type(denoiser).__name__:
-        return []
-    layout = getattr(torch, memory_format)
+def cases(options, denoiser):
+    """[(memory format, attention of the unpatched, kernels)], the plainest first; formats matter to convolutions."""
+    formats = ["contiguous_format", "channels_last"] if "UNet2D" in type(denoiser).__name__ else ["contiguous_format"]
+    return [(fmt, way, kernels) for way, fmt, kernels in itertools.product(options.attention, formats, options.kernels)]
+
+
+@contextlib.contextmanager
+def attending(way, device):
+    """Within it torch's attention is computed by a backend, "cudnn" say, which a CPU does not have."""
+    with sdpa_kernel(BACKENDS[way]) if way != "default" and device == "cuda" else contextlib.nullcontext():
+        yield
+
+
+def compiled(twin, way):
+    """What to call in place of the unpatched denoiser."""
+    if way == "blocks":
+        twin.compile_repeated_blocks(fullgraph=True)
+    return torch.compile(twin, mode="max-autotune-no-cudagraphs") if way == "whole" else twin
+
+
+def rows(options, built, given, case):
+    """Yields the rows of one case: launched from Python, on a GPU both replayed from graphs, and with `graphs=True`."""
+    (denoiser, twin), (memory_format, attention, kernels) = built, case
     for module in (denoiser, twin):
-        module.to(memory_format=layout)
-    given = inputs(options, denoiser, pixels)
-    runtime = asyncdiff_fast.patch(denoiser, kernels=options.kernels)
-    calls = [lambda module=module: module(**given)[0] for module in (twin, denoiser)]
-    # The first call measures and chooses; the caches of both are warm after it.
-    exact, fused = (call() for call in calls)
-    common = {
-        "model": "tiny" if options.tiny else options.model,
-        "latents": list(given[next(n for n in ("sample", "hidden_states") if n in given)].shape),
-        "dtype": str(denoiser.dtype).removeprefix("torch."),
-        "memory_format": memory_format,
-        "relative_difference": ((fused - exact).abs().max() / exact.abs().max()).item(),
-        "kernels": runtime.stats()["kernels"],
-    }
-    made = [{**common, "mode": "eager", **compare(options, *calls)}]
-    if options.device == "cuda":
-        graphs = [captured(call)[0] for call in calls]
-        made.append({**common, "mode": "graph", **compare(options, *graphs)})
-    asyncdiff_fast.unpatch(denoiser)
-    return made
+        module.to(memory_format=getattr(torch, memory_format))
+
+    def plain():
+        with attending(attention, options.device):
+            return compiled_twin(**given)[0]
+
+    compiled_twin = compiled(twin, options.compile)
+    calls = [plain, lambda: denoiser(**given)[0]]
+    with patched(denoiser, kernels=kernels) as runtime:
+        # The first call measures and chooses; the caches of both are warm after it.
+        exact, fused = (call() for call in calls)
+        common = {
+            "model": "tiny" if options.tiny else options.model,
+            "latents": list(given[next(n for n in ("sample", "hidden_states") if n in given)].shape),
+            "dtype": str(denoiser.dtype).removeprefix("torch."),
+            "memory_format": memory_format,
+            "attention": attention,
+            "compiled": options.compile,
+            "relative_difference": ((fused - exact).abs().max() / exact.abs().max()).item(),
+        }
+        yield {**common, "mode": "eager", **compare(options, *calls), "kernels": runtime.stats()["kernels"]}
+        if options.device == "cuda":
+            graphs = [captured(call)[0] for call in calls]
+            yield {**common, "mode": "graph", **compare(options, *graphs), "kernels": runtime.stats()["kernels"]}
+        if options.profile:
+            show_profile(calls[1], options.device)
+    with patched(denoiser, kernels=kernels, graphs=True) as runtime:
+        # The first call is launched, the second captured.
+        for _ in range(2):
+            calls[1]()
+        yield {**common, "mode": "graphs=True", **compare(options, *calls), "kernels": runtime.stats()["kernels"]}
+
+
+@contextlib.contextmanager
+def patched(denoiser, **options):
+    """The runtime of a denoiser that is patched meanwhile."""
+    runtime = asyncdiff_fast.patch(denoiser, **options)
+    try:
+        yield runtime
+    finally:
+        asyncdiff_fast.unpatch(denoiser)
+
+
+def show_profile(call, device):
+    """Print the 25 kernels, or ops, in which a call spends most of its time."""
+    with torch.profiler.profile() as profile:
+        call()
+        if device == "cuda":
+            torch.cuda.synchronize()
+    key = "self_cuda_time_total" if device == "cuda" else "self_cpu_time_total"
+    print(profile.key_averages().table(sort_by=key, row_limit=25, max_name_column_width=60), flush=True)
+
+
+def told(row):
+    """A row in one line."""
+    ms = [f"{1e3 * row[way]['median_s']:.2f}" for way in ("unpatched", "patched")]
+    what = [row[name] for name in ("model", "memory_format", "attention", "compiled", "mode")]
+    return f"ROW {' '.join(what)} kernels={row['kernels']['mode']}: {ms[0]} -> {ms[1]} ms, {row['speedup']:.2f}x"
 
 
 @torch.no_grad()
 def main(argv):
-    options = parse(argv)
+    options, failed = parse(argv), 0
+    built = build(options)
     for pixels in options.pixels or [None]:
-        for memory_format in ("contiguous_format", "channels_last"):
-            for row in rows(options, pixels, memory_format):
-                if options.save:
-                    measure.write_row("single_device", row)
-                print(json.dumps(row), flush=True)
-    return 0
+        given = inputs(options, built[0], pixels)
+        for case in cases(options, built[0]):
+            if measure.left_s() < LEAST_S:
+                print(f"left out: {pixels or ''} {case}", file=sys.stderr, flush=True)
+                continue
+            try:
+                for row in rows(options, built, given, case):
+                    if options.save:
+                        measure.write_row("single_device", row)
+                    print(json.dumps(row), flush=True)
+                    print(told(row), file=sys.stderr, flush=True)
+            except Exception as error:
+                # One case that fails must not cost the others their rows.
+                failed += 1
+                print(f"FAILED {case}: {type(error).__name__}: {error}"[:600], file=sys.stderr, flush=True)
+    return min(1, failed)
 
 
 if __name__ == "__main__":

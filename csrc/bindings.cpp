@@ -30,9 +30,23 @@ std::vector<Message> messages(const std::vector<Listed>& sends, const std::vecto
   return all;
 }
 
+// Messages quote libraries and systems, whose texts need not be UTF-8.
+py::str text(const std::string& bytes) {
+  return py::reinterpret_steal<py::str>(
+      PyUnicode_DecodeUTF8(bytes.data(), static_cast<Py_ssize_t>(bytes.size()), "backslashreplace"));
+}
+
+// To end a channel joins a thread and may wait for NCCL.
+struct EndsUnlocked {
+  void operator()(Channel* channel) const {
+    py::gil_scoped_release unlocked;
+    delete channel;
+  }
+};
+
 py::dict statistics(const Statistics& s) {
   py::dict by_slot;
-  for (const auto& [name, us] : s.wait_us_by_slot) by_slot[py::str(name)] = us;
+  for (const auto& [name, us] : s.wait_us_by_slot) by_slot[text(name)] = us;
   using namespace py::literals;
   return py::dict("posts"_a = s.posts, "sent_bytes"_a = s.sent_bytes, "post_us"_a = s.post_us, "wait_us"_a = s.wait_us,
                   "waits_elided"_a = s.waits_elided, "wait_us_by_slot"_a = by_slot);
@@ -76,13 +90,12 @@ py::dict nccl_abi() {
 #define ADF_FUNCTION(name, result, arguments) puts_functions[#name] = #arguments;
   ADF_NCCL_PUTS_FUNCTIONS(ADF_FUNCTION)
 #undef ADF_FUNCTION
-  return py::dict("config"_a = fields, "config_bytes"_a = sizeof(NcclConfig),
-                  "unique_id_bytes"_a = sizeof(NcclUniqueId), "magic"_a = kNcclMagic, "undefined"_a = kNcclUndefined,
-                  "ncclSuccess"_a = kNcclSuccess, "ncclInProgress"_a = kNcclInProgress, "ncclInt8"_a = kNcclInt8,
-                  "functions"_a = functions, "puts_functions"_a = puts_functions, "awaited"_a = awaited,
-                  "awaited_bytes"_a = sizeof(NcclWaitSignalDesc), "puts_since"_a = kNcclPutsSince,
-                  "NCCL_WIN_COLL_SYMMETRIC"_a = kNcclWindowCollSymmetric,
-                  "NCCL_WIN_REQUIRED_ALIGNMENT"_a = kNcclWindowAlignment);
+  return py::dict(
+      "config"_a = fields, "config_bytes"_a = sizeof(NcclConfig), "unique_id_bytes"_a = sizeof(NcclUniqueId),
+      "magic"_a = kNcclMagic, "undefined"_a = kNcclUndefined, "ncclSuccess"_a = kNcclSuccess, "ncclInt8"_a = kNcclInt8,
+      "functions"_a = functions, "puts_functions"_a = puts_functions, "awaited"_a = awaited,
+      "awaited_bytes"_a = sizeof(NcclWaitSignalDesc), "puts_since"_a = kNcclPutsSince,
+      "NCCL_WIN_COLL_SYMMETRIC"_a = kNcclWindowCollSymmetric, "NCCL_WIN_REQUIRED_ALIGNMENT"_a = kNcclWindowAlignment);
 }
 
 void bind_nccl(py::module_& m) {
@@ -130,7 +143,7 @@ void bind_shm(py::module_& m) {
 }
 
 void bind_channel(py::module_& m) {
-  py::class_<Channel>(m, "Channel", py::module_local())
+  py::class_<Channel, std::unique_ptr<Channel, EndsUnlocked>>(m, "Channel", py::module_local())
       .def(py::init<std::shared_ptr<Transport>, double, std::vector<int>, bool>(), py::arg("transport"),
            py::arg("timeout_s") = 30.0, py::arg("pids") = std::vector<int>(), py::arg("pidfd") = true)
       .def(
@@ -155,7 +168,11 @@ void bind_channel(py::module_& m) {
       .def("report", &Channel::report, Unlocked(), py::arg("reason"))
       .def("leave", &Channel::leave, Unlocked(), py::arg("reason"))
       .def("mark_left", &Channel::mark_left, py::arg("rank"))
-      .def("broken", &Channel::broken)
+      .def("broken",
+           [](const Channel& c) -> py::object {
+             const auto reason = c.broken();
+             return reason ? py::object(text(*reason)) : py::none();
+           })
       .def("stats", [](const Channel& c) { return statistics(c.stats()); })
       .def("clear_stats", &Channel::clear_stats)
       .def("history",
@@ -181,7 +198,7 @@ PYBIND11_MODULE(_C, m) {
     try {
       if (thrown) std::rethrow_exception(thrown);
     } catch (const ExchangeError& e) {
-      PyErr_SetString(error, e.what());
+      PyErr_SetObject(error, text(e.what()).ptr());
     }
   });
   py::class_<Transport, std::shared_ptr<Transport>>(m, "Transport", py::module_local());

@@ -26,11 +26,12 @@ Channel::Channel(std::shared_ptr<Transport> transport, double timeout_s, std::ve
   if (!pids.empty() && static_cast<int>(pids.size()) != transport_->size()) {
     throw std::invalid_argument("pids must have one entry for each rank, or none");
   }
-  watchdog_ = std::make_unique<Watchdog>(pids_, use_pidfd, [this](const std::vector<int>& ended) { look(ended); });
+  watchdog_ = std::make_unique<Watchdog>(
+      pids_, use_pidfd, [this] { transport_->watched(); }, [this](const std::vector<int>& ended) { look(ended); });
 }
 
 Channel::~Channel() {
-  if (forks.load() != fork_count_) {
+  if (forked()) {
     // In a forked child there are no threads to join and nothing to tell the peers of.
     watchdog_.release();
     new std::shared_ptr<Transport>(std::move(transport_));
@@ -80,6 +81,8 @@ int Channel::add(const std::string& name, std::vector<Message> messages, int dep
   slot->messages = std::move(messages);
   transport_->attach(slot.get());
   grow_history(slot->marks.size());
+  // Others may be counting what slots have waited for.
+  std::lock_guard<std::mutex> lock(mutex_);
   slots_.push_back(std::move(slot));
   return static_cast<int>(slots_.size()) - 1;
 }
@@ -96,8 +99,10 @@ void Channel::grow_history(size_t marks) {
   history_ = std::move(larger);
 }
 
+bool Channel::forked() const { return forks.load(std::memory_order_relaxed) != fork_count_; }
+
 void Channel::enter() {
-  if (forks.load(std::memory_order_relaxed) != fork_count_) {
+  if (forked()) {
     throw ExchangeError("the exchange does not survive fork(): start processes with spawn, or patch in the child");
   }
   if (transport_->health().broken()) raise();
@@ -231,7 +236,7 @@ void Channel::drain(const std::vector<int>& slots) {
 }
 
 void Channel::close(double patience_s) {
-  if (forks.load() != fork_count_ || closed_) return;
+  if (forked() || closed_) return;
   const auto patience =
       Clock::now() + std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(patience_s));
   try {

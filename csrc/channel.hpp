@@ -49,7 +49,7 @@ class Channel {
   void check();
   void abort(const std::string& reason);
   // As abort, when another has said so.
-  void report(const std::string& reason) { fail(reason); }
+  void report(const std::string& reason);
   // This rank posts no more; others go on until they need it.
   void leave(const std::string& reason);
   // A rank that leaves tells the others where its transport cannot.
@@ -90,6 +90,8 @@ class Channel {
   const Slot& at(int slot) const;
   Slot& at(int slot) { return const_cast<Slot&>(static_cast<const Channel*>(this)->at(slot)); }
   std::vector<const Group*> groups(const std::vector<int>& slots) const;
+  // A child of the process that made this channel: it must not touch what it shares with other ranks.
+  bool forked() const;
   void enter();
   void grow_history(size_t marks);
   void guard_order(const Slot& slot, Phase* phase);
@@ -101,8 +103,8 @@ class Channel {
   std::string place(const Slot& slot, uint64_t epoch) const;
   std::string late(const Slot& slot, uint64_t epoch, double waited_s) const;
   [[noreturn]] void raise();
-  void fail(const std::string& reason) noexcept;
-  void look(const std::vector<int>& ended) noexcept;
+  void fail(const std::string& reason);
+  void look(const std::vector<int>& ended);
   std::optional<std::string> lost_peer(const std::vector<int>& ended);
   std::optional<std::string> standstill();
 

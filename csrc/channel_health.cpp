@@ -30,11 +30,17 @@ std::string list(const std::vector<int>& ranks) {
 void Channel::check() { enter(); }
 
 void Channel::abort(const std::string& reason) {
+  if (forked()) return;
   fail(reason);
   told_ = true;
 }
 
+void Channel::report(const std::string& reason) {
+  if (!forked()) fail(reason);
+}
+
 void Channel::leave(const std::string& reason) {
+  if (forked()) return;
   if (!transport_->health().fail("rank " + std::to_string(transport_->rank()) + " has left the exchange: " + reason)) {
     return;
   }
@@ -43,6 +49,7 @@ void Channel::leave(const std::string& reason) {
 }
 
 void Channel::mark_left(int rank) {
+  if (forked()) return;
   std::lock_guard<std::mutex> lock(mutex_);
   left_.at(rank) = true;
 }
@@ -107,20 +114,21 @@ std::string Channel::late(const Slot& slot, uint64_t epoch, double waited_s) con
          number(timeout_s_) + ")";
 }
 
-void Channel::fail(const std::string& reason) noexcept {
+void Channel::fail(const std::string& reason) {
   if (transport_->health().fail(reason)) transport_->abort(reason);
 }
 
-void Channel::look(const std::vector<int>& ended) noexcept {
+void Channel::look(const std::vector<int>& ended) {
   if (transport_->health().broken()) return;
+  std::optional<std::string> reason;
   try {
     transport_->inspect();
-    std::optional<std::string> reason = lost_peer(ended);
+    reason = lost_peer(ended);
     if (!reason) reason = standstill();
-    if (reason) fail(*reason);
   } catch (const std::exception& error) {
-    fail("rank " + std::to_string(transport_->rank()) + ": " + error.what());
+    reason = "rank " + std::to_string(transport_->rank()) + ": " + error.what();
   }
+  if (reason) fail(*reason);
 }
 
 std::optional<std::string> Channel::lost_peer(const std::vector<int>& ended) {

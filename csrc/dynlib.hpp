@@ -19,11 +19,14 @@ using NcclWindow = void*;
 
 constexpr int kCuSuccess = 0;
 constexpr int kCuNotReady = 600;
+// What an enquiry answers while its event or another thread's stream is captured: nothing is known, nothing is broken.
+constexpr int kCuFirstCaptureError = 900;
+constexpr int kCuLastCaptureError = 908;
+constexpr int kCuCaptureRelaxed = 2;
 constexpr unsigned kCuStreamNonBlocking = 1;
 constexpr unsigned kCuEventDisableTiming = 2;
 
 constexpr int kNcclSuccess = 0;
-constexpr int kNcclInProgress = 7;
 constexpr int kNcclInt8 = 0;
 constexpr int kNcclUndefined = INT_MIN;
 constexpr unsigned kNcclMagic = 0xcafebeef;
@@ -95,6 +98,7 @@ struct NcclConfig {
   X(cuEventRecord, int, (CuEvent, CuStream))                             \
   X(cuEventQuery, int, (CuEvent))                                        \
   X(cuEventDestroy_v2, int, (CuEvent))                                   \
+  X(cuThreadExchangeStreamCaptureMode, int, (int*))                      \
   X(cuGetErrorString, int, (int, const char**))
 
 #define ADF_NCCL_FUNCTIONS(X)                                                      \

@@ -14,7 +14,6 @@ namespace {
 constexpr size_t kAlignment = 512;
 // How long the end of a lane waits for what may never end.
 constexpr auto kPatience = std::chrono::seconds(1);
-constexpr auto kPoll = std::chrono::microseconds(50);
 
 size_t aligned(size_t bytes, size_t alignment = kAlignment) { return (bytes + alignment - 1) / alignment * alignment; }
 
@@ -124,25 +123,22 @@ NcclPutsTransport::Plan NcclPutsTransport::plan(const Group& group, size_t* own,
 }
 
 std::shared_ptr<NcclPutsTransport::Window> NcclPutsTransport::make_window(size_t bytes) {
-  // NCCL does one thing at a time.
-  if (!windows_.empty()) settle_window(windows_.back().get());
   auto window = std::make_shared<Window>();
   void* memory = nullptr;
-  nccl(libraries_->ncclMemAlloc(&memory, bytes), "ncclMemAlloc");
+  const Entered entered(*libraries_, context());
+  check_nccl(*libraries_, libraries_->ncclMemAlloc(&memory, bytes), "ncclMemAlloc");
   window->memory = static_cast<char*>(memory);
   windows_.push_back(window);
-  // Not `issue`: the others may come to this only after this rank has gone on.
-  start("ncclCommWindowRegister", [&](NcclComm comm) {
-    return libraries_->ncclCommWindowRegister(comm, memory, bytes, &window->handle, kNcclWindowCollSymmetric);
+  // The others may come to this only after this rank has gone on.
+  begin_aside("ncclCommWindowRegister", [lib = libraries_, window, bytes](NcclComm* comm) {
+    return lib->ncclCommWindowRegister(*comm, window->memory, bytes, &window->handle, kNcclWindowCollSymmetric);
   });
   return window;
 }
 
-void NcclPutsTransport::settle_window(Window* window) {
-  if (window->registered) return;
+void NcclPutsTransport::settle_window(const Window& window) {
   settle("ncclCommWindowRegister");
-  if (window->handle == nullptr) throw ExchangeError("NCCL has registered no window: these devices cannot have one");
-  window->registered = true;
+  if (window.handle == nullptr) throw ExchangeError("NCCL has registered no window: these devices cannot have one");
 }
 
 void NcclPutsTransport::copy(char* target, const char* source, size_t bytes) {
@@ -172,7 +168,7 @@ void NcclPutsTransport::move(const Group& group, uint64_t epoch) {
   const auto found = plans_.find(&group);
   if (found == plans_.end()) throw ExchangeError("slot '" + group.name + "' lies in no window");
   Plan& plan = found->second;
-  settle_window(plan.window.get());
+  settle_window(*plan.window);
   char* const memory = plan.window->memory;
   const size_t turn = epoch % group.depth, place = epoch % kPlaces;
   for (const Put& x : plan.puts) {
@@ -209,45 +205,38 @@ void NcclPutsTransport::detach(Group* group) {
   if (found == plans_.end()) return;
   const auto window = found->second.window;
   plans_.erase(found);
-  // One here, one in the list: the last group has gone. All that was put into it has been waited for by its post.
-  if (window.use_count() == 2) forget(window);
+  // Once its last group has gone. All that was put into it has been waited for by its post.
+  if (std::none_of(plans_.begin(), plans_.end(), [&](const auto& plan) { return plan.second.window == window; })) {
+    forget(window);
+  }
 }
 
 void NcclPutsTransport::forget(const std::shared_ptr<Window>& window) {
-  settle_window(window.get());
+  settle_window(*window);
   issue("ncclCommWindowDeregister",
         [&](NcclComm comm) { return libraries_->ncclCommWindowDeregister(comm, window->handle); });
-  nccl(libraries_->ncclMemFree(window->memory), "ncclMemFree");
+  check_nccl(*libraries_, libraries_->ncclMemFree(window->memory), "ncclMemFree");
   windows_.erase(std::find(windows_.begin(), windows_.end(), window));
 }
 
 void NcclPutsTransport::close() {
   if (windows_.empty()) return NcclTransport::close();
-  libraries_->cuCtxSetCurrent(context());
+  const Entered entered(*libraries_, context());
   const bool whole = !health().broken() && !gone();
-  // While others have yet to register, nothing but an abort ends the communicator.
-  if (whole && async_error() == kNcclInProgress) abort("closed while a window was being registered");
+  // While others have yet to register, the communicator is left to the call that waits for them.
+  if (whole && !settled()) abort("closed while a window was being registered");
   while (whole && !gone() && !windows_.empty()) forget(std::shared_ptr<Window>(windows_.back()));
   NcclTransport::close();
   // What still copies may do so: its memory is left to the end of the process.
-  const bool over = windows_.empty() || (!stuck_ && idle());
+  const bool over = windows_.empty() || (!stuck_ && settled() && run_dry());
   for (const auto& window : windows_) {
     if (over) libraries_->ncclMemFree(window->memory);
   }
   windows_.clear();
 }
 
-bool NcclPutsTransport::idle() const {
-  const auto deadline = Clock::now() + kPatience;
-  while (libraries_->cuStreamQuery(stream()) == kCuNotReady) {
-    if (Clock::now() > deadline) return false;
-    std::this_thread::sleep_for(kPoll);
-  }
-  return true;
-}
-
 // A stream that waits for a signal looks at memory alone and sees no abort, and NCCL may wait for the stream.
-void NcclPutsTransport::end(NcclComm comm) noexcept {
+void NcclPutsTransport::end(NcclComm comm) {
   try {
     std::promise<void> ended;
     auto over = ended.get_future();

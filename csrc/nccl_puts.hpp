@@ -36,9 +36,8 @@ class NcclPutsTransport final : public NcclTransport {
 
   struct Window {
     char* memory = nullptr;
+    // There once all ranks have registered their part.
     NcclWindow handle = nullptr;
-    // The handle is there once the communicator says so, after all ranks have registered.
-    bool registered = false;
   };
   struct Put {
     const Message* message;
@@ -75,13 +74,12 @@ class NcclPutsTransport final : public NcclTransport {
   };
 
   void move(const Group& group, uint64_t epoch) override;
-  void end(NcclComm comm) noexcept override;
+  void end(NcclComm comm) override;
 
   Plan plan(const Group& group, size_t* own, std::vector<size_t>* here, std::vector<size_t>* there) const;
   std::shared_ptr<Window> make_window(size_t bytes);
-  void settle_window(Window* window);
+  void settle_window(const Window& window);
   void forget(const std::shared_ptr<Window>& window);
-  bool idle() const;
   void copy(char* target, const char* source, size_t bytes);
   void need(int peer, uint64_t number);
   void wait_for_signals();

@@ -12,7 +12,7 @@ namespace {
 // might run dry; without a limit nobody could tell which of them it stands at.
 constexpr int kMarks = 8;
 constexpr auto kPoll = std::chrono::microseconds(50);
-// An abort that cannot get the communicator to itself goes ahead all the same: whoever holds it is stuck inside NCCL.
+// How long an abort waits to have the communicator to itself, and the end of a lane for what may never end.
 constexpr auto kAbortPatience = std::chrono::seconds(1);
 
 CuStream handle(Stream stream) { return reinterpret_cast<CuStream>(stream); }
@@ -24,6 +24,14 @@ std::string seconds(double s) {
 }
 }  // namespace
 
+void check_nccl(const Libraries& libraries, int result, const char* what) {
+  if (result == kNcclSuccess) return;
+  std::string message = std::string(what) + ": " + libraries.ncclGetErrorString(result);
+  const char* last = libraries.ncclGetLastError(nullptr);
+  if (last != nullptr && *last != '\0') message += std::string(" (") + last + ")";
+  throw ExchangeError(message);
+}
+
 NcclTransport::NcclTransport(std::shared_ptr<const Libraries> libraries, const std::string& unique_id, int rank,
                              int size, const NcclOptions& options)
     : Transport(rank, size), libraries_(std::move(libraries)), options_(options) {
@@ -31,13 +39,27 @@ NcclTransport::NcclTransport(std::shared_ptr<const Libraries> libraries, const s
   if (unique_id.size() != sizeof id.internal) throw std::invalid_argument("a unique id of NCCL has 128 bytes");
   memcpy(id.internal, unique_id.data(), sizeof id.internal);
   start_stream();
-  NcclConfig settings = config();
-  try {
-    nccl(libraries_->ncclCommInitRankConfig(&comm_, size, id, rank, &settings), "ncclCommInitRankConfig");
-  } catch (...) {
-    free_driver_objects();
-    throw;
-  }
+  begin_aside("ncclCommInitRankConfig",
+              [lib = libraries_, id, rank, size, settings = config()](NcclComm* comm) mutable {
+                return lib->ncclCommInitRankConfig(comm, size, id, rank, &settings);
+              });
+}
+
+void NcclTransport::begin_aside(const char* what, std::function<int(NcclComm*)> call) {
+  aside_.begin([lib = libraries_, comm = comm_, device = context_, what, call = std::move(call)] {
+    std::lock_guard<std::mutex> lock(comm->mutex);
+    if (comm->gone) return;
+    lib->cuCtxSetCurrent(device);
+    comm->aside = true;
+    const int result = call(&comm->handle);
+    comm->aside = false;
+    if (comm->gone && comm->handle != nullptr) {
+      lib->ncclCommAbort(comm->handle);
+      comm->handle = nullptr;
+    } else {
+      check_nccl(*lib, result, what);
+    }
+  });
 }
 
 void NcclTransport::start_stream() {
@@ -52,7 +74,7 @@ void NcclTransport::start_stream() {
 
 NcclConfig NcclTransport::config() const {
   NcclConfig settings;
-  settings.blocking = 0;
+  settings.blocking = 1;
   settings.commName = "asyncdiff_fast";
   settings.maxCTAs = options_.max_ctas;
   settings.CTAPolicy = options_.cta_policy;
@@ -65,7 +87,9 @@ NcclTransport::~NcclTransport() {
 }
 
 void NcclTransport::free_driver_objects() {
-  libraries_->cuCtxSetCurrent(context_);
+  // A call that is stuck aside may have its work on them.
+  if (!settled()) return;
+  const Entered entered(*libraries_, context_);
   for (const Mark& m : marks_) {
     if (m.ready != nullptr) libraries_->cuEventDestroy_v2(m.ready);
     if (m.done != nullptr) libraries_->cuEventDestroy_v2(m.done);
@@ -74,10 +98,8 @@ void NcclTransport::free_driver_objects() {
 }
 
 bool NcclTransport::ready() {
-  if (gone_) throw ExchangeError("the NCCL communicator is closed");
-  const int result = async_error();
-  if (result == kNcclSuccess) return true;
-  if (result != kNcclInProgress) nccl(result, "connecting by NCCL");
+  if (gone()) throw ExchangeError("the NCCL communicator is closed");
+  if (aside_.settled()) return true;
   if (Clock::now() - began_ > std::chrono::duration<double>(options_.timeout_s)) {
     abort("not connected");
     throw ExchangeError("rank " + std::to_string(rank()) + " waited " + seconds(options_.timeout_s) +
@@ -99,29 +121,11 @@ void NcclTransport::cuda(int result, const char* what) const {
   throw ExchangeError(std::string(what) + ": " + (text != nullptr ? text : std::to_string(result)));
 }
 
-void NcclTransport::nccl(int result, const char* what) {
-  if (result == kNcclSuccess || result == kNcclInProgress) return;
-  std::string message = std::string(what) + ": " + libraries_->ncclGetErrorString(result);
-  const char* last = libraries_->ncclGetLastError(nullptr);
-  if (last != nullptr && *last != '\0') message += std::string(" (") + last + ")";
-  throw ExchangeError(message);
-}
-
-int NcclTransport::async_error() {
-  std::lock_guard<std::mutex> lock(comm_mutex_);
-  if (gone_ || comm_ == nullptr) return kNcclSuccess;
-  int result = kNcclSuccess;
-  nccl(libraries_->ncclCommGetAsyncError(comm_, &result), "ncclCommGetAsyncError");
-  return result;
-}
-
-// The first group with a peer connects to it in the background; until then its operations are not on the stream.
 void NcclTransport::settle(const char* what) {
+  if (aside_.settled()) return;
   const auto deadline = Clock::now() + std::chrono::duration<double>(options_.timeout_s);
-  for (;;) {
-    const int result = async_error();
-    if (gone_) throw ExchangeError("the NCCL communicator is closed");
-    if (result != kNcclInProgress) return nccl(result, what);
+  while (!aside_.settled()) {
+    if (gone()) throw ExchangeError("the NCCL communicator is closed");
     if (Clock::now() > deadline) {
       throw ExchangeError(std::string(what) + ": NCCL found no connection in " + seconds(options_.timeout_s));
     }
@@ -129,7 +133,29 @@ void NcclTransport::settle(const char* what) {
   }
 }
 
+// An empty message each way: the first group with a peer connects to it, which takes both.
+void NcclTransport::open(const std::vector<const Group*>& groups, const std::vector<std::vector<size_t>>&) {
+  std::vector<Message> first;
+  for (const Group* group : groups) {
+    for (const Message& x : group->messages) {
+      if (connected_.insert({x.peer, x.sends}).second) first.push_back(x);
+    }
+  }
+  if (first.empty()) return;
+  begin_aside("connecting to peers", [lib = libraries_, first = std::move(first), stream = stream_](NcclComm* comm) {
+    int result = lib->ncclGroupStart();
+    for (const Message& x : first) {
+      const int one = x.sends ? lib->ncclSend(x.buffers[0], 0, kNcclInt8, x.peer, *comm, stream)
+                              : lib->ncclRecv(x.buffers[0], 0, kNcclInt8, x.peer, *comm, stream);
+      if (one != kNcclSuccess) result = one;
+    }
+    const int ended = lib->ncclGroupEnd();
+    return result == kNcclSuccess ? ended : result;
+  });
+}
+
 void NcclTransport::attach(Group* group) {
+  const Entered entered(*libraries_, context_);
   std::lock_guard<std::mutex> lock(marks_mutex_);
   for (int i = 0; i < std::max(group->depth, kMarks); ++i) {
     if (!free_marks_.empty()) {
@@ -157,6 +183,7 @@ const NcclTransport::Mark& NcclTransport::mark(const Group& group, uint64_t epoc
 
 void NcclTransport::submit(const Group& group, uint64_t epoch, Stream stream) {
   const Libraries& lib = *libraries_;
+  const Entered entered(lib, context_);
   const Mark& m = mark(group, epoch);
   cuda(lib.cuEventRecord(m.ready, handle(stream)), "cuEventRecord");
   // `ready` keeps this lane behind whoever wrote what is sent, and behind whoever read what is received over.
@@ -187,7 +214,7 @@ bool NcclTransport::order(const Group& group, uint64_t epoch, Stream stream, Clo
 
 bool NcclTransport::done(CuEvent event) const {
   const int result = libraries_->cuEventQuery(event);
-  if (result == kCuNotReady) return false;
+  if (result == kCuNotReady || (result >= kCuFirstCaptureError && result <= kCuLastCaptureError)) return false;
   cuda(result, "cuEventQuery");
   return true;
 }
@@ -205,7 +232,7 @@ bool NcclTransport::finish(const Group& group, uint64_t epoch, Clock::time_point
 State NcclTransport::state(const Group& group, uint64_t epoch) {
   std::lock_guard<std::mutex> lock(marks_mutex_);
   if (group.marks.empty()) return State::kDone;
-  libraries_->cuCtxSetCurrent(context_);
+  const Entered entered(*libraries_, context_);
   const Mark& m = mark(group, epoch);
   if (done(m.done)) return State::kDone;
   return done(m.ready) ? State::kRunning : State::kQueued;
@@ -219,27 +246,55 @@ std::vector<int> NcclTransport::missing(const Group& group, uint64_t) {
   return peers;
 }
 
-void NcclTransport::inspect() { nccl(async_error(), "NCCL"); }
+// To ask for an event breaks off a capture that another thread has begun in CUDA's strictest mode, which is torch's.
+void NcclTransport::watched() {
+  int mode = kCuCaptureRelaxed;
+  libraries_->cuThreadExchangeStreamCaptureMode(&mode);
+}
 
-void NcclTransport::abort(const std::string&) noexcept {
-  if (gone_.exchange(true) || comm_ == nullptr) return;
+void NcclTransport::inspect() {
+  std::unique_lock<std::mutex> lock(comm_->mutex, std::try_to_lock);
+  if (!lock.owns_lock() || gone() || comm_->handle == nullptr) return;
+  int result = kNcclSuccess;
+  check_nccl(*libraries_, libraries_->ncclCommGetAsyncError(comm_->handle, &result), "ncclCommGetAsyncError");
+  check_nccl(*libraries_, result, "NCCL");
+}
+
+// Whoever is inside a call aside ends the communicator when it comes back, if ever. A caller that is stuck in one of
+// its own can only be released by an abort.
+void NcclTransport::abort(const std::string&) {
+  if (comm_->gone.exchange(true)) return;
   const auto patience = Clock::now() + kAbortPatience;
-  std::unique_lock<std::mutex> lock(comm_mutex_, std::try_to_lock);
-  while (!lock.owns_lock() && Clock::now() < patience) {
+  std::unique_lock<std::mutex> lock(comm_->mutex, std::try_to_lock);
+  while (!lock.owns_lock() && !comm_->aside && Clock::now() < patience) {
     std::this_thread::sleep_for(kPoll);
     lock.try_lock();
   }
-  libraries_->cuCtxSetCurrent(context_);
-  end(comm_);
+  if ((!lock.owns_lock() && comm_->aside) || comm_->handle == nullptr) return;
+  const Entered entered(*libraries_, context_);
+  end(comm_->handle);
+  if (lock.owns_lock()) comm_->handle = nullptr;
+}
+
+bool NcclTransport::run_dry() const {
+  const auto deadline = Clock::now() + kAbortPatience;
+  while (libraries_->cuStreamQuery(stream_) == kCuNotReady) {
+    if (Clock::now() > deadline) return false;
+    std::this_thread::sleep_for(kPoll);
+  }
+  return true;
 }
 
 void NcclTransport::close() {
+  if (gone()) return;
   // To destroy a communicator waits for its operations, and nobody may be there to carry out the other half of them.
   if (health().broken()) return abort("closed after a failure");
-  std::lock_guard<std::mutex> lock(comm_mutex_);
-  if (gone_.exchange(true) || comm_ == nullptr) return;
+  const Entered entered(*libraries_, context_);
+  if (!settled() || !run_dry()) return abort("closed with messages under way");
+  std::lock_guard<std::mutex> lock(comm_->mutex);
+  if (comm_->gone.exchange(true) || comm_->handle == nullptr) return;
   // Not abort: a peer may still be reading what this rank has sent.
-  nccl(libraries_->ncclCommDestroy(comm_), "ncclCommDestroy");
+  check_nccl(*libraries_, libraries_->ncclCommDestroy(comm_->handle), "ncclCommDestroy");
 }
 
 }  // namespace adf

@@ -125,7 +125,7 @@ bool ShmTransport::receive_some(Line* line, Lock* lock) {
     const size_t piece = p.source != 0 ? 0 : std::min({p.bytes - p.moved, there, kPiece});
     if (large) lock->unlock();
     if (p.source != 0) {
-      whole = pull(p, pids_[line->peer], &error);
+      whole = pull(p, processes_[line->peer], &error);
     } else {
       read_ring(data, size, tail, p.buffer + p.moved, piece);
       whole = (p.moved += piece) == p.bytes;
@@ -165,21 +165,23 @@ void ShmTransport::check_header(const MessageHeader& header, const Pending& pend
 }
 
 // False if the exchange stopped meanwhile, the sender died (the watchdog names it), or with `error` set.
-bool ShmTransport::pull(const Pending& pending, pid_t pid, int* error) {
+bool ShmTransport::pull(const Pending& pending, const Process& sender, int* error) {
   size_t done = 0;
   while (done < pending.bytes) {
     if (stopping()) return false;
     const size_t piece = std::min(pending.bytes - done, kPull);
     iovec here{pending.buffer + done, piece};
     iovec there{reinterpret_cast<void*>(pending.source + done), piece};
-    const ssize_t got = process_vm_readv(pid, &here, 1, &there, 1, 0);
+    const ssize_t got = process_vm_readv(sender.pid(), &here, 1, &there, 1, 0);
     if (got <= 0) {
-      *error = errno == ESRCH ? 0 : errno;
+      const int found = errno;
+      *error = found == ESRCH || sender.ended() ? 0 : found;
       return false;
     }
     done += static_cast<size_t>(got);
   }
-  return true;
+  // Its number may have gone to another process meanwhile, whose memory this then was.
+  return !sender.ended();
 }
 
 void ShmTransport::complete(int mark) {

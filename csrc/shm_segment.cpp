@@ -7,10 +7,12 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <climits>
 #include <cstring>
-#include <string>
+#include <new>
+#include <thread>
 
 #include "errors.hpp"
 
@@ -18,6 +20,19 @@ namespace adf {
 namespace {
 
 constexpr auto kNap = std::chrono::microseconds(100);
+// What is written to `said`.
+enum : uint32_t { kNothing, kWriting, kWritten };
+
+// Processes share them; where one needed a lock, that would lie in one of them.
+static_assert(std::atomic<uint32_t>::is_always_lock_free && std::atomic<uint64_t>::is_always_lock_free);
+
+// The bytes of a text that fit into `most` without breaking a character.
+size_t fitting(const std::string& text, size_t most) {
+  size_t bytes = std::min(text.size(), most);
+  if (bytes == text.size()) return bytes;
+  while (bytes > 0 && (static_cast<unsigned char>(text[bytes]) & 0xc0) == 0x80) --bytes;
+  return bytes;
+}
 
 [[noreturn]] void fail(const std::string& what) {
   throw ExchangeError("shared memory between ranks: " + what + ": " + strerror(errno));
@@ -55,6 +70,22 @@ Segment::~Segment() {
   if (fd_ >= 0) ::close(fd_);
 }
 
+void Segment::say(const std::string& reason) {
+  uint32_t nothing = kNothing;
+  if (inbox().said.compare_exchange_strong(nothing, kWriting)) {
+    const size_t bytes = fitting(reason, sizeof inbox().reason - 1);
+    memcpy(inbox().reason, reason.data(), bytes);
+    inbox().reason[bytes] = '\0';
+    inbox().said.store(kWritten, std::memory_order_release);
+  }
+  // Another thread may be at it: whoever has said something may tell others to read it.
+  while (inbox().said.load(std::memory_order_acquire) != kWritten) std::this_thread::yield();
+}
+
+std::string Segment::said() const {
+  return inbox().said.load(std::memory_order_acquire) == kWritten ? inbox().reason : "";
+}
+
 Ring& Segment::ring(int source) const {
   char* first = static_cast<char*>(memory_) + sizeof(Inbox);
   return *reinterpret_cast<Ring*>(first + static_cast<size_t>(source) * (sizeof(Ring) + ring_bytes_));
@@ -64,6 +95,8 @@ void Segment::create(int size, size_t ring_bytes, uint64_t token) {
   fd_ = static_cast<int>(syscall(SYS_memfd_create, "asyncdiff_fast", 1u /* MFD_CLOEXEC */));
   if (fd_ < 0) fail("memfd_create");
   map(fd_, size, ring_bytes);
+  new (memory_) Inbox{};
+  for (int source = 0; source < size; ++source) new (&ring(source)) Ring{};
   inbox().token = token;
   inbox().probe = reinterpret_cast<uint64_t>(&inbox().token);
 }

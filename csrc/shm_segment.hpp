@@ -9,6 +9,7 @@
 #include <chrono>
 #include <cstddef>
 #include <cstdint>
+#include <string>
 
 namespace adf {
 
@@ -53,7 +54,8 @@ struct Inbox {
   std::atomic<uint32_t> left;
   // The owner's buffers may be gone: what it announced and nobody has copied is lost.
   std::atomic<uint32_t> closed;
-  // Why the owner stopped the exchange.
+  // Why the owner stopped or left the exchange: written once, whole, see `Segment::say`.
+  std::atomic<uint32_t> said;
   char reason[2048];
   // The owner's calling thread and its progress thread sleep here.
   alignas(64) Bell caller;
@@ -71,6 +73,11 @@ class Segment {
   // An inbox of this process, or another's. Raises ExchangeError with the reason of the system.
   void create(int size, size_t ring_bytes, uint64_t token);
   void open(pid_t pid, int fd, int size, size_t ring_bytes, uint64_t token);
+
+  // The first reason stays. Cut, if need be, between two characters of its UTF-8. Read it after a flag that was set
+  // after it was said.
+  void say(const std::string& reason);
+  std::string said() const;
 
   Inbox& inbox() const { return *static_cast<Inbox*>(memory_); }
   Ring& ring(int source) const;

@@ -5,7 +5,6 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <cstring>
 
 namespace adf {
 namespace {
@@ -66,13 +65,14 @@ void ShmTransport::connect(const std::vector<std::pair<int, int>>& addresses) {
     throw std::invalid_argument("connect needs an address of each rank");
   Segment& mine = *segments_[rank()];
   for (int r = 0; r < size(); ++r) {
-    pids_.push_back(addresses[r].first);
+    processes_.emplace_back(addresses[r].first, true);
     if (r == rank()) continue;
     segments_[r]->open(addresses[r].first, addresses[r].second, size(), options_.ring_bytes, token_);
     uint64_t found = 0;
     iovec here{&found, sizeof found};
     iovec there{reinterpret_cast<void*>(segments_[r]->inbox().probe), sizeof found};
-    const bool readable = options_.direct && process_vm_readv(pids_[r], &here, 1, &there, 1, 0) == sizeof found;
+    const bool readable =
+        options_.direct && process_vm_readv(processes_[r].pid(), &here, 1, &there, 1, 0) == sizeof found;
     mine.ring(r).readable = readable && found == token_;
     lines_.push_back({r, true, segments_[r].get(), rank(), {}, {}});
     lines_.push_back({r, false, &mine, r, {}, {}});
@@ -173,8 +173,7 @@ std::vector<int> ShmTransport::missing(const Group& group, uint64_t epoch) {
 void ShmTransport::inspect() {
   const uint32_t by = segments_[rank()]->inbox().stopped.load(std::memory_order_acquire);
   if (by > 0 && static_cast<int>(by) - 1 != rank()) {
-    throw ExchangeError("rank " + std::to_string(by - 1) +
-                        " stopped the exchange: " + segments_[by - 1]->inbox().reason);
+    throw ExchangeError("rank " + std::to_string(by - 1) + " stopped the exchange: " + segments_[by - 1]->said());
   }
   Lock lock(mutex_);
   for (const Line& line : lines_) {
@@ -192,24 +191,23 @@ void ShmTransport::inspect() {
 void ShmTransport::raise_left(const Pending& pending, int peer) const {
   throw ExchangeError("slot '" + pending.group->name + "' (exchange " + std::to_string(pending.epoch) +
                       ") waits for rank " + std::to_string(peer) +
-                      ", which has left the exchange: " + segments_[peer]->inbox().reason);
+                      ", which has left the exchange: " + segments_[peer]->said());
 }
 
 void ShmTransport::leave(const std::string& reason) {
   Inbox& mine = segments_[rank()]->inbox();
   if (left(rank())) return;
-  strncpy(mine.reason, reason.c_str(), sizeof mine.reason - 1);
+  segments_[rank()]->say(reason);
   mine.left.store(1, std::memory_order_release);
-  for (size_t r = 0; r < pids_.size(); ++r) segments_[r]->inbox().caller.ring();
+  for (size_t r = 0; r < processes_.size(); ++r) segments_[r]->inbox().caller.ring();
 }
 
 bool ShmTransport::left(int rank) { return segments_[rank]->inbox().left.load(std::memory_order_acquire) != 0; }
 
-void ShmTransport::abort(const std::string& reason) noexcept {
+void ShmTransport::abort(const std::string& reason) {
   if (aborted_.exchange(true)) return;
-  Inbox& mine = segments_[rank()]->inbox();
-  strncpy(mine.reason, reason.c_str(), sizeof mine.reason - 1);
-  for (size_t r = 0; r < pids_.size(); ++r) {
+  segments_[rank()]->say(reason);
+  for (size_t r = 0; r < processes_.size(); ++r) {
     Inbox& theirs = segments_[r]->inbox();
     uint32_t nobody = 0;
     theirs.stopped.compare_exchange_strong(nobody, static_cast<uint32_t>(rank()) + 1);
@@ -255,7 +253,7 @@ void ShmTransport::work() {
     bool moved = false;
     try {
       moved = !driving_ && !stopping() && ask_for_worker() && advance_all(&lock);
-    } catch (const ExchangeError& error) {
+    } catch (const std::exception& error) {
       const std::string reason = "rank " + std::to_string(rank()) + ": " + error.what();
       if (health().fail(reason)) abort(reason);
     }

@@ -13,6 +13,7 @@
 
 #include "shm_segment.hpp"
 #include "transport.hpp"
+#include "watchdog.hpp"
 
 namespace adf {
 
@@ -43,7 +44,7 @@ class ShmTransport final : public Transport {
   void inspect() override;
   void leave(const std::string& reason) override;
   bool left(int rank) override;
-  void abort(const std::string& reason) noexcept override;
+  void abort(const std::string& reason) override;
   void close() override;
 
  private:
@@ -87,7 +88,7 @@ class ShmTransport final : public Transport {
   bool receive_some(Line* line, Lock* lock);
   [[noreturn]] void raise_left(const Pending& pending, int peer) const;
   void check_header(const MessageHeader& header, const Pending& pending, int peer) const;
-  bool pull(const Pending& pending, pid_t pid, int* error);
+  bool pull(const Pending& pending, const Process& sender, int* error);
   bool wait_for(int mark, Lock* lock, Clock::time_point deadline);
   void complete(int mark);
   void notify(int peer, const std::atomic<uint32_t>& worker_waits);
@@ -100,7 +101,7 @@ class ShmTransport final : public Transport {
   ShmOptions options_;
   std::chrono::microseconds spin_;
   std::vector<std::unique_ptr<Segment>> segments_;
-  std::vector<pid_t> pids_;
+  std::vector<Process> processes_;
   // Guards everything below, but not the copying.
   std::mutex mutex_;
   std::deque<Line> lines_;

@@ -37,7 +37,7 @@ struct Group {
 enum class State { kQueued, kRunning, kDone };
 
 // One ordered lane of exchanges between `size` ranks. Called by one thread at a time, except for inspect, state, left
-// and abort, which a watchdog calls as well.
+// and abort, which a watchdog's thread calls as well, after `watched`.
 class Transport {
  public:
   Transport(int rank, int size) : rank_(rank), size_(size) {}
@@ -57,9 +57,10 @@ class Transport {
   virtual void attach(Group* group) = 0;
   virtual void detach(Group* group) = 0;
 
-  // Transports that write into their peers' memory need a window for the groups of a phase. `window`: how many bytes of
-  // it are for messages of each rank, and at this rank's own place for what it sends. `open` takes what all ranks say,
-  // by rank, and is collective; the window ends with its last group. Others need none, and say nothing.
+  // Before the first post of a phase, on all its ranks: `open` begins to connect to the peers of its groups, and does
+  // not wait for them. Transports that write into their peers' memory need a window for the groups. `window`: how many
+  // bytes of it are for messages of each rank, and at this rank's own place for what it sends. `open` takes what all
+  // ranks say, by rank; the window ends with its last group. Others need none, and say nothing.
   virtual std::vector<size_t> window(const std::vector<const Group*>&) const { return {}; }
   virtual void open(const std::vector<const Group*>&, const std::vector<std::vector<size_t>>&) {}
 
@@ -77,6 +78,9 @@ class Transport {
   // Peers that an unfinished epoch still waits for.
   virtual std::vector<int> missing(const Group& group, uint64_t epoch) = 0;
 
+  // The calling thread is a watchdog's: what it asks from now on must not disturb what other threads do.
+  virtual void watched() {}
+
   // Raises ExchangeError if the transport or another rank has failed meanwhile.
   virtual void inspect() = 0;
 
@@ -85,7 +89,7 @@ class Transport {
   virtual bool left(int) { return false; }
 
   // Tell every rank that can be told, and release whoever waits. May be called from any thread, and twice.
-  virtual void abort(const std::string& reason) noexcept = 0;
+  virtual void abort(const std::string& reason) = 0;
 
   // In good order, with nothing under way, or after abort.
   virtual void close() = 0;

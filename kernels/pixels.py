@@ -5,6 +5,7 @@ tensors, views of some rows and the permuted (batch, channels, frames, h, w) vie
 where they lie.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -28,10 +29,17 @@ class PixelView(NamedTuple):
 
 def pixel_view(x, name="x"):
     """The `PixelView` of (n, c, *spatial), one to three spatial sizes. Raises ValueError unless its rows are dense."""
-    if not 3 <= x.ndim <= 5:
-        raise ValueError(f"{name} must be (n, c, *spatial) with 1 to 3 spatial sizes: got shape {tuple(x.shape)}")
-    sizes = [*x.shape[:2], *[1] * (5 - x.ndim), *x.shape[2:]]
-    strides = [*x.stride()[:2], *[0] * (5 - x.ndim), *x.stride()[2:]]
+    return _pixel_view(x.shape, x.stride(), name)
+
+
+# A launch costs the host more than a small kernel takes: what follows from shapes and strides is worked out once.
+@functools.lru_cache(4096)
+def _pixel_view(shape, stride, name):
+    ndim = len(shape)
+    if not 3 <= ndim <= 5:
+        raise ValueError(f"{name} must be (n, c, *spatial) with 1 to 3 spatial sizes: got shape {tuple(shape)}")
+    sizes = [*shape[:2], *[1] * (5 - ndim), *shape[2:]]
+    strides = [*stride[:2], *[0] * (5 - ndim), *stride[2:]]
     # A stride along a size of 1 is never used; 0 keeps it from looking unaligned.
     stride_n, stride_c, stride_f, stride_h, stride_w = (
         s if size > 1 else 0 for s, size in zip(strides, sizes, strict=True)
@@ -39,12 +47,13 @@ def pixel_view(x, name="x"):
     height, width = sizes[3:]
     if height > 1 and width > 1 and stride_h != width * stride_w:
         raise ValueError(
-            f"{name} must have dense rows (stride of a row = width × stride of a pixel): got shape {tuple(x.shape)}, "
-            f"strides {x.stride()}; pass {name}.contiguous()"
+            f"{name} must have dense rows (stride of a row = width × stride of a pixel): got shape {tuple(shape)}, "
+            f"strides {stride}; pass {name}.contiguous()"
         )
     return PixelView(*sizes, stride_n, stride_c, stride_f, stride_w or stride_h)
 
 
+@functools.lru_cache(4096)
 def common_unit(*views):
     """8 where pixels are adjacent and the width and all other strides are multiples of 8, else 1; skips None.
 

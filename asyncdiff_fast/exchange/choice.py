@@ -29,17 +29,18 @@ _NAMES = {
 _logged = set()
 
 
-def open_exchange(world, device_type):
-    """The exchange of these ranks for tensors of one type of device. Collective.
+def open_exchange(world, device):
+    """The exchange of these ranks for tensors on a device of each, which need not be the current one. Collective.
 
     Raises: ExchangeError if ranks want different ways, or ASYNCDIFF_FAST_EXCHANGE=engine cannot be had.
     """
-    everyone = world.gather(_report(torch.device(device_type).type), "the way to exchange")
+    device = torch.device(device)
+    everyone = world.gather(_report(device.type), "the way to exchange")
     kind, why = choose(everyone)
     exchange = None
     while kind != "torch" and exchange is None:
         try:
-            exchange = open_engine(world, kind)
+            exchange = open_engine(world, kind, device)
         except Unavailable as error:
             if everyone[0]["wanted"] == "engine":
                 raise ExchangeError(f"{EXCHANGE_VARIABLE}=engine cannot be had: {error}") from error

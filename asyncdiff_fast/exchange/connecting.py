@@ -17,6 +17,10 @@ from .world import ExchangeError
 
 log = logging.getLogger(__name__)
 STORE_PERIOD_S = 0.25
+# NCCL's kernels hold so many processors of the GPU while they wait for a peer, by itself up to 32; a few megabytes need
+# no more. One rank has at most three exchanges: all that they wait with find room beside each other, so that no order
+# among them need be agreed on.
+MAX_CTAS = 4
 # How long the end of an exchange waits for a store that may have stopped with its host.
 LEAVING_S = 1.0
 
@@ -25,23 +29,31 @@ class Unavailable(RuntimeError):
     """The engine cannot be used by these ranks; the message names the first rank that failed, and why."""
 
 
-def open_engine(world, kind):
+def open_engine(world, kind, device):
     """The engine of these ranks by "nccl", "nccl-puts" or "shm". Collective. Raises: Unavailable, on all alike."""
     if kind != "shm":
-        return _connect_nccl(world, kind)
+        return _connect_nccl(world, kind, device)
     token = world.broadcast(secrets.randbits(63), "shared memory")
     made = []
     addresses = _together(world, "shared memory", lambda: made.append(_transport(world, token)) or made[0].address())
     _together(world, "connected memory", lambda: made[0].connect(addresses))
     pids = [0 if rank == world.rank else pid for rank, (pid, _) in enumerate(addresses)]
-    return engine.Engine(world, kind, engine._C.Channel(made[0], world.timeout_s, pids))
+    return engine.Engine(world, kind, device, engine._C.Channel(made[0], world.timeout_s, pids))
 
 
 def _transport(world, token):
     return engine._C.ShmTransport(world.rank, world.size, token)
 
 
-def _connect_nccl(world, kind):
+@contextlib.contextmanager
+def _current(device):
+    """Inside, a device and its context are the current ones of this thread."""
+    with torch.cuda.device(device):
+        torch.empty(1, device=device)
+        yield
+
+
+def _connect_nccl(world, kind, device):
     libraries = []
 
     def begin():
@@ -49,19 +61,20 @@ def _connect_nccl(world, kind):
         libraries[0].require_driver()
         if kind == "nccl-puts" and libraries[0].puts_missing:
             raise ExchangeError(libraries[0].puts_missing)
-        # Makes the device's context current in this thread.
-        torch.empty(1, device="cuda")
         return engine._C.unique_id(libraries[0]) if world.rank == 0 else b""
 
     def connect():
-        transport = engine._C.NcclTransport(
-            libraries[0], unique_id, world.rank, world.size, world.timeout_s, puts=kind == "nccl-puts"
-        )
+        with _current(device):
+            transport = engine._C.NcclTransport(
+                libraries[0], unique_id, world.rank, world.size, world.timeout_s, MAX_CTAS, puts=kind == "nccl-puts"
+            )
         while not transport.ready():
             time.sleep(1e-3)
         return transport
 
     unique_id = _together(world, "NCCL", begin)[0]
+    if device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
     transport = []
     _together(world, "connecting by NCCL", lambda: transport.append(connect()))
     info = transport[0].info()
@@ -69,10 +82,10 @@ def _connect_nccl(world, kind):
     everyone = world.gather((host(), os.getpid()), "processes")
     pids = [pid if rank != world.rank and at == host() else 0 for rank, (at, pid) in enumerate(everyone)]
     channel = engine._C.Channel(transport[0], world.timeout_s, pids)
-    made = engine.Engine(world, kind, channel, _StoreWatch(world, channel))
+    made = engine.Engine(world, kind, device, channel, _StoreWatch(world, channel))
     if kind == "nccl-puts":
         try:
-            _together(world, "one-sided puts", lambda: try_puts(made, "cuda"))
+            _together(world, "one-sided puts", lambda: try_puts(made, device))
         except Unavailable:
             with contextlib.suppress(ExchangeError):
                 made.close(0)

@@ -31,14 +31,14 @@ def missing():
 class Engine:
     """The slots of one rank over a channel of `_C`.
 
-    `kind` is "nccl" (CUDA tensors by send and receive), "nccl-puts" (by one-sided puts) or "shm" (CPU tensors).
+    `kind` is "nccl" (CUDA tensors by send and receive), "nccl-puts" (by one-sided puts) or "shm" (CPU tensors);
+    `device` is where the tensors lie, whichever device is current.
     """
 
     _open = False
 
-    def __init__(self, world, kind, channel, watch=None):
-        self.world, self.kind = world, kind
-        self.device_type = "cpu" if kind == "shm" else "cuda"
+    def __init__(self, world, kind, device, channel, watch=None):
+        self.world, self.kind, self.device = world, kind, device
         self._channel, self._watch = channel, watch
         self._unfrozen, self._phases = [], {}
         self._reported, self._open = False, True
@@ -48,9 +48,9 @@ class Engine:
         """Register a slot; it can be posted after `freeze`. Returns `Slot`."""
         slot = Slot(name, tuple(sends), tuple(recvs), depth, -1)
         sizes = {b.nbytes for x in (*sends, *recvs) for b in x.buffers}
-        wrong = [b.device for x in (*sends, *recvs) for b in x.buffers if b.device.type != self.device_type]
+        wrong = [b.device for x in (*sends, *recvs) for b in x.buffers if not self._has(b.device)]
         if wrong:
-            raise ValueError(f"slot {name!r} is on {wrong[0]}; this exchange moves {self.device_type} tensors")
+            raise ValueError(f"slot {name!r} is on {wrong[0]}; this exchange moves tensors on {self.device}")
         if any(len({b.nbytes for b in x.buffers}) > 1 for x in (*sends, *recvs)):
             raise ValueError(f"slot {name!r} needs buffers of one size for each peer: got {sorted(sizes)} bytes")
         slot.tag = self._channel.add(name, _listed(sends), _listed(recvs), depth)
@@ -112,7 +112,7 @@ class Engine:
 
     def abort(self, reason):
         """Make every later call raise, on all ranks."""
-        self._channel.abort(reason)
+        self._channel.abort(_sayable(reason))
 
     @contextlib.contextmanager
     def step(self):
@@ -124,7 +124,7 @@ class Engine:
             raise
 
     def _leave(self, reason):
-        self._channel.leave(reason)
+        self._channel.leave(_sayable(reason))
         if self._watch is not None:
             self._watch.leave()
 
@@ -167,8 +167,12 @@ class Engine:
                 self._channel.leave("it was dropped without being closed")
                 self.close(0)
 
+    def _has(self, device):
+        """Whether tensors on a device are this exchange's."""
+        return device.type == self.device.type and self.device.index in (None, device.index)
+
     def _stream(self):
-        return 0 if self.kind == "shm" else torch.cuda.current_stream().cuda_stream
+        return 0 if self.kind == "shm" else torch.cuda.current_stream(self.device).cuda_stream
 
     def _reporting(self):
         return _Reporting(self)
@@ -201,6 +205,11 @@ class _Reporting:
     def __exit__(self, kind, error, trace):
         if kind is not None and issubclass(kind, ExchangeError):
             self.engine.report_posts()
+
+
+def _sayable(reason):
+    """A reason that UTF-8 can carry: a file's name in it may hold any bytes."""
+    return str(reason).encode(errors="backslashreplace").decode()
 
 
 def _listed(moves):

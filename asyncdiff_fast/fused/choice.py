@@ -1,9 +1,10 @@
 """Which implementation an op runs on, for each shape, dtype and memory layout: measured once, kept on disk.
 
-With `kernels="auto"`, an implementation takes the place of torch's if it was measured to be no slower on this device
-with these very arguments, both launched one by one from Python and replayed from a CUDA graph: so neither an eager
-pipeline, which small kernels can make wait for the host, nor a captured one loses. Rank 0 measures and decides for all.
-Where nothing can be measured, while a CUDA graph is captured, a rule of thumb stands in (`rule`).
+With `kernels="auto"`, an implementation takes the place of torch's if it was measured to be faster on this device with
+these very arguments: launched one by one from Python, where small kernels can make the device wait for the host, for
+calls that are launched so, and replayed from a CUDA graph for calls that are captured. Rank 0 measures and decides for
+all. What is met for the first time while a graph is captured can neither be measured nor compiled: it is torch's. Where
+ranks cannot measure together a rule of thumb stands in (`rule`).
 """
 
 import contextlib
@@ -26,6 +27,8 @@ from . import timing
 from .registry import KERNELS
 
 log = logging.getLogger(__name__)
+# Places in pairs of times and of choices.
+LAUNCHED, CAPTURED = 0, 1
 
 
 def interpreting():
@@ -70,7 +73,8 @@ class KernelChoice:
         everyone = world.gather((wanted, known), "the choice of kernels")
         self.active = all(able for able, _ in everyone)
         self._known = everyone[0][1]
-        self._picked = {}
+        # The choices of this process, and what it has measured itself.
+        self._picked, self._tried = {}, set()
         self._sum = None
         # What shares a picture out as patches (`Patches`), if that is done.
         self.patches = None
@@ -90,7 +94,9 @@ class KernelChoice:
         if not x.is_cuda:
             return "torch"
         key = (op, x.shape, x.stride(), x.dtype, x.device.index, facts)
-        return (not self._together and self._picked.get(key)) or self._settle(key, op, run)
+        way = CAPTURED if self._gpu.capturing() else LAUNCHED
+        picked = None if self._together else self._picked.get(key)
+        return self._settle(key, way, run) if picked is None else picked[way]
 
     def remember(self, y, partials):
         """Keep the statistics that came with a residual sum, for a norm that reads it next.
@@ -130,51 +136,63 @@ class KernelChoice:
             self.active = active
 
     def summary(self):
-        """Dict: the mode, and for each op how many of the shapes seen use which implementation."""
-        counts = Counter((key[0], kernel) for key, kernel in self._picked.items())
+        """Dict: the mode, and of each op how many shapes seen use which implementation: launched, and captured."""
         if self.mode == "triton" or not self.active:
             return {"mode": self.mode, "active": self.active}
-        return {"mode": self.mode, "active": True, "shapes": {f"{op}: {k}": n for (op, k), n in counts.items()}}
+        found = {"mode": self.mode, "active": True}
+        for name, way in (("shapes", LAUNCHED), ("captured", CAPTURED)):
+            counts = Counter((key[0], picked[way]) for key, picked in self._picked.items())
+            found[name] = {f"{op}: {kernel}": n for (op, kernel), n in counts.items()}
+        return found
 
-    def _settle(self, key, op, run):
+    def _settle(self, key, way, run):
         op, shape, strides, dtype, device_idx, facts = key
         text = f"{op} {tuple(shape)} {strides} {str(dtype).removeprefix('torch.')} {facts}"
         known = text in self._known
         if self._together:
             known = all(self._world.gather(known, f"who knows the kernel of {op}"))
         if not known:
-            if self._gpu.capturing() or not self._learning:
+            if way == CAPTURED:
+                return KERNELS[op][0]
+            if not self._learning:
                 return rule(op, shape, facts)
             self._known[text] = self._learn(text, op, run, device_idx)
-        self._picked[key] = self._known[text]["kernel"]
-        return self._picked[key]
+        found = self._known[text]
+        picked = found["launched"], found["captured"]
+        if text not in self._tried and picked[CAPTURED] != picked[LAUNCHED]:
+            if way == CAPTURED:
+                return KERNELS[op][0]
+            # Known from another process: in this one it may still have to be compiled, which no capture allows.
+            with torch.no_grad(), _disable_current_modes():
+                run(picked[CAPTURED])
+        self._picked[key] = picked
+        return picked[way]
 
     def _learn(self, text, op, run, device_idx):
         found = self._known.get(text)
         if self._world.rank == 0 and found is None:
             # Whoever traces this forward must not see the trials.
             with torch.no_grad(), _disable_current_modes():
+                self._tried.add(text)
                 trials = {name: functools.partial(run, name) for name in KERNELS[op]}
                 found = decide({name: self._gpu.times_us(trial, device_idx) for name, trial in trials.items()})
             _write(self._path, text, found)
-            log.info("%s: %s of %s us (launched, replayed)", text, found["kernel"], found["us"])
+            log.info("%s: %s of %s us (launched, replayed)", text, (found["launched"], found["captured"]), found["us"])
         return self._world.broadcast(found, f"the kernel of {op}")
 
 
 def decide(times):
-    """The choice by measured times.
+    """The choices by measured times.
 
     Args:
         times: {implementation: (launched us, replayed us), or None where it does not run}; the first is torch's.
-    Returns: dict, fit for JSON: kernel, us.
+    Returns: dict, fit for JSON: launched, captured: the fastest of each, torch's where it is as fast; us.
     """
-    (plain, limit), *others = times.items()
-    best, name = limit, plain
-    for other, us in others:
-        able = us is not None and (limit is None or (us[0] <= limit[0] and us[1] <= limit[1]))
-        if able and (best is None or us[1] < best[1]):
-            best, name = us, other
-    return {"kernel": name, "us": times}
+    plain, found = next(iter(times)), {"us": times}
+    for name, way in (("launched", LAUNCHED), ("captured", CAPTURED)):
+        ran = {kernel: us[way] for kernel, us in times.items() if us is not None}
+        found[name] = min(ran, key=ran.get, default=plain)
+    return found
 
 
 def rule(op, shape, facts):
@@ -205,9 +223,13 @@ def _read(path):
     """The choices in a file; none if it is not there or not ours."""
     try:
         found = json.loads(path.read_text())
-        return {text: entry for text, entry in found.items() if entry["kernel"] in KERNELS[text.split()[0]]}
+        return {text: entry for text, entry in found.items() if _holds(text, entry)}
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return {}
+
+
+def _holds(text, entry):
+    return {entry["launched"], entry["captured"]} <= set(KERNELS[text.split()[0]])
 
 
 def _write(path, text, entry):

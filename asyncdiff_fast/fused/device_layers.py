@@ -1,7 +1,10 @@
 """All that one device makes faster in one denoiser, whichever parts of a call fall to it."""
 
+import functools
+
 from .choice import KernelChoice
 from .fusion import Fusion
+from .graphs import Graphs
 from .packed import PackedWeights, packs
 from .projections import Projections
 
@@ -12,37 +15,44 @@ class DeviceLayers:
     To be made before anything of ours hooks the denoiser: they lie beneath. `packed`, `choice`: what patches call too.
     """
 
-    def __init__(self, denoiser, config, world, device_type):
+    def __init__(self, denoiser, config, world, device_type, signature):
         patches = config.num_patches > 1
         self.packed = PackedWeights(denoiser, active=packs(config.kernels, device_type))
         self.choice = KernelChoice(config.kernels, world)
         self._fusion = Fusion(denoiser, self.choice, patches)
         self.projections = Projections(denoiser, patches, self._fusion.taken_over, self.packed.forwards)
+        self.graphs = Graphs(denoiser, signature) if config.graphs else None
 
     @property
-    def keeps_weights(self):
-        """Whether copies of weights are kept, so that `begin` must come at each generation."""
-        return self.packed.active
+    def keeps(self):
+        """Whether anything is kept from call to call, so that `begin` must come at each generation."""
+        return self.packed.active or self.graphs is not None
 
     def begin(self):
         """A generation begins: weights may have changed since the last."""
         self.packed.begin()
         self.projections.begin()
+        if self.graphs is not None:
+            self.graphs.begin()
 
     def during(self, forward, latent):
-        """See `Projections.during`."""
-        return self.projections.during(forward, latent)
+        """`forward` of the denoiser with all that is kept: see `Projections.during`, and `Graphs` around it."""
+        kept = self.projections.during(forward, latent)
+        return kept if self.graphs is None else functools.partial(self.graphs.call, kept)
 
     def learning(self):
         """See `KernelChoice.learning`."""
         return self.choice.learning()
 
     def summary(self):
-        """Dict, fit for JSON: which layers are replaced, and what was chosen for them."""
-        return self._fusion.summary()
+        """Dict, fit for JSON: which layers are replaced, what was chosen for them, and what was captured."""
+        graphs = {} if self.graphs is None else {"graphs": self.graphs.summary()}
+        return self._fusion.summary() | graphs
 
     def remove(self):
         """Restore every forward, once the hooks above are off."""
+        if self.graphs is not None:
+            self.graphs.forget()
         self.projections.remove()
         self._fusion.remove()
         self.packed.remove()

@@ -20,6 +20,8 @@ KERNELS = {
     "gate_residual_adaln": ("torch", "triton"),
     "joint_qk_norm_rope": ("torch", "triton"),
     "attention": ("torch", "cudnn", "flash", "triton"),
+    # Of all keys in one segment, on one device.
+    "whole_attention": ("torch", "cudnn", "flash"),
     "patch_statistics": ("torch", "triton"),
     "patch_group_norm": ("torch", "triton"),
     "patch_rows": ("torch", "triton"),
@@ -42,8 +44,7 @@ def op(fake, writes=()):
             with torch.cuda.device_of(first):
                 return function(*args, **keywords)
 
-        registered = torch.library.custom_op(f"asyncdiff_fast::{function.__name__}", run, mutates_args=writes)
-        registered.register_fake(fake)
+        registered = _defined(f"asyncdiff_fast::{function.__name__}", run, fake, writes)
 
         @functools.wraps(function)
         def call(*args, **keywords):
@@ -55,3 +56,11 @@ def op(fake, writes=()):
         return call
 
     return register
+
+
+def _defined(name, run, fake, writes):
+    """An op of torch's. Not by `custom_op`, whose ops cannot leave out a tensor that they write before torch 2.13."""
+    torch.library.define(name, torch.library.infer_schema(run, mutates_args=writes))
+    torch.library.impl(name, "default", run)
+    torch.library.register_fake(name, fake)
+    return getattr(torch.ops.asyncdiff_fast, name.partition("::")[2])

@@ -1,7 +1,27 @@
 """Hooks on the modules of one denoiser that hand what happens in them to the patch under way."""
 
-from ..modules import Attachment, Watch
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..fused.attending import attended
+from ..modules import Attachment, Watch, is_plain
 from .sites import JOINS, KINDS
+
+
+def _convolved(module, meet, args, kwargs):
+    (x,), how = args, (module.stride, module.padding, module.dilation, module.groups)
+    return meet(torch.conv2d, (x, module.weight, module.bias, *how), kwargs)
+
+
+def _normed(module, meet, args, kwargs):
+    return meet(F.group_norm, (*args, module.num_groups, module.weight, module.bias, module.eps), kwargs)
+
+
+# Forwards that are known call one watched function: no mode, which sees all that torch does, need be entered for it.
+_WRITTEN_OUT = {nn.Conv2d: _convolved, nn.GroupNorm: _normed}
 
 
 class Hooks:
@@ -24,7 +44,7 @@ class Hooks:
             if self.active is None:
                 return forward(*args, **kwargs)
             self.active.way.restart()
-            return self._in_module("", forward, args, kwargs) if self._at_root else forward(*args, **kwargs)
+            return self._in_module("", None, forward, args, kwargs) if self._at_root else forward(*args, **kwargs)
 
         return begun
 
@@ -52,10 +72,7 @@ class Hooks:
         wanted |= {n for outer in patch.joining_modules for n in modules if n == outer or n.startswith(f"{outer}.")}
         self._at_root |= "" in wanted
         for name in sorted(wanted - {"", *self._attached}):
-
-            def handler(forward, args, kwargs, name=name):
-                return self._in_module(name, forward, args, kwargs)
-
+            handler = functools.partial(self._in_module, name, _written_out(modules[name]))
             self._attached[name] = Attachment(modules[name], handler)
 
     def remove(self):
@@ -64,7 +81,7 @@ class Hooks:
             attachment.remove()
         self._attached.clear()
 
-    def _in_module(self, name, forward, args, kwargs):
+    def _in_module(self, name, written_out, forward, args, kwargs):
         patch = self.active
         if patch is None:
             return forward(*args, **kwargs)
@@ -75,6 +92,10 @@ class Hooks:
                 return known
             if not outermost:
                 return forward(*args, **kwargs)
+            if written_out is not None:
+                result = written_out(self._meet, args, kwargs)
+                if result is not NotImplemented:
+                    return result
             with self._watch:
                 return forward(*args, **kwargs)
         finally:
@@ -82,3 +103,10 @@ class Hooks:
 
     def _meet(self, func, args, kwargs):
         return self.active.meet(func, args, kwargs)
+
+
+def _written_out(module):
+    """The forward of a module as `written_out(meet, args, kwargs)`, if it is known and the module's own; else None."""
+    if not is_plain(module, type(module)) or getattr(module, "padding_mode", "zeros") != "zeros":
+        return None
+    return functools.partial(_WRITTEN_OUT.get(type(module), attended), module)

@@ -7,8 +7,10 @@ from .layout import Rows
 from .site import Halo, Norm, Ring
 from .sites import ATTENTION, CONV, NORM
 
-# A group of sites is posted when this many bytes (of all patches) have come together, or this many sites.
-GROUP_BYTES, GROUP_SITES = 4 << 20, 32
+# A group of sites is posted when one patch has this many bytes for another, or this many sites have come together.
+GROUP_BYTES, GROUP_SITES = 2 << 20, 32
+# More sends and receives of one rank do not go in one slot.
+GROUP_MESSAGES = 256
 
 
 @dataclass(frozen=True)
@@ -33,14 +35,15 @@ class PatchPlan:
 
     def groups(self, met):
         """Of the sites that are met, in their order, those that displaced steps post together."""
-        groups, size = [[]], 0
+        groups, size, messages = [[]], 0, 0
         for i in filter(self.displaced, met):
             site = self.sites[i]
-            groups[-1].append(i)
-            size += sum(site.sent_bytes(p) for p in range(len(site.shapes)))
-            if size >= GROUP_BYTES or len(groups[-1]) >= GROUP_SITES:
+            messages += site.messages_of_one
+            if size >= GROUP_BYTES or len(groups[-1]) >= GROUP_SITES or messages > GROUP_MESSAGES:
                 groups.append([])
-                size = 0
+                size, messages = 0, site.messages_of_one
+            groups[-1].append(i)
+            size += site.message_bytes
         return [g for g in groups if g]
 
     def sent_bytes(self, patch, kind=None):

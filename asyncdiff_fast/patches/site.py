@@ -32,6 +32,20 @@ class Site:
         return sum(math.prod(shape) for shape in shapes) * self.item
 
     @property
+    def message_bytes(self):
+        """The most bytes that one patch sends another here, once."""
+        shapes = [found for source in range(len(self.shapes)) for found in self.sent(source).values()]
+        return max((sum(map(math.prod, found)) for found in shapes), default=0) * self.item
+
+    @property
+    def messages_of_one(self):
+        """The most messages that one patch sends and receives here, once."""
+        sent = [{t: len(found) for t, found in self.sent(p).items()} for p in range(len(self.shapes))]
+        return max(
+            (sum(mine.values()) + sum(theirs.get(p, 0) for theirs in sent) for p, mine in enumerate(sent)), default=0
+        )
+
+    @property
     def item(self):
         """Bytes of one number of a message."""
         return self.dtype.itemsize

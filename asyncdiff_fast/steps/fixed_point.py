@@ -90,7 +90,7 @@ def sample_window(
         rule, sampler = _agreed(world, predict, scheduler, noise, method, options)
         window = min(rule.window or sampler.num_steps, sampler.num_steps)
         windows, kept = [], []
-        with _opened(world, noise.device.type) as exchange:
+        with _opened(world, noise.device) as exchange:
             evaluate = Divided(predict, sampler, noise, window, world, exchange)
             for begin, end, points in rule.rounds(sampler, noise.double(), evaluate):
                 windows.append((begin, end))
@@ -167,12 +167,12 @@ def _check(predict, noise):
 
 
 @contextlib.contextmanager
-def _opened(world, device_type):
+def _opened(world, device):
     """An exchange for one sampling, or None for one rank; the other ranks learn of what is raised meanwhile."""
     if world.size == 1:
         yield None
         return
-    exchange = open_exchange(world, device_type)
+    exchange = open_exchange(world, device)
     try:
         with exchange.step():
             yield exchange

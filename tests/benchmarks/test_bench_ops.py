@@ -60,6 +60,26 @@ def test_no_row_is_begun_when_the_time_is_up(load, monkeypatch, tmp_path, capsys
     assert "2 of 2 cases not begun" in capsys.readouterr().out
 
 
+def test_a_case_that_is_wrong_costs_no_other(load, monkeypatch, tmp_path):
+    timed_once(load, monkeypatch)
+    op_bench, roofline = load("op_bench"), load("roofline")
+    monkeypatch.setattr(load("measure"), "RESULTS", tmp_path)
+
+    def wrong():
+        raise AssertionError("the kernel is off by 3")
+
+    ways = {"torch": (lambda: None, None, None), "cat, torch.compile": (wrong, None, None)}
+    cases = [({"shape": [1]}, wrong), ({"shape": [2]}, lambda: ways)]
+    options = op_bench.parse(["--device", "cpu", "--quick", "--out", str(tmp_path / "rows.jsonl")], "", "rows", 60)
+    for again in range(1, 3):
+        with pytest.raises(SystemExit, match="1 of 2 cases failed"):
+            op_bench.add_rows(options, cases)
+        rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+        assert [row["key"]["op"] for row in rows] == ["failed", "torch", "failed"][: again + 1]
+        assert rows[0]["error"] == "AssertionError: the kernel is off by 3"
+    assert [row["key"]["shape"] for row in roofline.latest("rows")] == [[2]]
+
+
 def test_baselines_of_attention_agree(load):
     bench = load("bench_attention")
     for shape in bench.shapes("cpu", True):

@@ -109,13 +109,13 @@ def test_all_ranks_choose_alike_and_say_so_once():
 def _without_puts(rank):
     """(kind of exchange, what is logged) where rank 1 has no puts; shared memory stands in for NCCL's other way."""
 
-    def connect(world, kind):
+    def connect(world, kind, device):
         def begin():
             if kind == "nccl-puts" and rank == 1:
                 raise ExchangeError("libnccl.so.2 has no ncclPutSignal")
 
         connecting._together(world, kind, begin)
-        return connecting.open_engine(world, "shm")
+        return connecting.open_engine(world, "shm", torch.device("cpu"))
 
     connecting._connect_nccl = connect
     records = []
@@ -184,7 +184,7 @@ def _wrong_slots(rank):
 def test_buffers_must_fit_the_exchange():
     for uneven, meta in ranks.run(2, _wrong_slots):
         assert "buffers of one size" in uneven and "[8, 12] bytes" in uneven
-        assert "is on meta; this exchange moves cpu tensors" in meta
+        assert "is on meta; this exchange moves tensors on cpu" in meta
 
 
 def _dropped(rank):

@@ -201,6 +201,10 @@ def _forked(rank):
     here, there = os.pipe()
     if os.fork() == 0:
         texts = [rank.error(action)[0] for action in (rank.channel.check, lambda: rank.channel.post(number))]
+        # What a step that raises there does: the parent and its peers must not hear of it.
+        for end in (rank.channel.leave, rank.channel.abort, rank.channel.report):
+            end("the child has failed")
+        rank.channel.mark_left(1 - rank.rank)
         rank.channel.close()
         os.write(there, repr(texts).encode())
         os._exit(0)
@@ -231,6 +235,20 @@ def _fetched_late(rank):
 def test_the_memory_of_a_rank_that_has_gone_is_not_read():
     text = shm_ranks.run(2, _fetched_late)[1]
     assert "waits for rank 0, which has left the exchange: it was dropped without being closed" in text
+
+
+def _says(rank, reason):
+    """Rank 1 stops for a reason in many bytes; what rank 0 hears."""
+    _ring(rank)
+    rank.meet()
+    if rank.rank == 1:
+        return rank.channel.abort(reason)
+    return rank.error(_busy, rank.channel.check)[0]
+
+
+def test_a_reason_is_cut_between_characters():
+    text, _ = shm_ranks.run(2, _says, "a" + "é" * 3000)
+    assert "rank 1 stopped the exchange: aéé" in text and text.endswith("é")
 
 
 _open_at_the_end = []

@@ -4,6 +4,7 @@ import threading
 
 import building
 import pytest
+import torch
 from channels import connect
 from double import Double
 
@@ -30,8 +31,8 @@ class _HostEngine(Engine):
     """An engine whose device is the double."""
 
     def __init__(self, world, rank):
-        super().__init__(world, "nccl-puts", rank.channel)
-        self.device_type, self.compute = "cpu", rank.compute
+        super().__init__(world, "nccl-puts", torch.device("cpu"), rank.channel)
+        self.compute = rank.compute
 
     def _stream(self):
         return self.compute
@@ -74,5 +75,5 @@ def test_a_window_that_one_rank_is_refused_fails_on_all():
     with Double(building.build()[0]) as gpu:
         gpu.library.fake_refuse_windows(1)
         first, second = _try(gpu, 2, timeout_s=0.5)
-        assert "rank 1, phase 'a first put': ncclCommWindowRegister: unhandled" in second
+        assert "rank 1, slot 'one number' (exchange 0): ncclCommWindowRegister: unhandled" in second
         assert "rank 0, slot 'one number'" in first and "ncclCommWindowRegister: NCCL found no connection" in first

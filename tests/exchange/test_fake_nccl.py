@@ -1,5 +1,6 @@
 """The double of NCCL: rendezvous, errors, windows; and what a communicator's life looks like."""
 
+import ctypes
 import threading
 
 import building
@@ -147,7 +148,7 @@ def test_puts_need_more_buffers_than_receives(gpu, early, depth, safe):
 def test_a_group_in_progress_is_launched_later():
     """A record made before the communicator has answered does not cover the group."""
     with Double(building.build()[0], enquiries=2) as gpu:
-        ranks, x, y = Ranks(gpu, 2), gpu.memory(8, "x"), gpu.memory(8, "y")
+        ranks, x, y = Ranks(gpu, 2, patient=False), gpu.memory(8, "x"), gpu.memory(8, "y")
         with ranks.group():
             ranks.send(0, 1, x)
         with pytest.raises(DoubleError):
@@ -254,3 +255,23 @@ def test_a_put_into_a_window_that_is_gone_is_told(gpu):
     ranks.signal(1, 0)
     assert gpu.drain() == []
     assert gpu.misuses() == ["rank 0: put 0->1 met a window that is gone"]
+
+
+def test_a_communicator_that_does_not_block_never_launches_at_once():
+    """Since NCCL 2.23.4: each group is launched by a thread of the library's."""
+    with Double(building.build()[0]) as gpu:
+        ranks = Ranks(gpu, 2, patient=False)
+        ranks.send(0, 1, gpu.memory(8, "x"))
+        assert [ranks.error(0), ranks.error(0)] == [IN_PROGRESS, 0]
+
+
+def test_an_enquiry_breaks_off_the_capture_of_another_thread():
+    with Double(building.build()[0]) as gpu:
+        event, relaxed = gpu.event(0), ctypes.c_int(2)
+        gpu.library.fake_capture(1)
+        assert _refused(gpu.call, "cuEventQuery", event) == 900
+        assert gpu.misuses() == ["an enquiry has broken off the capture of another thread"]
+        gpu.call("cuThreadExchangeStreamCaptureMode", ctypes.byref(relaxed))
+        gpu.call("cuEventQuery", event)
+        gpu.call("cuThreadExchangeStreamCaptureMode", ctypes.byref(relaxed))
+        assert relaxed.value == 2 and len(gpu.misuses()) == 1

@@ -22,7 +22,7 @@ void Nccl::reset() {
   last_error.clear();
   version = 23203;
   refuse_windows = -1;
-  enquiries = 0;
+  enquiries = 1;
 }
 
 int Communicator::fail(Result result, std::string why) {
@@ -32,11 +32,11 @@ int Communicator::fail(Result result, std::string why) {
 
 namespace {
 
-// Up to `blocking`, the part of ncclConfig_t that the double reads.
+// Up to `maxCTAs`, the part of ncclConfig_t that the double reads.
 struct Config {
   size_t size;
   unsigned magic, version;
-  int blocking;
+  int blocking, cga_cluster_size, min_ctas, max_ctas;
 };
 constexpr unsigned kMagic = 0xcafebeef;
 constexpr int kUndefined = INT_MIN;
@@ -56,6 +56,24 @@ int await(Lock& lock, const std::shared_ptr<Communicator>& comm) {
   if (!comm->blocking) return comm->ready() ? kNcclSuccess : kNcclInProgress;
   machine().changed.wait(lock, [&] { return machine().released || comm->aborted || comm->ready(); });
   return comm->aborted ? kNcclInvalidUsage : kNcclSuccess;
+}
+
+bool connect(Lock& lock, const Launch& launch) {
+  const auto& comm = launch.communicator;
+  for (const auto& x : launch.operations)
+    if (x.kind == Operation::kSend || x.kind == Operation::kRecv)
+      comm->world->met.insert({comm->rank, x.peer, x.kind == Operation::kSend});
+  machine().notify();
+  if (!comm->blocking) return true;
+  machine().changed.wait(lock, [&] {
+    if (machine().released || comm->aborted) return true;
+    for (const auto& x : launch.operations)
+      if ((x.kind == Operation::kSend || x.kind == Operation::kRecv) &&
+          !comm->world->met.count({x.peer, comm->rank, x.kind != Operation::kSend}))
+        return false;
+    return true;
+  });
+  return !machine().released && !comm->aborted;
 }
 
 }  // namespace fake
@@ -90,6 +108,8 @@ FAKE_API int ncclCommInitRankConfig(void** handle, int size, UniqueId id, int ra
   comm->rank = rank;
   comm->context = current_context();
   comm->blocking = blocks(config);
+  const auto* given = static_cast<const Config*>(config);
+  if (given && given->size >= sizeof(Config)) comm->max_ctas = given->max_ctas;
   world->members[rank] = comm;
   *handle = nccl().communicators.add(comm);
   return await(lock, comm);

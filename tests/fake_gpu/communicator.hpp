@@ -1,6 +1,7 @@
 // Communicators of the double: the ranks of one unique id, their mailboxes, windows and errors.
 #pragma once
 #include <set>
+#include <tuple>
 
 #include "machine.hpp"
 
@@ -47,6 +48,8 @@ struct World {
   std::map<Route, std::deque<std::shared_ptr<Message>>> mail;
   std::map<std::pair<int, int>, std::deque<Signal>> signals;
   std::vector<std::shared_ptr<Window>> windows;
+  // Who has begun to connect to whom, and whether to send.
+  std::set<std::tuple<int, int, bool>> met;
   bool complete() const { return members.size() == static_cast<size_t>(size); }
 };
 
@@ -79,6 +82,7 @@ struct Communicator {
   int error = kNcclSuccess;
   std::string last_error;
   size_t windows = 0;
+  int max_ctas = 0;
   // Operations of one communicator run in the order of their launch, whatever their stream.
   uint64_t launched = 0, finished = 0;
   // Operations that wait for signals, which an abort waits for.
@@ -104,12 +108,15 @@ struct Nccl {
   int version = 23203, unique_ids = 0;
   // The rank whose windows are refused; -1: none.
   int refuse_windows = -1;
-  // How often a communicator that does not block says that its group is still being launched.
-  int enquiries = 0;
+  // How often a communicator that does not block says that its group is still being launched: always, since 2.23.4.
+  int enquiries = 1;
   void reset();
 };
 
 Nccl& nccl();
+
+// The first group with a peer connects to it: a communicator that blocks waits for the peer's. False: aborted.
+bool connect(Lock& lock, const Launch& launch);
 
 // Puts a group on its stream; call with the lock held.
 void launch(Launch launch);

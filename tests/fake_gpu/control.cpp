@@ -132,6 +132,20 @@ FAKE_API void fake_enquiries(int count) {
   nccl().enquiries = count;
 }
 
+// From now on, or no longer, some thread captures a graph in CUDA's strictest mode.
+FAKE_API void fake_capture(int on) {
+  Lock lock(machine().mutex);
+  machine().capturing = on;
+}
+
+// What the communicators of a rank were made with, as maxCTAs; 0: there is none, or it was left open.
+FAKE_API int fake_max_ctas(int rank) {
+  Lock lock(machine().mutex);
+  for (const auto& [_, comm] : nccl().communicators.all())
+    if (comm->context == rank) return comm->max_ctas;
+  return 0;
+}
+
 // An asynchronous error on every communicator of a rank.
 FAKE_API void fake_fail(int rank, int result) {
   Lock lock(machine().mutex);

@@ -15,8 +15,10 @@ enum : int {
   kInvalidContext = 201,
   kInvalidHandle = 400,
   kNotReady = 600,
+  kCaptureUnsupported = 900,
 };
 constexpr unsigned kNonBlocking = 1;
+constexpr int kRelaxed = 2;
 constexpr uintptr_t kFirstContext = 0x50000001;
 
 }  // namespace
@@ -113,9 +115,18 @@ FAKE_API int cuEventQuery(void* event) {
   Lock lock(machine().mutex);
   auto found = machine().events.find(event);
   if (!found) return kInvalidHandle;
+  if (machine().capturing && capture_mode() != kRelaxed) {
+    machine().misuse("an enquiry has broken off the capture of another thread");
+    return kCaptureUnsupported;
+  }
   if (!found->latest) return kSuccess;
   if (!found->latest->done) return kNotReady;
   join(machine().host(found->context).clock, found->latest->clock);
+  return kSuccess;
+}
+
+FAKE_API int cuThreadExchangeStreamCaptureMode(int* mode) {
+  std::swap(*mode, capture_mode());
   return kSuccess;
 }
 

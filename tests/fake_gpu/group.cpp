@@ -8,7 +8,7 @@ namespace {
 thread_local int group_depth = 0;
 thread_local std::vector<Launch> grouped;
 
-int flush() {
+int flush(Lock& lock) {
   std::vector<Launch> launches;
   launches.swap(grouped);
   int result = kNcclSuccess;
@@ -18,10 +18,16 @@ int flush() {
       comm.enquiries_left = nccl().enquiries;
       comm.deferred.push_back(std::move(one));
       result = kNcclInProgress;
-    } else {
+    } else if (connect(lock, one)) {
       launch(std::move(one));
+    } else {
+      result = kNcclInternalError;
     }
   }
+  // They may be the last to hold a stream, whose end takes the lock.
+  lock.unlock();
+  launches.clear();
+  lock.lock();
   return result;
 }
 
@@ -55,7 +61,7 @@ int add(void* communicator, void* stream_handle, std::vector<Operation> operatio
   }
   for (auto& operation : operations) open->operations.push_back(std::move(operation));
   open->host = machine().host(comm->context).clock;
-  return group_depth ? kNcclSuccess : flush();
+  return group_depth ? kNcclSuccess : flush(lock);
 }
 
 size_t size_of(int type) {
@@ -77,7 +83,7 @@ FAKE_API int ncclGroupEnd() {
   if (group_depth == 0) return kNcclInvalidUsage;
   if (--group_depth) return kNcclSuccess;
   Lock lock(machine().mutex);
-  return flush();
+  return flush(lock);
 }
 
 FAKE_API int ncclSend(const void* data, size_t count, int type, int peer, void* comm, void* stream) {

@@ -16,6 +16,11 @@ int& current_context() {
   return context;
 }
 
+int& capture_mode() {
+  thread_local int mode = 0;
+  return mode;
+}
+
 #if defined(__SANITIZE_THREAD__)
 __attribute__((no_sanitize("thread")))
 #endif
@@ -178,6 +183,7 @@ void Machine::reset() {
     detector.clear();
     misuses.clear();
     wrong_reads.clear();
+    capturing = false;
     generation_++;
     launches = 0;
     tasks = 0;

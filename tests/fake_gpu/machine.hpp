@@ -116,6 +116,8 @@ class Machine {
   Table<Event> events{0x52000000};
   Detector detector;
   std::vector<std::string> misuses;
+  // A thread that is not the test's captures a graph, in CUDA's strictest mode.
+  bool capturing = false;
   // What a body found in memory that it did not expect.
   std::vector<std::string> wrong_reads;
   uint64_t launches = 0;
@@ -151,5 +153,7 @@ void copy(Stream& stream, void* target, const void* source, size_t bytes);
 
 // The calling thread's context: a rank, or -1.
 int& current_context();
+// CUstreamCaptureMode of the calling thread.
+int& capture_mode();
 
 }  // namespace fake

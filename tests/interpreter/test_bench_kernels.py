@@ -44,3 +44,18 @@ def test_pointwise_benchmark(load):
     for _, px, patches, layer in bench.cases("cpu", True):
         arguments, _ = bench.inputs(px, patches, layer, torch.float32, "cpu")
         bench.check(bench.op_of(layer), arguments)
+
+
+@pytest.mark.slow
+def test_patch_benchmark_runs_the_kernels(load, monkeypatch):
+    bench, launched = load("patch_compute"), []
+    from asyncdiff_fast.kernels import group_norm
+
+    norm = group_norm.group_norm
+    monkeypatch.setattr(group_norm, "group_norm", lambda *a, **k: launched.append(k) or norm(*a, **k))
+    options = ["--device", "cpu", "--model", "tiny", "--rounds", "1"]
+    with torch.no_grad():
+        for kernels, used in (("torch", False), ("triton", True)):
+            row = bench.row(bench.parse([*options, "--options", f"kernels={kernels}"]), None, 2)
+            assert row["kernels"]["mode"] == kernels and bool(launched) == used
+            assert bool(row["kernels"]["layers"]) == used

@@ -68,7 +68,7 @@ def test_animatediff_block():
     )
     difference, layers = compare(block, torch.randn(3, 16, 4, 4), num_frames=3)
     assert difference < TOLERANCE
-    assert layers == {"GroupNorm": 1, "GEGLU": 1}
+    assert layers == {"GroupNorm": 1, "GEGLU": 1, "Attention": 2}
 
 
 def test_norms_and_activations_in_a_row():

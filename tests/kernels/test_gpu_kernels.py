@@ -21,8 +21,8 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-# Rounding of the result; float32 leaves room for sums in another order.
-TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+# Rounding of the result; float32 leaves room for sums in another order, and for x·a + b, which alone takes 4e-6.
+TOLERANCE = {torch.float32: 3e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 
 
 def on_device(x):

@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
 
@@ -17,9 +18,15 @@ NARROW_LOADS = 8
 BANNED = ("tl.atomic_", "make_block_ptr", "warp_specialize", "triton.autotune", "triton.heuristics")
 
 
-def _compile(target):
-    """What a process of its own prints, since the driver is replaced there."""
+# Beside the version in the environment, the oldest that machines with a GPU come with.
+OLDER_TRITON = "3.6.0"
+
+
+def _compile(target, path=None):
+    """What a process of its own prints, since the driver is replaced there; `path`: where it finds Triton first."""
     environment = {"TRITON_CACHE_DIR": str(ROOT / "build" / "triton"), **os.environ}
+    if path is not None:
+        environment |= {"TRITON_CACHE_DIR": str(path / "cache"), "PYTHONPATH": str(path)}
     environment.pop("TRITON_INTERPRET", None)
     command = [sys.executable, ROOT / "tests" / "support" / "compile_kernels.py", target]
     return subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -39,16 +46,41 @@ def faults(row, target):
         yield "no tensor-core instruction"
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-@pytest.mark.parametrize("target", SHARED_BYTES)
-def test_compiles(target):
-    result = _compile(target)
+def _check(result, target):
     assert result.returncode == 0, result.stderr[-3000:]
     rows = [json.loads(line) for line in result.stdout.splitlines()]
     assert rows
     found = [f"{row['variant']}, {row['kernel']}: {fault}" for row in rows for fault in faults(row, target)]
     assert not found, "\n".join(found)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("target", SHARED_BYTES)
+def test_compiles(target):
+    _check(_compile(target), target)
+
+
+def _older_triton():
+    """The folder of an older Triton. Skips the test where it cannot be had."""
+    folder = ROOT / "build" / f"triton-{OLDER_TRITON}"
+    if not (folder / "triton").exists():
+        command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", folder]
+        done = subprocess.run([*command, f"triton=={OLDER_TRITON}"], capture_output=True, text=True)
+        if done.returncode:
+            shutil.rmtree(folder, ignore_errors=True)
+            pytest.skip(f"Triton {OLDER_TRITON} cannot be installed here: {done.stderr.strip().splitlines()[-1:]}")
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_compiles_with_an_older_triton():
+    folder = _older_triton()
+    command = [sys.executable, "-c", "import triton; print(triton.__version__)"]
+    found = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(folder)}, capture_output=True, text=True)
+    assert found.stdout.strip() == OLDER_TRITON, found.stderr
+    _check(_compile("sm_90", folder), "sm_90")
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "kernels").glob("*.py")), ids=lambda path: path.name)

@@ -241,6 +241,18 @@ def test_sdxl(pixels, num_patches):
         assert line.endswith(f"{plan.memory_bytes(patch) / 1e6:.1f} MB")
 
 
+@pytest.mark.parametrize("num_patches", [2, pytest.param(8, marks=pytest.mark.slow)])
+def test_what_is_posted_together_fits_a_slot_and_is_worth_a_post(num_patches):
+    """By the bytes for one other patch: with more patches they are fewer, and so are the posts."""
+    plan = sdxl_plan(1024, num_patches)
+    groups = plan.groups(range(len(plan.sites)))
+    assert [i for group in groups for i in group] == [i for i in range(len(plan.sites)) if plan.displaced(i)]
+    assert 60 < len(groups) < 90 if num_patches == 2 else len(groups) < 60
+    for group in groups:
+        assert sum(plan.sites[i].messages_of_one for i in group) <= 256 and len(group) <= 32
+        assert sum(plan.sites[i].message_bytes for i in group[:-1]) < 2 << 20
+
+
 def test_halos_go_to_neighbours_only():
     plan = sdxl_plan(2048, 4)
     for site in plan.sites:

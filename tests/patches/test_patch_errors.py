@@ -13,6 +13,7 @@ from patch_runs import assert_refused, build, difference, outcome, predictions
 from sequences import quick
 
 import asyncdiff_fast
+from asyncdiff_fast.patches import planning
 
 TIMEOUT_S = 5
 
@@ -212,3 +213,14 @@ def test_a_lost_rank_is_named(world_size, lost, options, way):
             assert seconds < TIMEOUT_S + 15 and not left
     finally:
         started[lost][0].kill()
+
+
+def test_tf32_is_no_reason_to_refuse(monkeypatch):
+    """cuDNN takes it for fp32 unless told otherwise, and another algorithm for a patch than for the whole picture."""
+    close, backends = planning.close, torch.backends
+    monkeypatch.setattr(backends.cudnn, "allow_tf32", True)
+    assert close(torch.float32, "cuda") == close(torch.float16, "cuda") == 2e-2
+    assert close(torch.float32, "cpu") == 1e-3
+    monkeypatch.setattr(backends.cudnn, "allow_tf32", False)
+    assert not backends.cuda.matmul.allow_tf32
+    assert close(torch.float32, "cuda") == 1e-3

@@ -1,6 +1,7 @@
 """Channels of several ranks on the double, driven by one thread; without torch."""
 
 import threading
+import time
 from collections import Counter
 from dataclasses import dataclass
 
@@ -139,7 +140,8 @@ def connect(gpu, extension, size, timeout_s=30.0, puts=False):
     for rank in range(size):
         with gpu.rank(rank):
             transports.append(extension.NcclTransport(libraries, unique_id, rank, size, timeout_s, puts=puts))
-    assert all([transport.ready() for transport in transports])
+    while not all([transport.ready() for transport in transports]):
+        time.sleep(1e-4)
     ranks, meeting = [], Meeting(size)
     for rank, transport in enumerate(transports):
         with gpu.rank(rank):

@@ -65,10 +65,10 @@ class Double:
     Args:
         path: libfake_gpu.so.
         delay_us: operations take up to so much longer, by random numbers of `seed`.
-        enquiries: so many times NCCL answers "in progress" after a group.
+        enquiries: so many times NCCL answers "in progress" after a group of a communicator that does not block.
     """
 
-    def __init__(self, path, delay_us=0, seed=0, enquiries=0):
+    def __init__(self, path, delay_us=0, seed=0, enquiries=1):
         self.path, self.library = str(path), ctypes.CDLL(str(path))
         self._memory = []
         self.library.fake_reset()

@@ -33,15 +33,19 @@ class SignalAwaited(ctypes.Structure):
 
 
 def config(blocking=0):
-    """A configuration of communicators that do not block."""
+    """A configuration of communicators, which do not block: one thread plays all ranks."""
     return Config(ctypes.sizeof(Config), 0xCAFEBEEF, 23203, blocking)
 
 
 class Ranks:
-    """One communicator and one stream for it, per rank; calls take the rank that makes them."""
+    """One communicator and one stream for it, per rank; calls take the rank that makes them.
 
-    def __init__(self, gpu, size):
-        self.gpu, self.size = gpu, size
+    With `patient`, each call or group enquires until it is launched.
+    """
+
+    def __init__(self, gpu, size, patient=True):
+        self.gpu, self.size, self._patient = gpu, size, patient
+        self._grouped = None
         unique_id = UniqueId()
         gpu.call("ncclGetUniqueId", ctypes.byref(unique_id))
         self.comms, self.streams = [], []
@@ -67,17 +71,30 @@ class Ranks:
     def group(self):
         """The calls inside are one group. Answers 0 or "in progress"."""
         self.gpu.call("ncclGroupStart")
+        self._grouped = set()
         yield
-        code = self.gpu.library.ncclGroupEnd()
-        assert code in (0, IN_PROGRESS)
+        ranks, self._grouped = self._grouped, None
+        self._launched(self.gpu.library.ncclGroupEnd(), "ncclGroupEnd", ranks)
 
     def send(self, rank, peer, memory, stream=None):
         size = ctypes.c_size_t(memory.nbytes)
-        self.gpu.call("ncclSend", ctypes.c_void_p(memory.address), size, INT8, peer, *self._on(rank, stream))
+        self._issue(rank, "ncclSend", ctypes.c_void_p(memory.address), size, INT8, peer, stream=stream)
 
     def recv(self, rank, peer, memory, stream=None):
         size = ctypes.c_size_t(memory.nbytes)
-        self.gpu.call("ncclRecv", ctypes.c_void_p(memory.address), size, INT8, peer, *self._on(rank, stream))
+        self._issue(rank, "ncclRecv", ctypes.c_void_p(memory.address), size, INT8, peer, stream=stream)
+
+    def _issue(self, rank, name, *args, stream=None):
+        code = getattr(self.gpu.library, name)(*args, *self._on(rank, stream))
+        if self._grouped is not None:
+            self._grouped.add(rank)
+        self._launched(code, name, {rank})
+
+    def _launched(self, code, name, ranks):
+        if code not in (0, IN_PROGRESS):
+            raise DoubleError(name, code)
+        while self._patient and code and any([self.error(rank) == IN_PROGRESS for rank in ranks]):
+            pass
 
     def window(self, rank, nbytes, label, flags=1):
         """(address, handle) of new registered memory of a rank; the handle is there once every rank has come."""
@@ -93,14 +110,14 @@ class Ranks:
     def put(self, rank, peer, address, nbytes, window, offset):
         """ncclPutSignal of memory of this rank at an offset of the peer's part of a window."""
         sizes = ctypes.c_size_t(nbytes), INT8, peer, window, ctypes.c_size_t(offset), 0, 0, 0
-        self.gpu.call("ncclPutSignal", ctypes.c_void_p(address), *sizes, *self._on(rank, None))
+        self._issue(rank, "ncclPutSignal", ctypes.c_void_p(address), *sizes)
 
     def wait_signal(self, rank, peer, count=1):
         awaited = SignalAwaited(count, peer, 0, 0)
-        self.gpu.call("ncclWaitSignal", 1, ctypes.byref(awaited), *self._on(rank, None))
+        self._issue(rank, "ncclWaitSignal", 1, ctypes.byref(awaited))
 
     def signal(self, rank, peer):
-        self.gpu.call("ncclSignal", peer, 0, 0, 0, *self._on(rank, None))
+        self._issue(rank, "ncclSignal", peer, 0, 0, 0)
 
     def abort(self, rank):
         self.gpu.call("ncclCommAbort", self.comms[rank])

@@ -1,0 +1,173 @@
+"""Calls captured and replayed, with a stand-in for the capture: which are of one kind, what is held, what is refused.
+
+A replay of the stand-in computes the call once more from the tensors that stay, into the results that stay.
+"""
+
+import logging
+
+import fused_checks
+import pytest
+import tiny_parts
+import torch
+from torch.utils._pytree import tree_leaves
+
+import asyncdiff_fast
+from asyncdiff_fast.fused import graphs
+
+STEPS = 5
+
+
+class Replays:
+    """Captures on the CPU."""
+
+    device_type = "cpu"
+
+    def capture(self, call):
+        result = call()
+
+        def replay():
+            for held, made in zip(tree_leaves(result), tree_leaves(call()), strict=True):
+                held.copy_(made)
+
+        # Nothing has run yet.
+        for held in tree_leaves(result):
+            held.fill_(torch.nan)
+        return replay, result
+
+
+class Fails(Replays):
+    def capture(self, call):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+
+@pytest.fixture
+def captures(monkeypatch):
+    """A function that has another stand-in capture."""
+
+    def use(kind):
+        monkeypatch.setattr(graphs, "CudaGraphs", kind)
+
+    use(Replays)
+    return use
+
+
+def _calls(unet, size=8, prompt=0, steps=STEPS, number=int):
+    """The results of a generation's calls, each with a latent and a timestep of its own."""
+    random = torch.Generator().manual_seed(prompt)
+    text = torch.randn(2, 3, tiny_parts.WIDTH, generator=random)
+    with torch.no_grad():
+        return [
+            unet(torch.randn(2, 4, size, size, generator=random), number(900 - 100 * step), text, return_dict=False)[0]
+            for step in range(steps)
+        ]
+
+
+def _told(runtime):
+    return runtime.stats()["kernels"]["graphs"]
+
+
+def _equal(got, want):
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("number", [int, float, torch.tensor])
+def test_replayed_calls_give_what_launched_ones_give(captures, number):
+    unet = fused_checks.unet()
+    want = [_calls(unet, 8, 0, number=number), _calls(unet, 8, 1, number=number), _calls(unet, 16, 0, number=number)]
+    runtime = asyncdiff_fast.patch(unet, graphs=True)
+    # The first call of each kind is launched; a result stays what it is when the next call is made.
+    _equal(_calls(unet, 8, 0, number=number), want[0])
+    assert _told(runtime) == {"captured": 1, "replayed": STEPS - 1, "refused": []}
+    _equal(_calls(unet, 8, 1, number=number), want[1])
+    assert _told(runtime)["captured"] == 1 and _told(runtime)["replayed"] == 2 * STEPS - 1
+    _equal(_calls(unet, 16, 0, number=number), want[2])
+    assert _told(runtime)["captured"] == 2
+    asyncdiff_fast.unpatch(unet)
+    _equal(_calls(unet, 8, 0, number=number), want[0])
+
+
+def test_arguments_that_the_device_does_not_have_are_kept_apart(captures):
+    """A plain argument is part of the kind; results may be objects of diffusers."""
+    unet, x, text = fused_checks.unet(), torch.randn(2, 4, 8, 8), torch.randn(2, 3, tiny_parts.WIDTH)
+    runtime = asyncdiff_fast.patch(unet, graphs=True)
+    with torch.no_grad():
+        found = [unet(x, 5, text).sample for _ in range(3)] + [unet(x, 5, text, return_dict=False)[0] for _ in range(3)]
+    _equal(found[1:], found[:1] * 5)
+    assert _told(runtime) == {"captured": 2, "replayed": 4, "refused": []}
+    asyncdiff_fast.unpatch(unet)
+
+
+def test_no_more_than_some_kinds_are_kept(captures, monkeypatch):
+    monkeypatch.setattr(graphs, "KEPT", 2)
+    unet = fused_checks.unet()
+    runtime = asyncdiff_fast.patch(unet, graphs=True)
+    for size in (8, 12, 16, 8):
+        _calls(unet, size, steps=2)
+    assert _told(runtime)["captured"] == 4 and len(runtime._layers.graphs._kinds) == 2
+    asyncdiff_fast.unpatch(unet)
+
+
+def test_what_cannot_be_captured_is_launched_and_said_once(captures, caplog):
+    captures(Fails)
+    unet = fused_checks.unet()
+    want = _calls(unet)
+    asyncdiff_fast.patch(unet, graphs=True)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            _equal(_calls(unet), want)
+    asyncdiff_fast.unpatch(unet)
+    (line,) = [r.getMessage() for r in caplog.records if "graphs=True" in r.getMessage()]
+    assert "UNet2DConditionModel is launched kernel by kernel: RuntimeError: operation not permitted" in line
+
+
+def _with_a_hook(unet):
+    unet.mid_block.register_forward_hook(lambda module, args, result: None)
+    return "a hook is on mid_block"
+
+
+def _in_training(unet):
+    unet.train()
+    return "the denoiser is in training mode"
+
+
+@pytest.mark.parametrize("prepare", [_with_a_hook, _in_training])
+def test_what_a_replay_would_leave_out_is_launched(captures, prepare):
+    unet = fused_checks.unet()
+    want, why = _calls(unet), prepare(unet)
+    runtime = asyncdiff_fast.patch(unet, graphs=True)
+    _equal(_calls(unet), want)
+    assert _told(runtime) == {"captured": 0, "replayed": 0, "refused": [why]}
+    asyncdiff_fast.unpatch(unet)
+
+
+def test_without_a_gpu_calls_are_launched():
+    unet = fused_checks.unet()
+    want = _calls(unet)
+    runtime = asyncdiff_fast.patch(unet, graphs=True)
+    _equal(_calls(unet), want)
+    assert _told(runtime)["refused"] == ["an argument is on cpu"]
+    asyncdiff_fast.unpatch(unet)
+
+
+def test_other_modules_or_weights_are_captured_anew(captures):
+    unet = fused_checks.unet()
+    runtime = asyncdiff_fast.patch(unet, graphs=True)
+    _calls(unet)
+    conv = unet.conv_out
+    unet.conv_out = torch.nn.Conv2d(conv.in_channels, conv.out_channels, 3, padding=1).requires_grad_(False)
+    replaced = _calls(unet, prompt=1)
+    assert _told(runtime)["captured"] == 2
+    unet.conv_out.weight.data = unet.conv_out.weight.data * 2
+    doubled = _calls(unet, prompt=1)
+    assert _told(runtime)["captured"] == 3
+    asyncdiff_fast.unpatch(unet)
+    _equal(_calls(unet, prompt=1), doubled)
+    assert not torch.equal(doubled[0], replaced[0])
+
+
+def test_calls_that_ranks_share_are_refused():
+    with pytest.raises(ValueError, match="whole ones only: got graphs=True, num_stages=1, num_patches=2; pass graphs"):
+        asyncdiff_fast.Config(graphs=True, num_patches=2)
+    with pytest.raises(ValueError, match="graphs must be True or False"):
+        asyncdiff_fast.Config(graphs=1)
+    assert asyncdiff_fast.Config(graphs=True, parallel_steps=2, cfg_parallel=True).world_size == 4
