@@ -1,7 +1,7 @@
 """Hooks on the modules of one denoiser that hand what happens in them to the patch under way."""
 
 from ..modules import Attachment, Watch
-from .sites import JOINS, KINDS
+from .sites import JOINS, KINDS, SUMS
 
 
 class Hooks:
@@ -15,7 +15,7 @@ class Hooks:
         self._denoiser, self._attached = denoiser, {}
         # Whether the denoiser's own forward has sites outside its modules.
         self._at_root = False
-        self._watch = Watch({*KINDS, *JOINS}, self._meet)
+        self._watch = Watch({*KINDS, *JOINS, *SUMS}, self._meet)
 
     def counted(self, forward):
         """The denoiser's forward, such that the calls of its modules are counted from its beginning."""
@@ -38,16 +38,17 @@ class Hooks:
         cut_args, cut_kwargs = patch.begin(signature, mode, args, kwargs, exact)
         self.active = patch
         try:
-            result = run(cut_args, cut_kwargs)
+            with patch.following(signature.latent(cut_args, cut_kwargs)):
+                result = run(cut_args, cut_kwargs)
         finally:
             self.active = None
         return patch.end(result) if patch.bound else result
 
-    def attach(self, recorder, patch):
-        """Put hooks on the modules in which a patch will meet something, as a recorded forward tells."""
+    def attach(self, recorder, patch, also=()):
+        """Put hooks on the modules in which a patch will meet something, as a recorded forward tells; `also` by name."""
         modules = dict(self._denoiser.named_modules())
         self.names = {module: name for name, module in modules.items()}
-        wanted = {name for name, _ in recorder.sites} | patch.constant_modules
+        wanted = {name for name, _ in recorder.sites} | patch.constant_modules | set(also)
         # What the modules inside a joining one do must not be taken for its own.
         wanted |= {n for outer in patch.joining_modules for n in modules if n == outer or n.startswith(f"{outer}.")}
         self._at_root |= "" in wanted

@@ -4,8 +4,8 @@ import math
 from dataclasses import dataclass, field
 
 from .layout import Rows
-from .site import Halo, Norm, Ring
-from .sites import ATTENTION, CONV, NORM
+from .site import Halo, Norm, Ring, Sum
+from .sites import ATTENTION, CONV, NORM, SUM
 
 # A group of sites is posted when this many bytes (of all patches) have come together, or this many sites.
 GROUP_BYTES, GROUP_SITES = 4 << 20, 32
@@ -74,7 +74,7 @@ class PatchPlan:
             if isinstance(site, Ring):
                 tokens = site.tokens.extra + sum(site.tokens.count(p) for p in range(len(site.shapes)))
                 total += tokens * site.key[0] * site.features * site.item
-            elif isinstance(site, Norm):
+            elif isinstance(site, Norm | Sum):
                 total += len(site.shapes) * math.prod(site.message_shape()) * site.item
             elif isinstance(site, Halo) and site.exchanges:
                 sizes = [m for m in site.messages if patch in (m.source, m.target)]
@@ -103,10 +103,10 @@ class PatchPlan:
         lines = [f"{len(self.rows.held)} patches of {self.rows.size} rows; MB sent per displaced call:"]
         lines.append("  ".join(f"{name:>{width}}" for name, width in zip(head, widths, strict=True)))
         for patch, (start, stop) in enumerate(self.rows.held):
-            kv, halo, norm = (self.sent_bytes(patch, kind) / 1e6 for kind in (ATTENTION, CONV, NORM))
+            kv, halo, norm, sums = (self.sent_bytes(patch, kind) / 1e6 for kind in (ATTENTION, CONV, NORM, SUM))
             result = self.sent_result_bytes(patch) / 1e6
             lines.append(
-                f"{patch:>5}  {f'{start}-{stop}':>9}  {kv:>12.2f}  {halo:>8.2f}  {norm:>10.3f}  {result:>7.2f}  "
+                f"{patch:>5}  {f'{start}-{stop}':>9}  {kv:>12.2f}  {halo:>8.2f}  {norm + sums:>10.3f}  {result:>7.2f}  "
                 f"{self.memory_bytes(patch) / 1e6:>7.1f} MB"
             )
         return "\n".join(lines)

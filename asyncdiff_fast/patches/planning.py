@@ -9,12 +9,12 @@ from ..calls import schedule
 from ..calls.schedule import PatchMode
 from ..tracing import side_effects
 from . import site_rows, sites
+from .check import WAY_OUT, ResultCheck
 from .cutting import Cutter
+from .mixing import mixed
 from .patch import Patch
 from .plan import PatchPlan
-
-# How far the patches' synchronous result may be from the whole picture's, of its largest element.
-CLOSE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+from .sites import SUM
 
 
 class Planner:
@@ -35,16 +35,23 @@ class Planner:
         patch = self._patch(recorder, args, kwargs, axis, self.world.rank)
         self._probe(patch, run, args, kwargs, whole)
         if not self.config.naive:
-            everyone = self.world.gather((patch.found, patch.sees_latent), "the rows of every site")
+            everyone = self.world.gather(self._seen(recorder, patch), "the rows of every site")
             plan = self._plan(patch.cutter, recorder, everyone, whole)
+            self.hooks.attach(recorder, patch, {site.name for site in plan.sites})
             if len(set(self.world.gather(plan.digest(), "the plan of the patches"))) > 1:
                 raise ValueError("ranks planned different patches: the denoisers or their inputs differ")
             patch.bind(plan, exchange, phase, _samples(plan, recorder))
         patch.bind_result(exchange, phase)
         if not self.config.naive:
+            check = patch.result_check = ResultCheck(self.denoiser, self._signature, self.world)
+
+            def joined(args, kwargs):
+                return self._on_patch(patch, PatchMode.SYNC, run, args, kwargs, exact=True)
+
             with self.learning(True):
-                joined = self._on_patch(patch, PatchMode.SYNC, run, args, kwargs, exact=True)
-            self._verify(joined, whole)
+                first = joined(args, kwargs)
+            check.learn(run, joined, args, kwargs, patch.cutter.dim)
+            check.judge(first, whole)
         return patch
 
     def learning(self, first):
@@ -76,7 +83,7 @@ class Planner:
         for number in range(self.config.num_patches):
             patches.append(self._patch(recorder, args, kwargs, schedule.patch_axis(self.config, 0), number))
             self._on_patch(patches[-1], PatchMode.LOCAL, run, args, kwargs)
-        everyone = [(patch.found, patch.sees_latent) for patch in patches]
+        everyone = [self._seen(recorder, patch) for patch in patches]
         plan = self._plan(patches[0].cutter, recorder, everyone, whole)
         return plan, patches, _samples(plan, recorder), whole, run
 
@@ -131,11 +138,30 @@ class Planner:
         """The plan from what every patch has found; without sites for naive patches, which exchange results only."""
         found = ()
         if not self.config.naive:
-            seen, sees_latent = zip(*everyone, strict=True)
+            seen, sees_latent, sums = zip(*everyone, strict=True)
             frames = cutter.grid.outer if cutter.grid is not None else 1
             found = site_rows.make_sites(recorder, cutter.levels, cutter.rows.size, seen, all(sees_latent), frames)
+            found = site_rows.with_sums(found, recorder, sums)
         nbytes = sum(x.nbytes for x in tree_leaves(whole) if isinstance(x, torch.Tensor))
         return PatchPlan(self.config, cutter.rows, cutter.levels, found, nbytes, recorder.kept_bytes)
+
+    def _seen(self, recorder, patch):
+        """(sites, whether the latent is read where it lies, {place: the sum over rows there}) of a patch.
+
+        Raises: ValueError if rows are combined in another way.
+        """
+        sums, others = {}, []
+        for call in () if self.config.naive else mixed(recorder.calls, patch.seen.calls):
+            if call.sums:
+                sums[call.whole.site] = call.part
+            else:
+                others.append(str(call))
+        if others:
+            more = f" (and {len(others) - 1} more)" if len(others) > 1 else ""
+            raise ValueError(
+                f"{type(self.denoiser).__name__} cannot be shared out as patches: {others[0]}{more}; {WAY_OUT}"
+            )
+        return patch.found, patch.sees_latent, sums
 
     def _probe(self, patch, run, args, kwargs, whole):
         """Run the denoiser on this patch alone: the numbers mean nothing yet, but all shapes are seen."""
@@ -152,26 +178,11 @@ class Planner:
                     f"{patch.cutter.describe(number)}: {text}"
                 )
 
-    def _verify(self, joined, whole):
-        """The patches together must give what the whole picture gives."""
-        error = 0.0
-        for a, b in zip(tree_leaves(joined), tree_leaves(whole), strict=True):
-            if isinstance(b, torch.Tensor):
-                limit = CLOSE.get(b.dtype, 1e-1) * max(float(b.abs().max()), 1e-12)
-                error = max(error, float((a - b).abs().max()) / limit)
-        worst = max(self.world.gather(error, "the first result of the patches"))
-        if not worst <= 1:
-            raise ValueError(
-                f"{type(self.denoiser).__name__} cannot be shared out as patches: together they differ from the whole "
-                f"picture by {worst:.3g} times what rounding explains, so something in it mixes rows in a way that is "
-                "neither a convolution, a GroupNorm nor scaled_dot_product_attention; use num_stages instead, or set "
-                "its attention to a processor that calls scaled_dot_product_attention"
-            )
-
 
 def _samples(plan, recorder):
     """{number of a site: some of what it met in the forward on the whole picture}."""
-    return {i: recorder.sites[s.name, s.call][s.place].sample for i, s in enumerate(plan.sites)}
+    found = {i: site for i, site in enumerate(plan.sites) if site.kind != SUM}
+    return {i: recorder.sites[s.name, s.call][s.place].sample for i, s in found.items()}
 
 
 def _beforehand(recorder, cutter, naive):

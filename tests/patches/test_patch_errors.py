@@ -22,27 +22,38 @@ TIMEOUT_S = 5
 
 REFUSED = {
     "AcrossRows": "",
-    "InstanceNorm": "",
+    "InstanceNorm": "works along rows of the picture (instance_norm",
     "LayerNormOverPicture": "",
     "Causal": "causally",
     "Bilinear": "bilinear",
-    "OwnSoftmax": "",
-    "Squeeze": "",
-    "Cumulative": "",
-    "Flip": "",
-    "Shift": "",
-    "MaxPool": "",
+    "OwnSoftmax": "compares rows of the picture with each other (matmul",
+    "Cumulative": "works along rows of the picture (cumsum",
+    "Flip": "works along rows of the picture (flip",
+    "Shift": "works along rows of the picture (roll",
+    "MaxPool": "pools with padding",
     "ReflectPad": "",
     "Transposed": "",
-    "Fourier": "",
-    "Linear": "",
-    "MultiHead": "",
+    "Fourier": "works along rows of the picture (fft",
+    "Linear": "works along rows of the picture (softmax",
+    "MultiHead": "works along rows of the picture (multi_head_attention_forward",
     "Masked": "",
     "RowNumbers": "",
     "Steers": "reads numbers from activations",
-    "SmallMean": "",
+    "Norm": "sums over rows of the picture (norm",
 }
-RIGHT = ("Pointwise", "Windowed", "Axial", "OneHead", "Positions")
+RIGHT = (
+    "Squeeze",
+    "SmallMean",
+    "LinearSums",
+    "Einsum",
+    "Pooled",
+    "OwnBetween",
+    "Pointwise",
+    "Windowed",
+    "Axial",
+    "OneHead",
+    "Positions",
+)
 
 
 # The first call is the same in both: a refusal need not be tried twice.
