@@ -3,7 +3,7 @@
 import contextlib
 
 import torch
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves
 
 from .way import Lost
 
@@ -11,9 +11,9 @@ WAY_OUT = (
     "use num_stages or parallel_steps instead, or set its attention to a processor that calls "
     "scaled_dot_product_attention"
 )
-# How many times what the rounding of the input changes the results of other kernels may differ.
+# Results of other kernels may differ by this many times what the rounding of the input changes.
 FACTOR = 5
-# Of the results' size, in units of the last place: sums in another order differ even where the input's rounding is lost.
+# Units in the last place of the results' size that are always allowed: sums are taken in another order.
 LEAST = 2
 # The second picture looked at: how late it is, as a part of the timestep, and how far its rows are apart, in deviations.
 LATE, SLOPE = 0.1, 2.0
@@ -23,8 +23,8 @@ class ResultCheck:
     """Compares results of one denoiser's patches with those of the whole picture. Collective.
 
     What is explained is measured: how far a result moves if its input is changed in the last place of the coarsest
-    dtype at work. As a first picture is noise, all of whose rows are alike, and gates may be closed yet, patches must be
-    right for a picture of another kind too: late in time, bright at one end and dark at the other.
+    dtype at work. As a first picture is noise, all of whose rows are alike, and gates may be closed yet, patches must
+    be right for a picture of another kind too: late in time, bright at one end and dark at the other.
     """
 
     def __init__(self, denoiser, signature, world):
@@ -74,23 +74,21 @@ class ResultCheck:
         """The call with its latent changed in the last place."""
         latent = self._signature.latent(args, kwargs)
         signs = torch.randint(0, 2, latent.shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
-        return self._with_latent(args, kwargs, (latent * (1 + ulp * signs.to(latent.device))).to(latent.dtype))
+        return self._signature.with_latent(
+            args, kwargs, (latent * (1 + ulp * signs.to(latent.device))).to(latent.dtype)
+        )
 
     def _late(self, args, kwargs, dim):
         """The call late in time, with a latent half noise, half a slope along its rows."""
         latent, timestep = self._signature.latent(args, kwargs), self._signature.timestep(args, kwargs)
         slope = torch.linspace(SLOPE, -SLOPE, latent.shape[dim], device=latent.device) * latent.float().std()
         slope = slope.view(-1, *(1,) * (latent.dim() - 1 - dim))
-        args, kwargs = self._with_latent(args, kwargs, (0.5 * latent + slope).to(latent.dtype))
+        args, kwargs = self._signature.with_latent(args, kwargs, (0.5 * latent + slope).to(latent.dtype))
         if isinstance(timestep, torch.Tensor):
             return self._signature.with_timestep(args, kwargs, (timestep * LATE).to(timestep.dtype))
         if isinstance(timestep, int | float):
             return self._signature.with_timestep(args, kwargs, type(timestep)(timestep * LATE))
         return args, kwargs
-
-    def _with_latent(self, args, kwargs, latent):
-        given = self._signature.latent(args, kwargs)
-        return tree_map_only(torch.Tensor, lambda x: latent if x is given else x, (args, kwargs))
 
 
 def _distance(a, b):

@@ -10,7 +10,14 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 # Their results depend on the shape of a tensor only.
-SHAPE_ONLY = {torch.empty_like, torch.zeros_like, torch.ones_like, torch.full_like, torch.rand_like, torch.randn_like}
+SHAPE_ONLY = {
+    torch.empty_like, torch.zeros_like, torch.ones_like, torch.full_like, torch.rand_like, torch.randn_like,
+    torch.Tensor.new_empty, torch.Tensor.new_zeros, torch.Tensor.new_ones, torch.Tensor.new_full,
+}  # fmt: skip
+# Their results depend on the values of the first argument only.
+_FIRST_ONLY = {
+    torch.Tensor.type_as, torch.Tensor.expand_as, torch.Tensor.view_as, torch.Tensor.reshape_as, torch.Tensor.to,
+}  # fmt: skip
 _IN_PLACE = {"__iadd__", "__isub__", "__imul__", "__itruediv__", "__setitem__"}
 
 
@@ -35,9 +42,14 @@ class Followed:
         """True if one of them is followed."""
         return any(x in self for x in tensors)
 
+    def given(self, func, leaves):
+        """Those of a function's tensors that are followed and whose values it reads."""
+        read = () if func in SHAPE_ONLY else leaves[:1] if func in _FIRST_ONLY else leaves
+        return [x for x in read if x in self]
+
     def pass_on(self, func, args, leaves, result):
         """Follow what a function makes of followed tensors, or writes them into. True if it was given such."""
-        if func in SHAPE_ONLY or not self.any(leaves):
+        if not self.given(func, leaves):
             return False
         name = getattr(func, "__name__", "")
         changed = args[:1] if name in _IN_PLACE or (name.endswith("_") and not name.endswith("__")) else ()
@@ -49,8 +61,8 @@ class Followed:
 class Called:
     """One function call on tensors made of the picture.
 
-    `given`, `made`: shapes of those among its arguments, and of its results. `args`, `kwargs`: with None for what is no number or text.
-    `site`: (module, call, place) if it is a watched one. `dtype`: of its first result.
+    `given`, `made`: shapes of those among its arguments, and of its results. `args`, `kwargs`: None for what is neither
+    number nor text. `site`: (module, call, place) if it is a watched one. `dtype`: of its first result.
     """
 
     func: Any
@@ -65,12 +77,11 @@ class Called:
     @classmethod
     def of(cls, picture, func, args, kwargs, leaves, result, module="", site=None):
         """The `Called` of a call whose `leaves` are its tensors; `picture` is `Followed`."""
-        given = tuple(tuple(x.shape) for x in leaves if x in picture)
+        given = tuple(tuple(x.shape) for x in picture.given(func, leaves))
         results = [x for x in tree_leaves(result) if isinstance(x, torch.Tensor)]
         made, dtype = tuple(tuple(x.shape) for x in results), results[0].dtype if results else None
-        return cls(
-            func, module, given, made, tuple(map(_plain, args)), {k: _plain(v) for k, v in kwargs.items()}, site, dtype
-        )
+        named = {name: _plain(x) for name, x in kwargs.items()}
+        return cls(func, module, given, made, tuple(map(_plain, args)), named, site, dtype)
 
 
 def _plain(x):

@@ -45,7 +45,7 @@ class Hooks:
         return patch.end(result) if patch.bound else result
 
     def attach(self, recorder, patch, also=()):
-        """Put hooks on the modules in which a patch will meet something, as a recorded forward tells; `also` by name."""
+        """Put hooks on the modules in which a patch will meet something, as a recorded forward tells, and on others."""
         modules = dict(self._denoiser.named_modules())
         self.names = {module: name for name, module in modules.items()}
         wanted = {name for name, _ in recorder.sites} | patch.constant_modules | set(also)

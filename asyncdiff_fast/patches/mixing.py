@@ -1,4 +1,4 @@
-"""Finds where a denoiser combines rows of the picture other than at its sites, by its calls on the whole and on patches.
+"""Finds where a denoiser combines rows of the picture, but for its sites, by its calls on the whole and on patches.
 
 A dimension of a tensor has rows in it if its size on a patch is another than on the whole picture. A function that is
 given such a dimension and whose result has none has summed over the rows; one whose result has more of them than any
@@ -16,9 +16,9 @@ SUMS_UP = "sums over rows of the picture"
 _MOVES = {
     "__get__", "__getitem__", "__setitem__", "chunk", "split", "tensor_split", "split_with_sizes", "unbind", "narrow",
     "select", "index_select", "gather", "take", "take_along_dim", "masked_select", "nonzero", "view", "view_as",
-    "reshape", "reshape_as", "flatten", "unflatten", "permute", "transpose", "movedim", "squeeze", "unsqueeze", "expand",
-    "expand_as", "repeat", "repeat_interleave", "cat", "concat", "stack", "as_strided", "swapaxes", "t", "tile", "size",
-    "stride", "dim", "unfold", "pad", "contiguous", "clone", "new_zeros", "new_ones", "new_empty", "new_full",
+    "reshape", "reshape_as", "flatten", "unflatten", "permute", "transpose", "movedim", "squeeze", "unsqueeze",
+    "expand", "expand_as", "repeat", "repeat_interleave", "cat", "concat", "stack", "as_strided", "swapaxes", "t", "tile",
+    "size", "stride", "dim", "unfold", "pad", "contiguous", "clone", "new_zeros", "new_ones", "new_empty", "new_full",
     "new_tensor", "broadcast_to", "meshgrid", "index_add", "index_add_", "index_copy", "scatter", "scatter_add",
     "pixel_shuffle", "pixel_unshuffle", "rearrange", "squeeze_", "unsqueeze_", "transpose_", "numel", "is_contiguous",
     "interpolate", "hsplit", "vsplit", "dsplit", "swapdims", "view_as_complex", "view_as_real", "zeros_like", "storage",
@@ -26,9 +26,9 @@ _MOVES = {
 }  # fmt: skip
 # They keep the shape and work along `dim`: {name: (place of the argument, what it is if it is not given)}.
 _ALONG = {
-    "softmax": (1, None), "log_softmax": (1, None), "cumsum": (1, None), "cumprod": (1, None), "logcumsumexp": (1, None),
-    "cummax": (1, None), "cummin": (1, None), "sort": (1, -1), "argsort": (1, -1), "flip": (1, None), "roll": (2, None),
-    "normalize": (2, 1), "softmin": (1, None), "diff": (2, -1), "gumbel_softmax": (4, -1), "msort": (9, 0),
+    "softmax": (1, None), "log_softmax": (1, None), "cumsum": (1, None), "cumprod": (1, None),
+    "logcumsumexp": (1, None), "cummax": (1, None), "cummin": (1, None), "sort": (1, -1), "argsort": (1, -1),
+    "flip": (1, None), "roll": (2, None), "normalize": (2, 1), "softmin": (1, None), "diff": (2, -1), "gumbel_softmax": (4, -1), "msort": (9, 0),
     "renorm": (2, None),
 }  # fmt: skip
 # They work along all of a picture but its batch (and channels).

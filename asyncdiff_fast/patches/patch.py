@@ -34,6 +34,10 @@ class Patch:
         self.mode, self.group_norm, self.bessel = PatchMode.LOCAL, config.group_norm, config.bessel
         self.plan = None
         self.probing, self.bound, self.found = True, False, {}
+        # Generations begun, and what compares its results with the whole picture's.
+        self.generations, self.result_check = 0, None
+        # Names of inputs whose values the plan depends on.
+        self.reads = ()
         # Whether the first convolution reads the latent where it lies.
         self.sees_latent = False
         self._states, self._order, self._constants, self._joins = {}, [], {}, {}
@@ -171,9 +175,7 @@ class Patch:
         """`count` rows of the latent seen as `x` sees its own, from `above` rows relative to the first of them."""
         rows = self.cutter.rows_beside(x, self._latent, above, count)
         if rows is None:
-            raise RuntimeError(
-                f"{self.way.key[0]} no longer reads the latent where it lies; unpatch() and patch() anew"
-            )
+            lost(f"{self.way.key[0]} no longer reads the latent where it lies")
         return rows
 
     # The plan.
@@ -220,12 +222,14 @@ class Patch:
         """Forget the slots and buffers of this plan."""
         if self._slots is not None:
             self._slots.release()
-        self._result.release()
+        if self._result is not None:
+            self._result.release()
 
     # One call.
 
     def begin_generation(self, instants):
         """Nothing that an earlier generation left is predicted from or compared with."""
+        self.generations += 1
         self.trend.begin(instants)
         self.check.begin_generation()
 

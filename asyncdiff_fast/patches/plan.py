@@ -16,7 +16,8 @@ class PatchPlan:
     """The patches of one call of a denoiser.
 
     `sites`: in order of execution. `rows`: of the latent. `levels`: {rows: Rows} of every resolution. `kept_bytes`: of
-    projections of the text and other constant inputs, which every patch keeps from call to call.
+    projections of the text and other constant inputs, which every patch keeps from call to call. `cuts`: what each
+    input is cut by, in words.
     """
 
     config: object
@@ -25,6 +26,7 @@ class PatchPlan:
     sites: tuple = field(repr=False)
     result_bytes: int = 0
     kept_bytes: int = 0
+    cuts: tuple = ()
 
     def displaced(self, i):
         """True if a site's messages travel after the call that makes them."""
@@ -109,6 +111,8 @@ class PatchPlan:
                 f"{patch:>5}  {f'{start}-{stop}':>9}  {kv:>12.2f}  {halo:>8.2f}  {norm + sums:>10.3f}  {result:>7.2f}  "
                 f"{self.memory_bytes(patch) / 1e6:>7.1f} MB"
             )
+        if self.cuts:
+            lines.append(f"cut: {', '.join(self.cuts)}; all else whole")
         return "\n".join(lines)
 
 

@@ -7,14 +7,18 @@ from torch.utils._pytree import tree_leaves
 
 from ..calls import schedule
 from ..calls.schedule import PatchMode
+from ..calls.signature import copied
 from ..tracing import side_effects
-from . import site_rows, sites
+from . import inputs, site_rows, sites, tokens
 from .check import WAY_OUT, ResultCheck
 from .cutting import Cutter
 from .mixing import mixed
 from .patch import Patch
 from .plan import PatchPlan
 from .sites import SUM
+
+# Inputs of which it is tried whether they are to be cut another way.
+MOST_TRIES = 4
 
 
 class Planner:
@@ -31,28 +35,50 @@ class Planner:
         Raises: ValueError if the denoiser cannot be shared out as patches, on every rank.
         """
         whole, recorder = self._look(forward, args, kwargs)
-        run = self._quiet(forward)
-        patch = self._patch(recorder, args, kwargs, axis, self.world.rank)
-        self._probe(patch, run, args, kwargs, whole)
-        if not self.config.naive:
-            everyone = self.world.gather(self._seen(recorder, patch), "the rows of every site")
-            plan = self._plan(patch.cutter, recorder, everyone, whole)
-            self.hooks.attach(recorder, patch, {site.name for site in plan.sites})
-            if len(set(self.world.gather(plan.digest(), "the plan of the patches"))) > 1:
-                raise ValueError("ranks planned different patches: the denoisers or their inputs differ")
-            patch.bind(plan, exchange, phase, _samples(plan, recorder))
+        run, problem = self._quiet(forward), None
+        for number, other in enumerate(self._ways(recorder, args, kwargs, axis)):
+            patch = self._patch(recorder, args, kwargs, axis, self.world.rank, other)
+            try:
+                self._probe(patch, run, args, kwargs, whole)
+                self._bind(patch, recorder, args, kwargs, run, whole, exchange, f"{phase}.{number}")
+                return patch
+            except ValueError as error:
+                problem = problem or error
+                patch.release()
+        raise problem
+
+    def _ways(self, recorder, args, kwargs, axis):
+        """Names of inputs that are to be cut other than they seem to be, each a try: first none."""
+        latent = self._signature.latent(args, kwargs)
+        cutter = Cutter.of(recorder, latent, self._signature.latent_name, self.config, 0, axis)
+        return [(), *((name,) for name in inputs.doubtful(cutter, self._signature.named(args, kwargs))[:MOST_TRIES])]
+
+    def _bind(self, patch, recorder, args, kwargs, run, whole, exchange, phase):
+        """Plan with all patches, register the slots and compare with the whole picture. Collective."""
+        if self.config.naive:
+            patch.bind_result(exchange, phase)
+            return
+        everyone = self.world.gather(self._seen(recorder, patch), "the rows of every site")
+        plan = self._plan(patch.cutter, recorder, everyone, whole, self._signature.named(args, kwargs))
+        self.hooks.attach(recorder, patch, {site.name for site in plan.sites})
+        if len(set(self.world.gather(plan.digest(), "the plan of the patches"))) > 1:
+            raise ValueError("ranks planned different patches: the denoisers or their inputs differ")
+        patch.bind(plan, exchange, phase, _samples(plan, recorder))
         patch.bind_result(exchange, phase)
-        if not self.config.naive:
-            check = patch.result_check = ResultCheck(self.denoiser, self._signature, self.world)
+        check = patch.result_check = ResultCheck(self.denoiser, self._signature, self.world)
 
-            def joined(args, kwargs):
-                return self._on_patch(patch, PatchMode.SYNC, run, args, kwargs, exact=True)
+        def joined(args, kwargs):
+            return self._on_patch(patch, PatchMode.SYNC, run, args, kwargs, exact=True)
 
-            with self.learning(True):
-                first = joined(args, kwargs)
-            check.learn(run, joined, args, kwargs, patch.cutter.dim)
-            check.judge(first, whole)
-        return patch
+        with self.learning(True):
+            first = joined(args, kwargs)
+        check.learn(run, joined, args, kwargs, patch.cutter.dim)
+        check.judge(first, whole)
+
+    def look_again(self, patch, forward, args, kwargs, result):
+        """See that a synchronous result is still the whole picture's. Collective. Raises: ValueError if not."""
+        if patch.result_check is not None and not self.config.bessel:
+            patch.result_check.judge(result, self._quiet(forward)(args, kwargs))
 
     def learning(self, first):
         """Kernels are chosen at the `first` call of a kind, if all ranks are patches and so make the same calls."""
@@ -69,23 +95,30 @@ class Planner:
         Returns: (`PatchPlan`, a function of a `PatchMode` that carries out the patch's call with these arguments). The
             exchange sees all its posts and waits; received is what it writes.
         """
-        plan, patches, samples, whole, run = self._planned(forward, args, kwargs)
+        plan, patches, samples, run = self._planned(forward, args, kwargs)
         patch = patches[number]
-        patch.learn_result(whole, self._on_patch(patch, PatchMode.LOCAL, run, args, kwargs))
         patch.bind(plan, exchange, "emulated", samples)
         patch.bind_result(exchange, "emulated")
         return plan, lambda mode: self._on_patch(patch, mode, run, args, kwargs)
 
     def _planned(self, forward, args, kwargs):
-        """(plan, a patch of every patch, samples of its sites, the whole result, a quiet forward)."""
+        """(plan, a patch of every patch, samples of its sites, a quiet forward)."""
         whole, recorder = self._look(forward, args, kwargs)
-        run, patches = self._quiet(forward), []
-        for number in range(self.config.num_patches):
-            patches.append(self._patch(recorder, args, kwargs, schedule.patch_axis(self.config, 0), number))
-            self._on_patch(patches[-1], PatchMode.LOCAL, run, args, kwargs)
-        everyone = [self._seen(recorder, patch) for patch in patches]
-        plan = self._plan(patches[0].cutter, recorder, everyone, whole)
-        return plan, patches, _samples(plan, recorder), whole, run
+        run, axis, problem = self._quiet(forward), schedule.patch_axis(self.config, 0), None
+        for other in self._ways(recorder, args, kwargs, axis):
+            numbers = range(self.config.num_patches)
+            patches = [self._patch(recorder, args, kwargs, axis, number, other) for number in numbers]
+            try:
+                for text in (self._first_look(patch, run, args, kwargs, whole) for patch in patches):
+                    if text is not None:
+                        raise ValueError(text)
+                everyone = [self._seen(recorder, patch) for patch in patches]
+                named = self._signature.named(args, kwargs)
+                plan = self._plan(patches[0].cutter, recorder, everyone, whole, named)
+                return plan, patches, _samples(plan, recorder), run
+            except ValueError as error:
+                problem = problem or error
+        raise problem
 
     def on_first_patch(self, forward, args, kwargs, make_plan):
         """What `make_plan(denoiser, forward, args, kwargs, config)` makes of the first patch's call."""
@@ -104,6 +137,7 @@ class Planner:
         """Calls of the denoiser that leave no trace in it."""
 
         def run(args, kwargs):
+            args, kwargs = copied(args, kwargs)
             with side_effects.restored(self.denoiser), torch.no_grad():
                 return self.hooks.counted(forward)(*args, **kwargs)
 
@@ -117,66 +151,87 @@ class Planner:
             raise ValueError(f"num_patches needs a latent of 3, 4 or 5 dimensions as the denoiser's input: got {kind}")
         paused = contextlib.nullcontext() if self._choice is None else self._choice.paused()
         with side_effects.restored(self.denoiser), paused:
-            whole, recorder = sites.record(self.denoiser, forward, latent, args, kwargs)
+            whole, recorder = self._recorded(forward, args, kwargs)
         if recorder.steered_by:
             raise ValueError(
                 f"{', '.join(dict.fromkeys(recorder.steered_by))} reads numbers from activations into Python, which "
                 "differ from patch to patch: use num_stages instead"
             )
+        if schedule.patch_axis(self.config, 0) == -2:
+            dim = 1 if latent.dim() == 3 else latent.dim() - 2
+            with torch.no_grad():
+                run = self._quiet(forward)
+                recorder.tokens = tokens.find(run, recorder, latent, self._with_latent(args, kwargs), dim)
         return whole, recorder
 
-    def _patch(self, recorder, args, kwargs, axis, number):
-        """A patch without a plan, ready for a first look."""
+    def _recorded(self, forward, args, kwargs):
+        try:
+            return sites.record(self.denoiser, forward, self._signature, args, kwargs)
+        except Exception as error:
+            # What the denoiser itself cannot do is its own error.
+            with torch.no_grad():
+                forward(*args, **kwargs)
+            raise ValueError(
+                f"{type(self.denoiser).__name__} runs, but not while it is looked at for patches; {WAY_OUT}: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+
+    def _with_latent(self, args, kwargs):
+        return lambda latent: self._signature.with_latent(args, kwargs, latent)
+
+    def _patch(self, recorder, args, kwargs, axis, number, other=()):
+        """A patch without a plan, ready for a first look; `other`: see `_ways`."""
         latent = self._signature.latent(args, kwargs)
-        cutter = Cutter.of(recorder, latent, self._signature.latent_name, self.config, number, axis)
+        cutter = Cutter.of(recorder, latent, self._signature.latent_name, self.config, number, axis, other)
+        inputs.check_masks(cutter, self._signature.named(args, kwargs))
         patch = Patch(self._shared, cutter, number, latent.device)
+        patch.reads = tuple(recorder.reads)
         patch.prepare(*_beforehand(recorder, cutter, self.config.naive))
         self.hooks.attach(recorder, patch)
         return patch
 
-    def _plan(self, cutter, recorder, everyone, whole):
+    def _plan(self, cutter, recorder, everyone, whole, named):
         """The plan from what every patch has found; without sites for naive patches, which exchange results only."""
         found = ()
         if not self.config.naive:
-            seen, sees_latent, sums = zip(*everyone, strict=True)
-            frames = cutter.grid.outer if cutter.grid is not None else 1
-            found = site_rows.make_sites(recorder, cutter.levels, cutter.rows.size, seen, all(sees_latent), frames)
+            problem = next((text for *_, text in everyone if text), None)
+            if problem is not None:
+                raise ValueError(problem)
+            seen, sees_latent, sums, _ = zip(*everyone, strict=True)
+            found = site_rows.make_sites(recorder, cutter, seen, all(sees_latent))
             found = site_rows.with_sums(found, recorder, sums)
         nbytes = sum(x.nbytes for x in tree_leaves(whole) if isinstance(x, torch.Tensor))
-        return PatchPlan(self.config, cutter.rows, cutter.levels, found, nbytes, recorder.kept_bytes)
+        return PatchPlan(
+            self.config, cutter.rows, cutter.levels, found, nbytes, recorder.kept_bytes, inputs.told(cutter, named)
+        )
 
     def _seen(self, recorder, patch):
-        """(sites, whether the latent is read where it lies, {place: the sum over rows there}) of a patch.
-
-        Raises: ValueError if rows are combined in another way.
-        """
-        sums, others = {}, []
-        for call in () if self.config.naive else mixed(recorder.calls, patch.seen.calls):
-            if call.sums:
-                sums[call.whole.site] = call.part
-            else:
-                others.append(str(call))
+        """(sites, whether the latent is read where it lies, {place: the sum over rows there}, a problem) of a patch."""
+        found = mixed(recorder.calls, patch.seen.calls) if patch.seen is not None and not self.config.naive else ()
+        others, problem = [str(call) for call in found if not call.sums], None
         if others:
             more = f" (and {len(others) - 1} more)" if len(others) > 1 else ""
-            raise ValueError(
-                f"{type(self.denoiser).__name__} cannot be shared out as patches: {others[0]}{more}; {WAY_OUT}"
-            )
-        return patch.found, patch.sees_latent, sums
+            problem = f"{type(self.denoiser).__name__} cannot be shared out as patches: {others[0]}{more}; {WAY_OUT}"
+        return patch.found, patch.sees_latent, {call.whole.site: call.part for call in found if call.sums}, problem
 
     def _probe(self, patch, run, args, kwargs, whole):
         """Run the denoiser on this patch alone: the numbers mean nothing yet, but all shapes are seen."""
-        problem = None
+        problems = self.world.gather(self._first_look(patch, run, args, kwargs, whole), "a first look at the patches")
+        problem = next((text for text in problems if text is not None), None)
+        if problem is not None:
+            raise ValueError(problem)
+
+    def _first_look(self, patch, run, args, kwargs, whole):
+        """None, or what is wrong with a denoiser's run on a patch alone."""
         try:
             patch.learn_result(whole, self._on_patch(patch, PatchMode.LOCAL, run, args, kwargs))
         except Exception as error:
-            problem = f"{type(error).__name__}: {error}"
-        problems = self.world.gather(problem, "a first look at the patches")
-        for number, text in enumerate(problems):
-            if text is not None:
-                raise ValueError(
-                    f"{type(self.denoiser).__name__} does not run on patch {number} of {self.world.size}, "
-                    f"{patch.cutter.describe(number)}: {text}"
-                )
+            left = inputs.left_whole(patch.cutter, self._signature.named(args, kwargs))
+            return (
+                f"{type(self.denoiser).__name__} does not run on patch {patch.number} of {self.config.num_patches}, "
+                f"{patch.cutter.describe(patch.number)}: {type(error).__name__}: {error}{left}"
+            )
+        return None
 
 
 def _samples(plan, recorder):

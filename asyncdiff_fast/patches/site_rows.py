@@ -11,13 +11,13 @@ _RESAMPLING = (CONV, RESIZE, POOL)
 
 def factor_of(recorder, size, axis=-2):
     """Rows of the latent in one row of the coarsest resolution, by the convolutions and interpolations of a forward."""
-    factor, known = 1, {size}
+    known = {size: 1}
     for found in resamplings(recorder):
         before, after = found.shape[axis], found.result[axis]
-        if before in known and after < before and after not in known:
-            factor *= -(-before // after)
-        known.add(after)
-    return factor
+        if before in known and after not in known:
+            larger = after > before
+            known[after] = max(known[before] * before // after, 1) if larger else known[before] * -(-before // after)
+    return math.lcm(*known.values())
 
 
 def levels_of(recorder, rows, axis=-2):
@@ -50,18 +50,17 @@ def resampling_sites(recorder, levels):
     return sites
 
 
-def make_sites(recorder, levels, start, patches, sees_latent, frames=1):
+def make_sites(recorder, cutter, patches, sees_latent):
     """Sites of the plan, from one forward on the whole picture and one on each patch.
 
     Args:
-        levels: {size: Rows}.
-        start: the size of the latent's own resolution.
+        cutter: `Cutter`, which knows the rows of every resolution and the order of tokens.
         patches: for each patch, {(module, call): [Seen]}.
         sees_latent: True if the first convolution can read rows of the latent around its own.
-        frames: of a clip whose tokens lie in one sequence.
     Raises: ValueError that names the module if a site's rows cannot be told.
     """
-    sites, level, first = [], start, True
+    levels, grid = cutter.levels, cutter.grid
+    sites, level, first = [], cutter.rows.size, True
     for key, place in recorder.order:
         if any(len(p.get(key, ())) != len(recorder.sites[key]) for p in patches):
             raise ValueError(f"{key[0]} takes another way on a patch than on the whole picture")
@@ -76,7 +75,8 @@ def make_sites(recorder, levels, start, patches, sees_latent, frames=1):
         elif whole.kind == NORM:
             sites.append(_norm(common, whole, parts, levels, level))
         else:
-            sites.append(_ring(common, whole, parts, levels[level], frames))
+            rows = levels[level] if grid is None or whole.shape[-2] not in cutter.starts else grid.rows
+            sites.append(_ring(common, whole, parts, rows, 1 if grid is None else grid.outer))
     return tuple(sites)
 
 
@@ -159,8 +159,8 @@ def _norm(common, whole, parts, levels, level):
     if len(whole.shape) >= 4:
         if whole.shape[-2] not in levels:
             raise ValueError(
-                f"{common[0]} normalises {whole.shape[-2]} rows, to which no convolution, pooling or interpolation that "
-                "patches know leads"
+                f"{common[0]} normalises {whole.shape[-2]} rows, to which no convolution, pooling or interpolation "
+                "that patches know leads"
             )
         return Norm(*common, whole.options[0], levels[whole.shape[-2]])
     rows = levels[level]

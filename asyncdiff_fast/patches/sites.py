@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from ..calls.signature import copied
 from ..fused.projections import KeptBytes
 from .following import Called, Followed
 
@@ -37,6 +38,8 @@ JOINS = {
     torch.add, torch.mul, torch.sub, torch.Tensor.add, torch.Tensor.mul, torch.Tensor.sub,
     torch.Tensor.__add__, torch.Tensor.__radd__, torch.Tensor.__mul__, torch.Tensor.__rmul__, torch.Tensor.__sub__,
 }  # fmt: skip
+# Floating-point inputs of more values than these hold no sizes or masks.
+FEW = 4096
 _NUMBERS = {
     torch.Tensor.item, torch.Tensor.tolist, torch.Tensor.__bool__, torch.Tensor.__float__, torch.Tensor.__int__,
     torch.Tensor.__index__, torch.equal, torch.allclose,
@@ -91,12 +94,17 @@ def _pool_options(input, kernel_size, stride=None, padding=0, *more, **named):
 _OPTIONS = {CONV: conv_options, NORM: _norm_options, RESIZE: _resize_options, POOL: _pool_options}
 
 
+def sample_of(key):
+    """(tokens, 8): a few numbers of each key."""
+    return key.detach()[(0,) * (key.dim() - 2)][:, :8].clone()
+
+
 def seen(kind, args, kwargs, result, sampled=True):
     """The `Seen` of a call; `sampled` keeps a few numbers of each key."""
     first = args[0] if args else next(iter(kwargs.values()))
     if kind == ATTENTION:
         key = args[1] if len(args) > 1 else kwargs["key"]
-        sample = key.detach()[(0,) * (key.dim() - 2)][:, :8].clone() if sampled else None
+        sample = sample_of(key) if sampled else None
         value = args[2] if len(args) > 2 else kwargs["value"]
         causal = bool(args[5] if len(args) > 5 else kwargs.get("is_causal", False))
         return Seen(kind, tuple(key.shape), tuple(first.shape), (tuple(value.shape), causal), key.dtype, sample)
@@ -107,20 +115,23 @@ def seen(kind, args, kwargs, result, sampled=True):
 class Recorder(TorchFunctionMode):
     """Records one forward on a whole picture: its sites, and which tensors follow from positions alone.
 
-    `sites`: {(module, call): [Seen]}. `order`: (key, place among them) of each, as met. `constants`: {(module, call):
-    result} of modules whose results follow from no input. `joins`: {(module, call): [(place, argument, tensor, shape of
-    the result)]} of functions that join an activation with such a tensor. `beside`: {(module, call, leaf of its
-    constant result)} that runs along something that is not made of the picture, such as text of as many tokens.
-    `steered_by`: modules where a number read from the picture's activations steers Python. `reads_inputs`: whether numbers of other
-    inputs are read into Python, which positions may follow from. `met`: (module, call, place) of every watched call. `kept_bytes`: of the projections of the inputs that
-    are made once, see `KeptBytes`. `calls`: every function call on tensors made of the picture, as `Called`.
+    `sites`: {(module, call): [Seen]}. `order`: (key, place among them) of each, as met. `met`: (module, call, place) of
+    these and of what may sum over rows. `calls`: every function call on tensors made of the picture, as `Called`.
+    `constants`: {(module, call): result} of modules whose results follow from no input. `joins`: {(module, call):
+    [(place, argument, tensor, shape of the result)]} of functions that join an activation with such a tensor. `beside`:
+    {(module, call, leaf of its constant result)} that runs along something that is not made of the picture, such as
+    text of as many tokens. `steered_by`: modules where a number read from the picture's activations steers Python.
+    `reads`: names of other inputs from which numbers are read into Python, which positions may follow from. `tokens`:
+    their `TokenOrder`, if it was found. `kept_bytes`: of the projections of the inputs that are made once, see
+    `KeptBytes`.
     """
 
-    def __init__(self, latent, inputs):
+    def __init__(self, latent, inputs, named):
         super().__init__()
         self.sites, self.order, self.constants, self.joins, self.steered_by = {}, [], {}, {}, []
-        self.kept_bytes, self.reads_inputs, self.calls = 0, False, []
-        self.met = []
+        self.kept_bytes, self.reads, self.calls = 0, set(), []
+        self._named = {name: Followed(x) for name, x in named.items()}
+        self.met, self.tokens = [], None
         self._inputs, self._picture = Followed(inputs), Followed(latent)
         # {(module, call, leaf): that leaf, and what follows from it and other constants alone}, until it is first used.
         self.beside, self._unused = set(), {}
@@ -142,7 +153,9 @@ class Recorder(TorchFunctionMode):
         elif func in _NUMBERS and self._picture.any(leaves):
             self.steered_by.append(key[0] or "the forward itself")
         elif func in _NUMBERS and from_inputs:
-            self.reads_inputs = True
+            self.reads |= {name for name, followed in self._named.items() if followed.any(leaves)}
+        for followed in self._named.values() if from_inputs else ():
+            followed.pass_on(func, args, leaves, result)
         return result
 
     def _site(self, key, func, args, kwargs, result):
@@ -209,15 +222,24 @@ class Recorder(TorchFunctionMode):
         return handles
 
 
+def _is_small(tree):
+    """True of an argument that may hold sizes and masks: whole numbers, or few of any."""
+    tensors = [x for x in tree_leaves(tree) if isinstance(x, torch.Tensor)]
+    return bool(tensors) and all(not x.is_floating_point() or x.numel() <= FEW for x in tensors)
+
+
 def _along(x, others):
     """True if a tensor has a dimension, other than features, that some of the others have too."""
     sizes = set(x.shape[:-1]) - {1}
     return any(sizes & set(other.shape[:-1]) for other in others)
 
 
-def record(denoiser, forward, latent, args, kwargs):
-    """(result, `Recorder`) of one forward on the whole picture; `latent` is the argument that holds it."""
-    recorder = Recorder(latent, (args, kwargs))
+def record(denoiser, forward, signature, args, kwargs):
+    """(result, `Recorder`) of one forward on the whole picture."""
+    args, kwargs = copied(args, kwargs)
+    latent = signature.latent(args, kwargs)
+    others = {n: x for n, x in signature.named(args, kwargs).items() if _is_small(x) and n != signature.timestep_name}
+    recorder = Recorder(latent, (args, kwargs), others)
     handles = recorder.watch(denoiser)
     try:
         with torch.no_grad(), KeptBytes((args, kwargs), latent) as kept, recorder:

@@ -73,9 +73,13 @@ def _pick(recording, num_stages, containers, leaky):
             whole = whole or _joins(recording, node)
         if node.eligible and node.key not in leaky and (whole or node.flops <= GRAIN * stage_cost):
             chosen.append(node)
-        else:
-            for child in node.children:
-                visit(child)
+            return
+        before = len(chosen)
+        for child in node.children:
+            visit(child)
+        # Nothing inside can be a unit, as in a mixture of experts.
+        if len(chosen) == before and node.children and node.eligible and node.key not in leaky:
+            chosen.append(node)
 
     for child in root.children:
         visit(child)

@@ -4,7 +4,7 @@ A recording is a flat list of events in execution order. Tensors appear only as 
 so everything that is derived from a recording (units, who reads whom, stages) is pure and needs no device.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 # Tags of the denoiser's own inputs. Values made by units have tags >= 0.
 LATENT, TIMESTEP = -1, -2
@@ -70,6 +70,33 @@ class Recording:
     state: tuple[tuple[str, tuple[int, ...]], ...] = ()
     # True if Python compared a timestep that is a plain number.
     steered: bool = False
+
+    def keep_together(self, other, kinds):
+        """Calls whose sizes are others in another forward become opaque, and all that their callers call.
+
+        Args:
+            other: [(name, shapes of its tensor arguments)] of that forward's calls, in order.
+            kinds: {name of a module: its class}.
+        """
+        counts, theirs, varying = {}, {}, set()
+        for name, shapes in other:
+            call = counts[name] = counts.get(name, -1) + 1
+            theirs[name, call] = shapes
+        enters = {(e.name, e.call): e for e in self.events if isinstance(e, Enter)}
+        for key in enters.keys() | theirs.keys():
+            mine = [leaf.shape for leaf in enters[key].leaves if leaf is not None] if key in enters else None
+            if mine != theirs.get(key):
+                varying.add(key[0])
+        # The module that chooses: the nearest that is called alike in both.
+        outer = {name.rsplit(".", 1)[0] if "." in name else "" for name in varying}
+        callers = {name for name, _ in enters} - varying
+        while outer - callers - {""}:
+            outer = {n if n in callers or not n else n.rpartition(".")[0] for n in outer}
+        choosing = {kinds[name] for name in outer - {""}}
+        inside = tuple(f"{name}." for name in {n for n, kind in kinds.items() if n and kind in choosing} | varying)
+        for i, e in enumerate(self.events):
+            if isinstance(e, Enter) and (e.name in varying or e.name.startswith(inside)):
+                self.events[i] = replace(e, opaque=True)
 
 
 @dataclass
