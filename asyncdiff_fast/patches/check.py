@@ -15,7 +15,7 @@ WAY_OUT = (
 FACTOR = 5
 # Units in the last place of the results' size that are always allowed: sums are taken in another order.
 LEAST = 2
-# The second picture looked at: how late it is, as a part of the timestep, and how far its rows are apart, in deviations.
+# The second picture: how late it is, as a part of the timestep, and how far its rows are apart, in deviations.
 LATE, SLOPE = 0.1, 2.0
 
 

@@ -17,8 +17,9 @@ _MOVES = {
     "__get__", "__getitem__", "__setitem__", "chunk", "split", "tensor_split", "split_with_sizes", "unbind", "narrow",
     "select", "index_select", "gather", "take", "take_along_dim", "masked_select", "nonzero", "view", "view_as",
     "reshape", "reshape_as", "flatten", "unflatten", "permute", "transpose", "movedim", "squeeze", "unsqueeze",
-    "expand", "expand_as", "repeat", "repeat_interleave", "cat", "concat", "stack", "as_strided", "swapaxes", "t", "tile",
-    "size", "stride", "dim", "unfold", "pad", "contiguous", "clone", "new_zeros", "new_ones", "new_empty", "new_full",
+    "expand", "expand_as", "repeat", "repeat_interleave", "cat", "concat", "stack", "as_strided", "swapaxes", "t",
+    "tile", "size", "stride", "dim", "unfold", "pad", "contiguous", "clone", "new_zeros", "new_ones",
+    "new_empty", "new_full",
     "new_tensor", "broadcast_to", "meshgrid", "index_add", "index_add_", "index_copy", "scatter", "scatter_add",
     "pixel_shuffle", "pixel_unshuffle", "rearrange", "squeeze_", "unsqueeze_", "transpose_", "numel", "is_contiguous",
     "interpolate", "hsplit", "vsplit", "dsplit", "swapdims", "view_as_complex", "view_as_real", "zeros_like", "storage",
@@ -28,8 +29,8 @@ _MOVES = {
 _ALONG = {
     "softmax": (1, None), "log_softmax": (1, None), "cumsum": (1, None), "cumprod": (1, None),
     "logcumsumexp": (1, None), "cummax": (1, None), "cummin": (1, None), "sort": (1, -1), "argsort": (1, -1),
-    "flip": (1, None), "roll": (2, None), "normalize": (2, 1), "softmin": (1, None), "diff": (2, -1), "gumbel_softmax": (4, -1), "msort": (9, 0),
-    "renorm": (2, None),
+    "flip": (1, None), "roll": (2, None), "normalize": (2, 1), "softmin": (1, None),
+    "diff": (2, -1), "gumbel_softmax": (4, -1), "msort": (9, 0), "renorm": (2, None),
 }  # fmt: skip
 # They work along all of a picture but its batch (and channels).
 _WHOLE = {"instance_norm", "multi_head_attention_forward", "_native_multi_head_attention", "cdist", "trapezoid"}

@@ -28,12 +28,16 @@ class TensorRef:
 
 @dataclass(frozen=True)
 class Enter:
-    """A module call begins. `leaves` are the flattened arguments, None where a leaf is no tensor."""
+    """A module call begins. `leaves` are the flattened arguments, None where a leaf is no tensor.
+
+    `varies`: its sizes, or those of a call beside it, change with the values of the latent.
+    """
 
     name: str
     call: int
     leaves: tuple[TensorRef | None, ...]
     opaque: bool
+    varies: bool = False
 
 
 @dataclass(frozen=True)
@@ -72,7 +76,7 @@ class Recording:
     steered: bool = False
 
     def keep_together(self, other, kinds):
-        """Calls whose sizes are others in another forward become opaque, and all that their callers call.
+        """Mark calls whose sizes are others in another forward, and all that their callers call.
 
         Args:
             other: [(name, shapes of its tensor arguments)] of that forward's calls, in order.
@@ -96,7 +100,7 @@ class Recording:
         inside = tuple(f"{name}." for name in {n for n, kind in kinds.items() if n and kind in choosing} | varying)
         for i, e in enumerate(self.events):
             if isinstance(e, Enter) and (e.name in varying or e.name.startswith(inside)):
-                self.events[i] = replace(e, opaque=True)
+                self.events[i] = replace(e, varies=True)
 
 
 @dataclass
@@ -111,6 +115,9 @@ class Node:
     own_flops: int = 0
     nbytes: int = 0
     eligible: bool = True
+    # Whether it cannot be a unit for what it does or returns, and whether for its sizes.
+    opaque: bool = False
+    varies: bool = False
     children: list = field(default_factory=list)
 
     @property
@@ -125,13 +132,15 @@ def call_tree(recording):
     stack = [root]
     for i, event in enumerate(recording.events):
         if isinstance(event, Enter):
-            node = Node(event.name, event.call, i, eligible=not event.opaque)
+            eligible = not event.opaque and not event.varies
+            node = Node(event.name, event.call, i, eligible=eligible, opaque=event.opaque, varies=event.varies)
             stack[-1].children.append(node)
             stack.append(node)
         elif isinstance(event, Exit):
             node = stack.pop()
             node.stop = i
-            node.eligible &= not event.opaque and any(leaf is not None for leaf in event.leaves)
+            node.opaque |= event.opaque or not any(leaf is not None for leaf in event.leaves)
+            node.eligible &= not node.opaque
         else:
             stack[-1].own_flops += event.flops
             for node in stack:
