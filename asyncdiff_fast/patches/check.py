@@ -1,11 +1,7 @@
 """Whether patches together give what the whole picture gives, as far as rounding lets one tell."""
 
-import contextlib
-
 import torch
 from torch.utils._pytree import tree_leaves
-
-from .way import Lost
 
 WAY_OUT = (
     "use num_stages or parallel_steps instead, or set its attention to a processor that calls "
@@ -17,6 +13,8 @@ FACTOR = 5
 LEAST = 2
 # The second picture: how late it is, as a part of the timestep, and how far its rows are apart, in deviations.
 LATE, SLOPE = 0.1, 2.0
+# Blocks of which means are compared, along each dimension.
+BLOCKS = 4
 
 
 class ResultCheck:
@@ -36,22 +34,24 @@ class ResultCheck:
 
         Args:
             run, joined: `run(args, kwargs)` is the result of the whole picture, `joined(args, kwargs)` of the patches.
-            dim: of the latent's rows.
+            dim: of the latent's rows; None to stay with this picture.
+        Raises: `Lost` if the denoiser goes another way there.
         """
-        ulp, found = self._ulp(args, kwargs), None
-        with contextlib.suppress(Lost):
-            late = self._late(args, kwargs, dim)
-            found = joined(*late)
-            args, kwargs = late
+        ulp = self._ulp(args, kwargs)
+        if dim is not None:
+            args, kwargs = self._late(args, kwargs, dim)
+        found = None if dim is None else joined(args, kwargs)
         whole = run(args, kwargs)
-        self._explained = _distance(run(*self._rounded(args, kwargs, ulp)), whole) * FACTOR + LEAST * ulp
+        self._explained = _explained(run(*self._rounded(args, kwargs, ulp)), whole, ulp)
         if found is not None:
             self.judge(found, whole)
 
     def judge(self, joined, whole):
         """Raises: ValueError on every rank if the two differ by more than rounding explains."""
         error = _distance(joined, whole) / self._explained
-        worst = max(self._world.gather(float(error.max()), "a result of the patches"))
+        worst = float(error.max())
+        if self._world is not None:
+            worst = max(self._world.gather(worst, "a result of the patches"))
         if not worst <= 1:
             raise ValueError(
                 f"{self._name} cannot be shared out as patches: together they differ from the whole picture by "
@@ -92,12 +92,33 @@ class ResultCheck:
 
 
 def _distance(a, b):
-    """(2,) fp64: root mean square and greatest difference, in those of the second, worst of a result's tensors."""
-    found = [torch.zeros(2, dtype=torch.float64)]
+    """(4,) fp64: how far results are apart, worst of their tensors, relative to the second's size.
+
+    Root mean square and greatest difference of all elements; then of their means over blocks, in which rounding
+    averages out, but not what patches do wrongly.
+    """
+    found = [torch.zeros(4, dtype=torch.float64)]
     for x, y in zip(tree_leaves(a), tree_leaves(b), strict=True):
         if isinstance(y, torch.Tensor) and y.numel():
             x, y = x.double(), y.double()
-            apart = torch.stack((x - y, y)).flatten(1).abs()
-            sizes = torch.stack((apart.square().mean(1).sqrt(), apart.amax(1)))
-            found.append((sizes[:, 0] / sizes[:, 1].clamp(min=1e-30)).nan_to_num(torch.inf).cpu())
+            apart, means = (x - y).flatten().abs(), _means(x - y).flatten().abs()
+            sizes = (y.square().mean().sqrt(), y.abs().amax())
+            errors = [d for z in (apart, means) for d in (z.square().mean().sqrt() / sizes[0], z.amax() / sizes[1])]
+            found.append(torch.stack(errors).nan_to_num(nan=torch.inf if apart.any() else 0.0).cpu())
     return torch.stack(found).amax(0)
+
+
+def _means(x):
+    """Means over up to four blocks along each dimension but the batch and the channels."""
+    channels = 1 if x.dim() > 3 else x.dim() - 1
+    for dim in range(1, x.dim()):
+        if dim != channels:
+            x = torch.cat([part.mean(dim, keepdim=True) for part in x.tensor_split(BLOCKS, dim) if part.numel()], dim)
+    return x
+
+
+def _explained(rounded, whole, ulp):
+    """(4,) fp64: what rounding explains of each distance, by how far it moves a result."""
+    most = max(x.numel() / _means(x).numel() for x in tree_leaves(whole) if isinstance(x, torch.Tensor) and x.numel())
+    least = torch.tensor([1.0, 1.0, most**-0.5, most**-0.5], dtype=torch.float64)
+    return _distance(rounded, whole) * FACTOR + LEAST * ulp * least

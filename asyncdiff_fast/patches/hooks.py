@@ -44,15 +44,20 @@ class Hooks:
             self.active = None
         return patch.end(result) if patch.bound else result
 
-    def attach(self, recorder, patch, also=()):
-        """Put hooks on the modules in which a patch will meet something, as a recorded forward tells, and on others."""
+    def attach(self, recorder, patch):
+        """Put hooks on the modules in which a patch will meet something, as a recorded forward tells."""
         modules = dict(self._denoiser.named_modules())
-        self.names = {module: name for name, module in modules.items()}
-        wanted = {name for name, _ in recorder.sites} | patch.constant_modules | set(also)
+        wanted = {name for name, _ in recorder.sites} | patch.constant_modules
         # What the modules inside a joining one do must not be taken for its own.
         wanted |= {n for outer in patch.joining_modules for n in modules if n == outer or n.startswith(f"{outer}.")}
+        self.attach_all(wanted)
+
+    def attach_all(self, wanted):
+        """Put hooks on modules by name; "" is the denoiser itself."""
+        modules = dict(self._denoiser.named_modules())
+        self.names = {module: name for name, module in modules.items()}
         self._at_root |= "" in wanted
-        for name in sorted(wanted - {"", *self._attached}):
+        for name in sorted(set(wanted) - {"", *self._attached}):
 
             def handler(forward, args, kwargs, name=name):
                 return self._in_module(name, forward, args, kwargs)

@@ -34,7 +34,7 @@ def left_whole(cutter, named):
 def check_masks(cutter, named):
     """Raises: ValueError if a mask tells the picture's tokens apart: patches have one buffer of all their keys."""
     for name, _, x in _tensors(named):
-        if "mask" not in name or name == cutter.latent_name:
+        if "mask" not in name or name == cutter.latent_name or x.is_meta:
             continue
         for dim in cutter.token_dims(name, x):
             picture = x.narrow(dim, cutter.starts[x.shape[dim]], cutter.grid.size)

@@ -12,10 +12,12 @@ from ..tracing import side_effects
 from . import inputs, site_rows, sites, tokens
 from .check import WAY_OUT, ResultCheck
 from .cutting import Cutter
+from .lockstep import Lockstep
 from .mixing import mixed
 from .patch import Patch
 from .plan import PatchPlan
 from .sites import SUM
+from .way import Lost
 
 # Inputs of which it is tried whether they are to be cut another way.
 MOST_TRIES = 4
@@ -60,19 +62,32 @@ class Planner:
             return
         everyone = self.world.gather(self._seen(recorder, patch), "the rows of every site")
         plan = self._plan(patch.cutter, recorder, everyone, whole, self._signature.named(args, kwargs))
-        self.hooks.attach(recorder, patch, {site.name for site in plan.sites})
+        self.hooks.attach_all({site.name for site in plan.sites})
         if len(set(self.world.gather(plan.digest(), "the plan of the patches"))) > 1:
             raise ValueError("ranks planned different patches: the denoisers or their inputs differ")
-        patch.bind(plan, exchange, phase, _samples(plan, recorder))
-        patch.bind_result(exchange, phase)
-        check = patch.result_check = ResultCheck(self.denoiser, self._signature, self.world)
 
         def joined(args, kwargs):
             return self._on_patch(patch, PatchMode.SYNC, run, args, kwargs, exact=True)
 
+        def bind(phase):
+            patch.bind(plan, exchange, phase, _samples(plan, recorder))
+            patch.bind_result(exchange, phase)
+
+        bind(phase)
         with self.learning(True):
-            first = joined(args, kwargs)
-        check.learn(run, joined, args, kwargs, patch.cutter.dim)
+            try:
+                self._compare(patch, joined, run, whole, args, kwargs)
+            except Lost:
+                # Late in time it goes another way; that call has left some of its slots unposted.
+                patch.release()
+                bind(f"{phase} again")
+                self._compare(patch, joined, run, whole, args, kwargs, late=False)
+
+    def _compare(self, patch, joined, run, whole, args, kwargs, late=True):
+        """See that `joined(args, kwargs)`, of all patches together, is what the whole picture gives."""
+        check = patch.result_check = ResultCheck(self.denoiser, self._signature, self.world)
+        first = joined(args, kwargs)
+        check.learn(run, joined, args, kwargs, patch.cutter.dim if late else None)
         check.judge(first, whole)
 
     def look_again(self, patch, forward, args, kwargs, result):
@@ -86,8 +101,35 @@ class Planner:
         return self._choice.learning() if able else contextlib.nullcontext()
 
     def plan_alone(self, forward, args, kwargs):
-        """The plan, made by one process that looks at every patch in turn. Returns `PatchPlan`."""
-        return self._planned(forward, args, kwargs)[0]
+        """The plan, made by one process that looks at every patch in turn, and sees that together they are right.
+
+        Returns: `PatchPlan`. Raises: ValueError if the denoiser cannot be shared out as patches.
+        """
+        plan, patches, samples, whole, run = self._planned(forward, args, kwargs)
+        if not self.config.naive and not self._signature.latent(args, kwargs).is_meta:
+            self._check_alone(plan, patches, samples, run, whole, args, kwargs)
+        return plan
+
+    def _check_alone(self, plan, patches, samples, run, whole, args, kwargs):
+        turns = Lockstep(len(patches), lambda number: setattr(self.hooks, "active", patches[number]))
+        for patch, exchange in zip(patches, turns.exchanges, strict=True):
+            self.hooks.attach_all({site.name for site in plan.sites})
+            patch.bind(plan, exchange, "alone", samples)
+            patch.bind_result(exchange, "alone")
+
+        def joined(args, kwargs):
+            def call(number):
+                return self._on_patch(patches[number], PatchMode.SYNC, run, args, kwargs, exact=True)
+
+            try:
+                return turns.run(call)[0]
+            finally:
+                self.hooks.active = None
+
+        try:
+            self._compare(patches[0], joined, run, whole, args, kwargs)
+        except Lost:
+            self._compare(patches[0], joined, run, whole, args, kwargs, late=False)
 
     def emulate(self, number, forward, args, kwargs, exchange):
         """One patch's calls in a process that knows no other patch, to measure what a rank computes.
@@ -95,14 +137,14 @@ class Planner:
         Returns: (`PatchPlan`, a function of a `PatchMode` that carries out the patch's call with these arguments). The
             exchange sees all its posts and waits; received is what it writes.
         """
-        plan, patches, samples, run = self._planned(forward, args, kwargs)
+        plan, patches, samples, _, run = self._planned(forward, args, kwargs)
         patch = patches[number]
         patch.bind(plan, exchange, "emulated", samples)
         patch.bind_result(exchange, "emulated")
         return plan, lambda mode: self._on_patch(patch, mode, run, args, kwargs)
 
     def _planned(self, forward, args, kwargs):
-        """(plan, a patch of every patch, samples of its sites, a quiet forward)."""
+        """(plan, a patch of every patch, samples of its sites, the whole result, a quiet forward)."""
         whole, recorder = self._look(forward, args, kwargs)
         run, axis, problem = self._quiet(forward), schedule.patch_axis(self.config, 0), None
         for other in self._ways(recorder, args, kwargs, axis):
@@ -115,7 +157,7 @@ class Planner:
                 everyone = [self._seen(recorder, patch) for patch in patches]
                 named = self._signature.named(args, kwargs)
                 plan = self._plan(patches[0].cutter, recorder, everyone, whole, named)
-                return plan, patches, _samples(plan, recorder), run
+                return plan, patches, _samples(plan, recorder), whole, run
             except ValueError as error:
                 problem = problem or error
         raise problem

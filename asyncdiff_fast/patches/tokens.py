@@ -71,7 +71,7 @@ def find(run, recorder, latent, with_latent, dim):
     sites = [recorder.sites[key][place] for key, place in recorder.order]
     samples = [s.sample for s in sites if s.kind == ATTENTION]
     size = latent.shape[dim]
-    if not samples or size < 2:
+    if not samples or size < 2 or latent.is_meta:
         return None
 
     def changed(row, last=None):
