@@ -52,25 +52,34 @@ class Patches:
             place = self._plan(tick, key, forward, args, kwargs)
         if place not in self._last_steps:
             check_masks(self._patches[place].cutter, self._signature.named(args, kwargs))
+        expected, patch = None, self._patches[place]
+        if self._looks_again(place, tick.step):
+            expected = self.planner.expect(patch, forward, args, kwargs)
         result, error = self._attempt(place, tick, run, args, kwargs)
         if error is not None:
             # Every rank goes the same way, so all are here.
             log.info("patches are planned anew: %s", error)
             self._patches.pop(place).release()
             self._last_steps.pop(place, None)
-            place = self._plan(tick, key, forward, args, kwargs)
+            place, expected = self._plan(tick, key, forward, args, kwargs), None
             result, error = self._attempt(place, tick, run, args, kwargs)
         if error is not None:
             raise error
-        patch = self._patches[place]
-        if patch.mode is PatchMode.SYNC and patch.generations == 1 and self._looks_again(tick.step):
-            self.planner.look_again(patch, forward, args, kwargs, result)
+        if expected is not None:
+            patch.result_check.judge(result, expected)
         return result
 
-    def _looks_again(self, step):
-        """True at the last exact step of warm-up, and ever more rarely where all are exact: gates may open late."""
-        last = step == self.config.warmup_steps - 1 and self.config.exchange != "sync"
-        return self.config.num_stages == 1 and step > 0 and (last or step & (step + 1) == 0)
+    def _looks_again(self, place, step):
+        """True at the last exact step of a plan's first warm-up, and ever more rarely before, or where all are exact.
+
+        Gates may open late.
+        """
+        config, patch = self.config, self._patches[place]
+        able = patch.result_check is not None and not config.bessel and config.num_stages == 1
+        if not able or step == 0 or patch.generations > (place in self._last_steps):
+            return False
+        last = step == config.warmup_steps - 1 and config.exchange != "sync"
+        return self._mode(place, step) is PatchMode.SYNC and (last or step & (step + 1) == 0)
 
     def _place(self, tick, key, args, kwargs):
         """What tells one plan from another: the call, shapes, and the values that positions follow from."""

@@ -27,29 +27,21 @@ class ResultCheck:
 
     def __init__(self, denoiser, signature, world):
         self._name, self._signature, self._world = type(denoiser).__name__, signature, world
-        self._denoiser, self._explained = denoiser, None
+        self._denoiser = denoiser
 
-    def learn(self, run, joined, args, kwargs, dim):
-        """Measure what rounding explains, on a late picture with a slope, and see that patches are right on it.
+    def expect(self, run, args, kwargs, whole=None):
+        """(result of the whole picture, what rounding explains of each distance to it) of one call.
 
         Args:
-            run, joined: `run(args, kwargs)` is the result of the whole picture, `joined(args, kwargs)` of the patches.
-            dim: of the latent's rows; None to stay with this picture.
-        Raises: `Lost` if the denoiser goes another way there.
+            run: `run(args, kwargs)` is that result; `whole` if it is known already.
         """
-        ulp = self._ulp(args, kwargs)
-        if dim is not None:
-            args, kwargs = self._late(args, kwargs, dim)
-        found = None if dim is None else joined(args, kwargs)
-        whole = run(args, kwargs)
-        self._explained = _explained(run(*self._rounded(args, kwargs, ulp)), whole, ulp)
-        if found is not None:
-            self.judge(found, whole)
+        whole, ulp = run(args, kwargs) if whole is None else whole, self._ulp(args, kwargs)
+        return whole, _explained(run(*self._rounded(args, kwargs, ulp)), whole, ulp)
 
-    def judge(self, joined, whole):
-        """Raises: ValueError on every rank if the two differ by more than rounding explains."""
-        error = _distance(joined, whole) / self._explained
-        worst = float(error.max())
+    def judge(self, joined, expected):
+        """Raises: ValueError on every rank if the patches' result is not as expected."""
+        whole, explained = expected
+        worst = float((_distance(joined, whole) / explained).max())
         if self._world is not None:
             worst = max(self._world.gather(worst, "a result of the patches"))
         if not worst <= 1:
@@ -66,7 +58,8 @@ class ResultCheck:
         dtypes = {latent.dtype} | {p.dtype for p in self._denoiser.parameters() if p.dtype.itemsize > 1}
         if torch.is_autocast_enabled(kind):
             dtypes.add(torch.get_autocast_dtype(kind))
-        ulp = max(torch.finfo(dtype).eps for dtype in dtypes if dtype.is_floating_point)
+        # Statistics of norms are in float32 at best.
+        ulp = max(torch.finfo(dtype).eps for dtype in {*dtypes, torch.float32} if dtype.is_floating_point)
         tf32 = torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32
         return max(ulp, 2.0**-10) if kind == "cuda" and tf32 else ulp
 
@@ -78,8 +71,8 @@ class ResultCheck:
             args, kwargs, (latent * (1 + ulp * signs.to(latent.device))).to(latent.dtype)
         )
 
-    def _late(self, args, kwargs, dim):
-        """The call late in time, with a latent half noise, half a slope along its rows."""
+    def late(self, args, kwargs, dim):
+        """(args, kwargs) late in time, with a latent half noise, half a slope along its rows in dimension `dim`."""
         latent, timestep = self._signature.latent(args, kwargs), self._signature.timestep(args, kwargs)
         slope = torch.linspace(SLOPE, -SLOPE, latent.shape[dim], device=latent.device) * latent.float().std()
         slope = slope.view(-1, *(1,) * (latent.dim() - 1 - dim))

@@ -86,14 +86,18 @@ class Planner:
     def _compare(self, patch, joined, run, whole, args, kwargs, late=True):
         """See that `joined(args, kwargs)`, of all patches together, is what the whole picture gives."""
         check = patch.result_check = ResultCheck(self.denoiser, self._signature, self.world)
-        first = joined(args, kwargs)
-        check.learn(run, joined, args, kwargs, patch.cutter.dim if late else None)
-        check.judge(first, whole)
+        check.judge(joined(args, kwargs), check.expect(run, args, kwargs, whole))
+        if late:
+            args, kwargs = check.late(args, kwargs, patch.cutter.dim)
+            check.judge(joined(args, kwargs), check.expect(run, args, kwargs))
 
-    def look_again(self, patch, forward, args, kwargs, result):
-        """See that a synchronous result is still the whole picture's. Collective. Raises: ValueError if not."""
-        if patch.result_check is not None and not self.config.bessel:
-            patch.result_check.judge(result, self._quiet(forward)(args, kwargs))
+    def expect(self, patch, forward, args, kwargs):
+        """See `ResultCheck.expect`; before a call that leaves traces in the denoiser."""
+        return patch.result_check.expect(self._quiet(forward), args, kwargs)
+
+    def _with_own_latent(self, args, kwargs):
+        """(args, kwargs) with a latent that a forward may write into."""
+        return self._signature.with_latent(args, kwargs, self._signature.latent(args, kwargs).clone())
 
     def learning(self, first):
         """Kernels are chosen at the `first` call of a kind, if all ranks are patches and so make the same calls."""
@@ -173,6 +177,7 @@ class Planner:
             self.hooks.active = None
 
     def _on_patch(self, patch, mode, run, args, kwargs, exact=False):
+        args, kwargs = self._with_own_latent(args, kwargs)
         return self.hooks.on_patch(patch, self._signature, mode, run, args, kwargs, exact)
 
     def _quiet(self, forward):
@@ -180,6 +185,8 @@ class Planner:
 
         def run(args, kwargs):
             args, kwargs = copied(args, kwargs)
+            if self.hooks.active is None:
+                args, kwargs = self._with_own_latent(args, kwargs)
             with side_effects.restored(self.denoiser), torch.no_grad():
                 return self.hooks.counted(forward)(*args, **kwargs)
 
@@ -207,8 +214,9 @@ class Planner:
         return whole, recorder
 
     def _recorded(self, forward, args, kwargs):
+        given = self._with_own_latent(args, kwargs)
         try:
-            return sites.record(self.denoiser, forward, self._signature, args, kwargs)
+            return sites.record(self.denoiser, forward, self._signature, *given)
         except Exception as error:
             # What the denoiser itself cannot do is its own error.
             with torch.no_grad():

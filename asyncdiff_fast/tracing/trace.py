@@ -207,7 +207,8 @@ def _note_sizes(recording, denoiser, forward, signature, args, kwargs):
     seen, handles, latent = [], [], signature.latent(args, kwargs)
     if not isinstance(latent, torch.Tensor) or not latent.is_floating_point():
         return
-    noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(0)).to(latent)
+    # A seed that no caller has, or the noise would be the latent's own.
+    noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(-180_529)).to(latent)
     args, kwargs = signature.with_latent(*tree_map_only(torch.Tensor, _copy, (args, kwargs)), noise)
     for name, module in denoiser.named_modules():
         if name:
