@@ -197,7 +197,10 @@ class Planner:
         latent = self._signature.latent(args, kwargs)
         if not isinstance(latent, torch.Tensor) or latent.dim() not in (3, 4, 5):
             kind = tuple(latent.shape) if isinstance(latent, torch.Tensor) else type(latent).__name__
-            raise ValueError(f"num_patches needs a latent of 3, 4 or 5 dimensions as the denoiser's input: got {kind}")
+            raise ValueError(
+                f"num_patches needs a latent of 3, 4 or 5 dimensions as the denoiser's input: got {kind}; use "
+                "num_stages or parallel_steps instead"
+            )
         paused = contextlib.nullcontext() if self._choice is None else self._choice.paused()
         with side_effects.restored(self.denoiser), paused:
             whole, recorder = self._recorded(forward, args, kwargs)
