@@ -70,16 +70,13 @@ class Patches:
         return result
 
     def _looks_again(self, place, step):
-        """True at the last exact step of a plan's first warm-up, and ever more rarely before, or where all are exact.
-
-        Gates may open late.
-        """
+        """True at the last exact step of a plan's first warm-up, and ever more rarely where all are: gates open late."""
         config, patch = self.config, self._patches[place]
         able = patch.result_check is not None and not config.bessel and config.num_stages == 1
         if not able or step == 0 or patch.generations > (place in self._last_steps):
             return False
-        last = step == config.warmup_steps - 1 and config.exchange != "sync"
-        return self._mode(place, step) is PatchMode.SYNC and (last or step & (step + 1) == 0)
+        due = step > 1 and step & (step + 1) == 0 if config.exchange == "sync" else step == config.warmup_steps - 1
+        return due and self._mode(place, step) is PatchMode.SYNC
 
     def _place(self, tick, key, args, kwargs):
         """What tells one plan from another: the call, shapes, and the values that positions follow from."""

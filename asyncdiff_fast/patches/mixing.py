@@ -47,7 +47,10 @@ class Mixed:
     @property
     def sums(self):
         """True if patches can add up what each of them makes."""
-        return self.how == SUMS_UP and self.whole.func in SUMS
+        if self.how != SUMS_UP or SUMS.get(self.whole.func) != "norm":
+            return self.how == SUMS_UP and self.whole.func in SUMS
+        order = self.whole.kwargs.get("p", self.whole.kwargs.get("ord", (*self.whole.args, None, None)[1]))
+        return order in (None, 2, 2.0, "fro")
 
     def __str__(self):
         name = getattr(self.whole.func, "__name__", str(self.whole.func)).strip("_")

@@ -87,9 +87,11 @@ class Pool(Halo):
 class Sum(Site):
     """A sum over rows, or tokens of the picture. Each patch sends its own; `shapes` are those of the result.
 
-    `shares`: what each patch's own is multiplied by: 1, or its share of the rows where they are averaged.
+    `how`: "sum", "mean", "norm", "max" or "min". `shares`: what each patch's own is multiplied by: 1, or its share of
+    the rows where they are averaged.
     """
 
+    how: str = "sum"
     shares: tuple[float, ...] = ()
 
     exchanges = True

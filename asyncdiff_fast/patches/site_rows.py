@@ -98,7 +98,7 @@ def _sum(called, parts):
         parts: those of the patches.
     Raises: ValueError if the patches' sums do not make the whole one.
     """
-    (name, call, place), averages = called.site, SUMS[called.func]
+    (name, call, place), how = called.site, SUMS[called.func]
     for number, whole in enumerate(called.given):
         shapes = [part.given[number] for part in parts]
         over = [d for d, n in enumerate(whole) if any(shape[d] != n for shape in shapes)]
@@ -108,8 +108,8 @@ def _sum(called, parts):
                 "picture, or rows that two patches share)"
             )
     rows = [math.prod(part.given[0]) for part in parts]
-    shares = tuple(n / sum(rows) for n in rows) if averages else (1.0,) * len(parts)
-    return Sum(name, call, place, SUM, (called.made[0],) * len(parts), called.dtype, shares)
+    shares = tuple(n / sum(rows) for n in rows) if how == "mean" else (1.0,) * len(parts)
+    return Sum(name, call, place, SUM, (called.made[0],) * len(parts), called.dtype, how, shares)
 
 
 def _resampling(common, whole, levels, first):

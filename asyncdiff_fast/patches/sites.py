@@ -27,12 +27,15 @@ KINDS = {
     F.avg_pool2d: POOL,
     F.max_pool2d: POOL,
 }
-# Functions that may sum over rows, and whether they divide by the number of what they sum.
+# Functions that may sum over rows, and what they make of them. Of norms, those of order 2.
 SUMS = {
-    torch.sum: False, torch.Tensor.sum: False, torch.mean: True, torch.Tensor.mean: True, torch.einsum: False,
-    torch.matmul: False, torch.Tensor.matmul: False, torch.Tensor.__matmul__: False, torch.bmm: False,
-    torch.Tensor.bmm: False,
-}  # fmt: skip
+    **dict.fromkeys((torch.sum, torch.Tensor.sum, torch.einsum, torch.bmm, torch.Tensor.bmm), "sum"),
+    **dict.fromkeys((torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__), "sum"),
+    **dict.fromkeys((torch.mean, torch.Tensor.mean), "mean"),
+    **dict.fromkeys((torch.amax, torch.Tensor.amax), "max"),
+    **dict.fromkeys((torch.amin, torch.Tensor.amin), "min"),
+    **dict.fromkeys((torch.norm, torch.Tensor.norm, torch.linalg.norm, torch.linalg.vector_norm), "norm"),
+}
 # Functions that join an activation with a tensor of positions, such as a sine embedding.
 JOINS = {
     torch.add, torch.mul, torch.sub, torch.Tensor.add, torch.Tensor.mul, torch.Tensor.sub,

@@ -1,4 +1,4 @@
-"""A sum over rows on one patch, of the sums of all patches: means over a picture, linear attention."""
+"""A sum over rows on one patch, of the sums of all patches: means and norms over a picture, linear attention."""
 
 import torch
 
@@ -21,8 +21,12 @@ class SumState(State):
         own = func(*args, **kwargs)
         if step.mode is PatchMode.LOCAL:
             return own
-        share = self.site.shares[self.patch]
-        self.parts[self.patch].copy_(own if share == 1 else own * share)
+        how, share = self.site.how, self.site.shares[self.patch]
+        self.parts[self.patch].copy_(own.square() if how == "norm" else own if share == 1 else own * share)
         if step.mode is PatchMode.SYNC:
             step.exchange(self)
-        return self.parts.sum(0)
+        if how in ("max", "min"):
+            return self.parts.amax(0) if how == "max" else self.parts.amin(0)
+        whole = self.parts.sum(0)
+        # A predicted square may be negative.
+        return whole.clamp(min=0).sqrt() if how == "norm" else whole

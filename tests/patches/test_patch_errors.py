@@ -39,10 +39,11 @@ REFUSED = {
     "Masked": "",
     "RowNumbers": "",
     "Steers": "reads numbers from activations",
-    "Norm": "sums over rows of the picture (norm",
+    "Deviation": "sums over rows of the picture (std",
 }
 RIGHT = (
     "Squeeze",
+    "Norm",
     "SmallMean",
     "LinearSums",
     "Einsum",

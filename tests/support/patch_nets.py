@@ -232,10 +232,18 @@ class SmallMean(Net):
 
 
 class Norm(Net):
-    """The length of the whole picture, which is no sum."""
+    """Lengths and extremes of the whole picture."""
 
     def mix(self, h, t):
-        return h / h.norm(dim=(2, 3), keepdim=True)
+        h = h / h.norm(dim=(2, 3), keepdim=True) + h / torch.linalg.vector_norm(h, dim=(2, 3), keepdim=True)
+        return h / torch.amax(h, (2, 3), keepdim=True) - h.amin((2, 3), keepdim=True)
+
+
+class Deviation(Net):
+    """The standard deviation of the whole picture, which is no sum."""
+
+    def mix(self, h, t):
+        return h / h.std((2, 3), keepdim=True)
 
 
 class LinearSums(Net):
