@@ -9,6 +9,7 @@ from .calls.signature import CallSignature
 from .fused.packed import PackedWeights
 from .halves import half_of
 from .patches.hooks import Hooks
+from .patches.lists import stacked
 from .patches.plan import MeshPlan
 from .patches.planning import Planner
 from .shared import Shared
@@ -60,11 +61,12 @@ def plan_call(denoiser, config, args, kwargs, guided=False):
     hooks = Hooks(denoiser)
     shared = Shared(denoiser, config, signature, PackedWeights(denoiser, active=False))
     planner = Planner(shared, None, hooks)
+    forward, _, args, kwargs = stacked(signature, denoiser.forward, None, args, kwargs)
     try:
-        patches = planner.plan_alone(denoiser.forward, args, kwargs)
+        patches = planner.plan_alone(forward, args, kwargs)
         if config.num_stages == 1:
             return patches
         # The stages of every patch are those of the first.
-        return MeshPlan(patches, planner.on_first_patch(denoiser.forward, args, kwargs, make_plan))
+        return MeshPlan(patches, planner.on_first_patch(forward, args, kwargs, make_plan))
     finally:
         hooks.remove()

@@ -11,6 +11,7 @@ from ..prediction.self_check import Pace, summaries
 from ..prediction.trend import Instants
 from .hooks import Hooks
 from .inputs import check_masks
+from .lists import stacked
 from .planning import Planner
 from .way import Lost
 
@@ -44,6 +45,7 @@ class Patches:
             forward: the denoiser's own, for the plan.
             run: `run(args, kwargs)` is this call on the patch; the forward in it goes through `hooks.counted`.
         """
+        forward, run, args, kwargs = stacked(self._signature, forward, run, args, kwargs)
         place = self._place(tick, key, args, kwargs)
         if place in self._patches:
             # The last used come last.
@@ -70,7 +72,7 @@ class Patches:
         return result
 
     def _looks_again(self, place, step):
-        """True at the last exact step of a plan's first warm-up, and ever more rarely where all are: gates open late."""
+        """True at the last exact step of a plan's first warm-up, or ever more rarely where all are: gates open late."""
         config, patch = self.config, self._patches[place]
         able = patch.result_check is not None and not config.bessel and config.num_stages == 1
         if not able or step == 0 or patch.generations > (place in self._last_steps):

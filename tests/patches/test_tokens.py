@@ -33,7 +33,7 @@ def _order(kind, dim=-2):
 
 
 def test_the_order_of_tokens_is_found():
-    found = {kind.__name__: _order(kind) for kind in RIGHT if kind is not token_nets.Pops}
+    found = {kind.__name__: _order(kind) for kind in RIGHT if kind not in (token_nets.Pops, token_nets.InLists)}
     shapes = {name: (order.outer, order.rows, order.inner) for name, order in found.items()}
     columns = shapes.pop("ColumnsFirst")
     frames = shapes.pop("EachFrame")

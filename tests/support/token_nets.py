@@ -93,12 +93,20 @@ class OddName(TokenNet):
 
 
 class ReadsNumbers(TokenNet):
-    """Positions begin behind the text, whose length is read from its mask; and at a number that is an argument."""
+    """Positions begin behind the text, whose length is read from its mask."""
 
-    def forward(self, x, t, text_mask, first):
+    def forward(self, x, t, text_mask):
         tokens = self.embed(self.tokens(x))
-        positions = self.positions(tokens.shape[1], int(text_mask.sum()) + first)
+        positions = self.positions(tokens.shape[1], int(text_mask.sum()))
         return self.pixels(self.out(self.attend(tokens + positions)), x)
+
+
+class TakesNumbers(TokenNet):
+    """Positions begin at a number that is an argument, in a list."""
+
+    def forward(self, x, t, first):
+        tokens = self.embed(self.tokens(x))
+        return self.pixels(self.out(self.attend(tokens + self.positions(tokens.shape[1], first[0]))), x)
 
 
 class Pops(TokenNet):
@@ -109,6 +117,13 @@ class Pops(TokenNet):
         while residuals:
             tokens = self.attend(tokens + residuals.pop())
         return self.pixels(self.out(tokens), x)
+
+
+class InLists(TokenNet):
+    """Takes and gives pictures in a list."""
+
+    def forward(self, x, t):
+        return [TokenNet.forward(self, picture[None], t)[0] for picture in x]
 
 
 class Switched(TokenNet):
@@ -131,7 +146,7 @@ class HiddenMean(TokenNet):
     def forward(self, x, t):
         tokens = self.attend(self.embed(self.tokens(x)))
         mean = torch.from_numpy(tokens.float().numpy().mean(1, keepdims=True)).to(tokens)
-        tokens = tokens + max(0.0, 0.5 - t / 1000) * 0.1 * mean
+        tokens = tokens + max(0.0, 0.5 - t / 1000) * 0.3 * mean
         return self.pixels(self.out(tokens), x)
 
 
@@ -181,10 +196,12 @@ def _masked(size, seed):
 SIZE = HEIGHT * 8 // 4
 # What each takes beside the latent and the timestep, by a seed.
 MORE = {
-    TokenNet: lambda seed: {}, ColumnsFirst: lambda seed: {}, EachFrame: lambda seed: {}, Switched: lambda seed: {},
+    TokenNet: lambda seed: {}, ColumnsFirst: lambda seed: {}, EachFrame: lambda seed: {}, InLists: lambda seed: {},
+    Switched: lambda seed: {},
     TextFirst: lambda seed: _masked(SIZE, seed), TextLast: lambda seed: _joint(SIZE, seed),
     TimeOfTokens: lambda seed: {}, OddName: lambda seed: dict(text_weights=_random(1, SIZE, 1, seed=seed)),
-    ReadsNumbers: lambda seed: dict(text_mask=torch.arange(9)[None] < 4 + seed, first=10 * seed),
+    ReadsNumbers: lambda seed: dict(text_mask=torch.arange(9)[None] < 4 + seed),
+    TakesNumbers: lambda seed: dict(first=[10 * seed]),
     Pops: lambda seed: dict(residuals=[_random(1, SIZE, WIDTH, seed=i) for i in range(2)]),
     HiddenMean: lambda seed: {}, Experts: lambda seed: {},
 }  # fmt: skip
@@ -200,9 +217,11 @@ def build(kind):
 def steps(net, seed=0, times=(900.0, 700.0, 500.0, 300.0, 100.0)):
     """Its results at a few steps of one generation."""
     clip = (FRAMES,) if isinstance(net, EachFrame) else ()
-    x, found = _random(1, 4, *clip, HEIGHT, 8, seed=seed), []
+    x, found = _random(1 + isinstance(net, InLists), 4, *clip, HEIGHT, 8, seed=seed), []
     for t in times:
         given = torch.full((1, SIZE), t) * (torch.arange(SIZE) > 7) if isinstance(net, TimeOfTokens) else t
-        found.append(net(x, given, **MORE[type(net)](seed)))
+        latent = list(x) if isinstance(net, InLists) else x
+        result = net(latent, given, **MORE[type(net)](seed))
+        found.append(torch.stack(result) if isinstance(net, InLists) else result)
         x = x - 0.2 * found[-1]
     return found
