@@ -24,7 +24,8 @@ from asyncdiff_fast.calls.signature import CallSignature
 from asyncdiff_fast.config import Config, parse_options
 from asyncdiff_fast.fused.packed import PackedWeights, packs
 from asyncdiff_fast.fused.projections import Projections
-from asyncdiff_fast.patches.calls import Patches
+from asyncdiff_fast.patches.alone import LonePlanner
+from asyncdiff_fast.patches.hooks import Hooks
 from asyncdiff_fast.shared import Shared
 
 
@@ -112,9 +113,9 @@ def row(options, pixels, patches):
     exchange = Mirror()
     packed = PackedWeights(denoiser, active=packs(config.kernels, options.device))
     signature, projections = CallSignature(denoiser), Projections(denoiser, active=True, beneath=packed.forwards)
-    patches = Patches(Shared(denoiser, config, signature, packed), None, exchange)
+    planner = LonePlanner(Shared(denoiser, config, signature, packed), Hooks(denoiser))
     forward = projections.during(denoiser.forward, signature.latent)
-    plan, call = patches.planner.emulate(rank, forward, (), inputs, exchange)
+    plan, call = planner.emulate(rank, forward, (), inputs, exchange)
     call(PatchMode.SYNC)
     call(PatchMode.DISPLACED)
     call(PatchMode.DISPLACED)
@@ -125,7 +126,7 @@ def row(options, pixels, patches):
         rounds.append((whole, seconds(lambda: call(PatchMode.DISPLACED), options.device)))
     if options.profile:
         show_profile(lambda: call(PatchMode.DISPLACED), lambda: plain(**inputs), options.device)
-    patches.forget(released=True)
+    planner.hooks.remove()
     projections.remove()
     return {
         **common,

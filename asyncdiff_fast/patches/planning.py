@@ -12,7 +12,6 @@ from ..tracing import side_effects
 from . import inputs, site_rows, sites, tokens
 from .check import WAY_OUT, ResultCheck
 from .cutting import Cutter
-from .lockstep import Lockstep
 from .mixing import mixed
 from .patch import Patch
 from .plan import PatchPlan
@@ -70,7 +69,7 @@ class Planner:
             return self._on_patch(patch, PatchMode.SYNC, run, args, kwargs, exact=True)
 
         def bind(phase):
-            patch.bind(plan, exchange, phase, _samples(plan, recorder))
+            patch.bind(plan, exchange, phase, samples_of(plan, recorder))
             patch.bind_result(exchange, phase)
 
         bind(phase)
@@ -103,78 +102,6 @@ class Planner:
         """Kernels are chosen at the `first` call of a kind, if all ranks are patches and so make the same calls."""
         able = first and self._choice is not None and self.config.world_size == self.world.size
         return self._choice.learning() if able else contextlib.nullcontext()
-
-    def plan_alone(self, forward, args, kwargs):
-        """The plan, made by one process that looks at every patch in turn, and sees that together they are right.
-
-        Returns: `PatchPlan`. Raises: ValueError if the denoiser cannot be shared out as patches.
-        """
-        plan, patches, samples, whole, run = self._planned(forward, args, kwargs)
-        if not self.config.naive and not self._signature.latent(args, kwargs).is_meta:
-            self._check_alone(plan, patches, samples, run, whole, args, kwargs)
-        return plan
-
-    def _check_alone(self, plan, patches, samples, run, whole, args, kwargs):
-        turns = Lockstep(len(patches), lambda number: setattr(self.hooks, "active", patches[number]))
-        for patch, exchange in zip(patches, turns.exchanges, strict=True):
-            self.hooks.attach_all({site.name for site in plan.sites})
-            patch.bind(plan, exchange, "alone", samples)
-            patch.bind_result(exchange, "alone")
-
-        def joined(args, kwargs):
-            def call(number):
-                return self._on_patch(patches[number], PatchMode.SYNC, run, args, kwargs, exact=True)
-
-            try:
-                return turns.run(call)[0]
-            finally:
-                self.hooks.active = None
-
-        try:
-            self._compare(patches[0], joined, run, whole, args, kwargs)
-        except Lost:
-            self._compare(patches[0], joined, run, whole, args, kwargs, late=False)
-
-    def emulate(self, number, forward, args, kwargs, exchange):
-        """One patch's calls in a process that knows no other patch, to measure what a rank computes.
-
-        Returns: (`PatchPlan`, a function of a `PatchMode` that carries out the patch's call with these arguments). The
-            exchange sees all its posts and waits; received is what it writes.
-        """
-        plan, patches, samples, _, run = self._planned(forward, args, kwargs)
-        patch = patches[number]
-        patch.bind(plan, exchange, "emulated", samples)
-        patch.bind_result(exchange, "emulated")
-        return plan, lambda mode: self._on_patch(patch, mode, run, args, kwargs)
-
-    def _planned(self, forward, args, kwargs):
-        """(plan, a patch of every patch, samples of its sites, the whole result, a quiet forward)."""
-        whole, recorder = self._look(forward, args, kwargs)
-        run, axis, problem = self._quiet(forward), schedule.patch_axis(self.config, 0), None
-        for other in self._ways(recorder, args, kwargs, axis):
-            numbers = range(self.config.num_patches)
-            patches = [self._patch(recorder, args, kwargs, axis, number, other) for number in numbers]
-            try:
-                for text in (self._first_look(patch, run, args, kwargs, whole) for patch in patches):
-                    if text is not None:
-                        raise ValueError(text)
-                everyone = [self._seen(recorder, patch) for patch in patches]
-                named = self._signature.named(args, kwargs)
-                plan = self._plan(patches[0].cutter, recorder, everyone, whole, named)
-                return plan, patches, _samples(plan, recorder), whole, run
-            except ValueError as error:
-                problem = problem or error
-        raise problem
-
-    def on_first_patch(self, forward, args, kwargs, make_plan):
-        """What `make_plan(denoiser, forward, args, kwargs, config)` makes of the first patch's call."""
-        _, recorder = self._look(forward, args, kwargs)
-        self.hooks.active = self._patch(recorder, args, kwargs, schedule.patch_axis(self.config, 0), 0)
-        cut_args, cut_kwargs = self.hooks.active.begin(self._signature, PatchMode.LOCAL, args, kwargs)
-        try:
-            return make_plan(self.denoiser, self.hooks.counted(forward), cut_args, cut_kwargs, self.config)
-        finally:
-            self.hooks.active = None
 
     def _on_patch(self, patch, mode, run, args, kwargs, exact=False):
         args, kwargs = self._with_own_latent(args, kwargs)
@@ -287,7 +214,7 @@ class Planner:
         return None
 
 
-def _samples(plan, recorder):
+def samples_of(plan, recorder):
     """{number of a site: some of what it met in the forward on the whole picture}."""
     found = {i: site for i, site in enumerate(plan.sites) if site.kind != SUM}
     return {i: recorder.sites[s.name, s.call][s.place].sample for i, s in found.items()}
