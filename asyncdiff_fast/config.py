@@ -54,6 +54,8 @@ class Config:
             own ("local").
         bessel: GroupNorm divides the variance by n - 1, as the published implementation does.
         patch_axis: naive patches are cut into "rows", "columns", or both by turns ("alternating").
+        cut: {name of an input: its dimensions that run with the picture's rows or tokens, () for none}, where patches
+            cut an input wrongly; the plan tells how.
         balance: "flops" divides by counted work, the same on all GPUs and on all CPUs; "time" measures each unit once.
         timeout_s: seconds to wait for another rank before failing.
         kernels: "auto" replaces layers by fused kernels where they were measured to be no slower, on a GPU with Triton;
@@ -84,6 +86,7 @@ class Config:
     patch_axis: str = "rows"
     stages: tuple[tuple[str, ...], ...] | None = None
     stride_phase: str = "warmup"
+    cut: dict | None = None
     balance: str = "flops"
     timeout_s: float = 120.0
     kernels: str = "auto"
@@ -138,6 +141,7 @@ class Config:
             )
 
     def _check_patches(self):
+        object.__setattr__(self, "cut", _checked_cut(self.cut))
         if self.warmup_steps == 0 and not self.naive:
             raise ValueError(
                 "warmup_steps must be an integer of at least 1: got warmup_steps=0; only naive patches (num_patches of "
@@ -278,6 +282,17 @@ def _parsed(text):
         except ValueError:
             continue
     return text
+
+
+def _checked_cut(cut):
+    """What inputs are cut by as ((name, dimensions), ...)."""
+    pairs = cut.items() if isinstance(cut, dict) else cut or ()
+    pairs = tuple((name, (dims,) if isinstance(dims, int) else tuple(dims or ())) for name, dims in pairs)
+    if not all(isinstance(n, str) and all(isinstance(d, int) for d in dims) for n, dims in pairs):
+        raise ValueError(
+            f"cut must be a dict of names of inputs and their dimensions, such as {{'mask': 1}}: got {cut!r}"
+        )
+    return pairs
 
 
 def _checked_stages(stages):

@@ -8,9 +8,10 @@ from . import modules
 from .calls.signature import CallSignature
 from .fused.packed import PackedWeights
 from .halves import half_of
+from .patches.alone import LonePlanner
 from .patches.hooks import Hooks
+from .patches.lists import stacked
 from .patches.plan import MeshPlan
-from .patches.planning import Planner
 from .shared import Shared
 from .stages.plan import make_plan
 from .steps.plan import StepPlan
@@ -59,12 +60,13 @@ def plan_call(denoiser, config, args, kwargs, guided=False):
         return make_plan(denoiser, denoiser.forward, args, kwargs, config)
     hooks = Hooks(denoiser)
     shared = Shared(denoiser, config, signature, PackedWeights(denoiser, active=False))
-    planner = Planner(shared, None, hooks)
+    planner = LonePlanner(shared, hooks)
+    forward, _, args, kwargs = stacked(signature, denoiser.forward, None, args, kwargs)
     try:
-        patches = planner.plan_alone(denoiser.forward, args, kwargs)
+        patches = planner.plan_alone(forward, args, kwargs)
         if config.num_stages == 1:
             return patches
         # The stages of every patch are those of the first.
-        return MeshPlan(patches, planner.on_first_patch(denoiser.forward, args, kwargs, make_plan))
+        return MeshPlan(patches, planner.on_first_patch(forward, args, kwargs, make_plan))
     finally:
         hooks.remove()

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from .calls.clock import Clock
 from .calls.schedule import Mode, PatchMode
-from .calls.signature import CallSignature, device_of, inputs_key
+from .calls.signature import CallSignature, copied, device_of, inputs_key
 from .calls.watch import unwatch_schedulers, watch_schedulers
 from .exchange import fingerprint
 from .exchange.world import device
@@ -145,6 +145,7 @@ class Runtime:
         """
 
         def quiet(*args, **kwargs):
+            args, kwargs = copied(args, kwargs)
             try:
                 return forward(*args, **kwargs)
             except Exception as error:

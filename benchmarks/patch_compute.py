@@ -25,6 +25,7 @@ from asyncdiff_fast.calls.signature import CallSignature
 from asyncdiff_fast.config import Config, parse_options
 from asyncdiff_fast.exchange.world import World
 from asyncdiff_fast.fused.device_layers import DeviceLayers
+from asyncdiff_fast.patches.alone import LonePlanner
 from asyncdiff_fast.patches.calls import Patches
 from asyncdiff_fast.shared import Shared
 
@@ -124,10 +125,12 @@ def row(options, pixels, patches):
     layers = DeviceLayers(denoiser, config, World([0], 1.0), options.device, signature)
     # As on one of several ranks, which keep nothing for each other's modules.
     layers.choice.alone = False
-    shared = Patches(Shared(denoiser, config, signature, layers.packed, layers.choice), None, exchange)
-    layers.choice.patches = shared
+    shared = Shared(denoiser, config, signature, layers.packed, layers.choice)
+    patches_of = Patches(shared, None, exchange)
+    layers.choice.patches = patches_of
     layers.begin()
-    plan, call = shared.planner.emulate(rank, layers.during(denoiser.forward, signature.latent), (), inputs, exchange)
+    planner = LonePlanner(shared, patches_of.hooks)
+    plan, call = planner.emulate(rank, layers.during(denoiser.forward, signature.latent), (), inputs, exchange)
     with layers.learning():
         for mode in (PatchMode.SYNC, PatchMode.DISPLACED, PatchMode.DISPLACED):
             call(mode)
@@ -139,7 +142,7 @@ def row(options, pixels, patches):
     if options.profile:
         show_profile(lambda: call(PatchMode.DISPLACED), lambda: plain(**inputs), options.device)
     kernels = layers.summary()
-    shared.forget(released=True)
+    patches_of.forget(released=True)
     layers.remove()
     return {
         **common,

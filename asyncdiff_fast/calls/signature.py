@@ -3,7 +3,7 @@
 import inspect
 
 import torch
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 TIMESTEP_NAMES = ("timestep", "timesteps", "t", "time", "sigma", "sigmas", "noise_level")
 _NAMED = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
@@ -56,10 +56,28 @@ class CallSignature:
 
     def with_timestep(self, args, kwargs, timestep):
         """(args, kwargs) with the timestep replaced."""
-        if self.timestep_name in kwargs:
-            return args, {**kwargs, self.timestep_name: timestep}
-        index = self.positional.index(self.timestep_name)
-        return (*args[:index], timestep, *args[index + 1 :]), kwargs
+        return self._with(self.timestep_name, args, kwargs, timestep)
+
+    def with_latent(self, args, kwargs, latent):
+        """(args, kwargs) with the latent replaced."""
+        return self._with(self.latent_name, args, kwargs, latent)
+
+    def _with(self, name, args, kwargs, value):
+        if name in kwargs:
+            return args, {**kwargs, name: value}
+        index = 0 if name is None else self.positional.index(name)
+        return (*args[:index], value, *args[index + 1 :]), kwargs
+
+
+def copied(args, kwargs):
+    """(args, kwargs) in containers of their own: a forward may take things out of those it is given."""
+    return tree_map(lambda x: x, (args, kwargs))
+
+
+def numbers_of(named, timestep_name):
+    """The plain numbers among a call's arguments but for the timestep, which positions may follow from."""
+    leaves = tree_leaves({name: x for name, x in named.items() if name != timestep_name})
+    return tuple(x for x in leaves if type(x) in (int, float))
 
 
 def device_of(args, kwargs):

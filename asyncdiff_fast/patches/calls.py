@@ -1,12 +1,21 @@
 """The patches of one denoiser, seen from one rank: plans them at the first call, then carries out each call."""
 
+import logging
+
 from ..calls import schedule
 from ..calls.schedule import PatchMode
+from ..calls.signature import numbers_of
 from ..calls.watch import last_scheduler
+from ..exchange.fingerprint import input_digests
 from ..prediction.self_check import Pace, summaries
 from ..prediction.trend import Instants
 from .hooks import Hooks
+from .inputs import check_masks
+from .lists import stacked
 from .planning import Planner
+from .way import Lost
+
+log = logging.getLogger(__name__)
 
 # Plans kept for inputs seen before, per denoiser.
 KEPT_PATCHES = 8
@@ -24,6 +33,8 @@ class Patches:
         self._pace = Pace(shared.config, world)
         # {place of a patch: step of its latest call in this generation}
         self._last_steps = {}
+        # {place without values: names of the inputs whose values belong to it}
+        self._reads = {}
 
     def call(self, tick, key, forward, run, args, kwargs):
         """What the denoiser returns for the whole picture. Collective over the patches.
@@ -34,19 +45,66 @@ class Patches:
             forward: the denoiser's own, for the plan.
             run: `run(args, kwargs)` is this call on the patch; the forward in it goes through `hooks.counted`.
         """
-        axis = schedule.patch_axis(self.config, tick.step)
-        place = (tick.call, key, axis)
+        forward, run, args, kwargs = stacked(self._signature, forward, run, args, kwargs)
+        place = self._place(tick, key, args, kwargs)
         if place in self._patches:
             # The last used come last.
             self._patches[place] = self._patches.pop(place)
         else:
-            phase = f"patches, plan {self._phases}"
-            self._phases += 1
-            self._patches[place] = self.planner.first(forward, args, kwargs, axis, self.exchange, phase)
-            for old in list(self._patches)[:-KEPT_PATCHES]:
-                self._patches.pop(old).release()
-            if tick.call == 0 or self.plan is None:
-                self.plan = self._patches[place].plan
+            place = self._plan(tick, key, forward, args, kwargs)
+        if place not in self._last_steps:
+            check_masks(self._patches[place].cutter, self._signature.named(args, kwargs))
+        expected, patch = None, self._patches[place]
+        if self._looks_again(place, tick.step):
+            expected = self.planner.expect(patch, forward, args, kwargs)
+        result, error = self._attempt(place, tick, run, args, kwargs)
+        if error is not None:
+            # Every rank goes the same way, so all are here.
+            log.info("patches are planned anew: %s", error)
+            self._patches.pop(place).release()
+            self._last_steps.pop(place, None)
+            place, expected = self._plan(tick, key, forward, args, kwargs), None
+            result, error = self._attempt(place, tick, run, args, kwargs)
+        if error is not None:
+            raise error
+        if expected is not None:
+            patch.result_check.judge(result, expected)
+        return result
+
+    def _looks_again(self, place, step):
+        """True at the last exact step of a plan's first warm-up, or ever more rarely where all are: gates open late."""
+        config, patch = self.config, self._patches[place]
+        able = patch.result_check is not None and not config.bessel and config.num_stages == 1
+        if not able or step == 0 or patch.generations > (place in self._last_steps):
+            return False
+        due = step > 1 and step & (step + 1) == 0 if config.exchange == "sync" else step == config.warmup_steps - 1
+        return due and self._mode(place, step) is PatchMode.SYNC
+
+    def _place(self, tick, key, args, kwargs):
+        """What tells one plan from another: the call, shapes, and the values that positions follow from."""
+        axis = schedule.patch_axis(self.config, tick.step)
+        named = self._signature.named(args, kwargs)
+        place = (tick.call, key, axis, numbers_of(named, self._signature.timestep_name))
+        reads = self._reads.get(place, ())
+        return (*place, repr(input_digests({name: named[name] for name in reads}))) if reads else place
+
+    def _plan(self, tick, key, forward, args, kwargs):
+        """Plans a call as it is; returns its place."""
+        axis, place = schedule.patch_axis(self.config, tick.step), self._place(tick, key, args, kwargs)
+        phase = f"patches, plan {self._phases}"
+        self._phases += 1
+        patch = self.planner.first(forward, args, kwargs, axis, self.exchange, phase)
+        self._reads[place[:4]] = patch.reads
+        place = self._place(tick, key, args, kwargs)
+        self._patches[place] = patch
+        for old in list(self._patches)[:-KEPT_PATCHES]:
+            self._patches.pop(old).release()
+        if tick.call == 0 or self.plan is None:
+            self.plan = patch.plan
+        return place
+
+    def _attempt(self, place, tick, run, args, kwargs):
+        """(result, None), or (None, `Lost`) where the denoiser goes another way and can be planned anew."""
         patch = self._patches[place]
         if tick.call == 0:
             self._pace.before(tick.step, patch.check.errors)
@@ -62,10 +120,16 @@ class Patches:
         patch.keep = self.config.predicts_patches and late
         first = mode is PatchMode.DISPLACED and patch.displaced_calls < 2
         with self.exchange.step(), self.planner.learning(first):
-            result = self.hooks.on_patch(patch, self._signature, mode, run, args, kwargs)
+            try:
+                result = self.hooks.on_patch(patch, self._signature, mode, run, args, kwargs)
+            except Lost as error:
+                # Stages beneath may have sent what nobody will read.
+                if self.config.num_stages > 1:
+                    raise
+                return None, error
         if patch.keep:
             patch.trend.made(tick.step)
-        return result
+        return result, None
 
     @property
     def mode(self):
@@ -99,5 +163,6 @@ class Patches:
         for patch in () if released else self._patches.values():
             patch.release()
         self._patches.clear()
+        self._reads.clear()
         self.hooks.remove()
         self.plan = None

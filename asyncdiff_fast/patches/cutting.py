@@ -9,7 +9,9 @@ from . import layout, site_rows
 from .sites import CONV
 
 # Inputs with these in their names speak of the prompt, whatever their sizes are.
-_PROMPT = ("encoder", "txt", "text", "prompt", "pooled", "timestep", "guidance")
+_PROMPT = ("encoder", "txt", "text", "prompt", "pooled")
+# These may have a value for each token.
+_BY_TOKEN = ("timestep", "guidance", "mask")
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,8 @@ class Cutter:
     """Which dimension of which input holds rows of the picture.
 
     `dim`: of the latent. `sizes`: {(rows, width): Rows} of pictures at every resolution. `grid`: of tokens, or None.
+    `starts`: {length of a sequence: place of the grid's first token in it}. `other`: names of inputs that are cut where
+    they seem not to be, or the other way round. `given`: {name: dimensions}, as the caller says.
     """
 
     latent_name: str
@@ -48,23 +52,32 @@ class Cutter:
     sizes: dict
     grid: Grid | None
     patch: int
+    starts: dict
+    other: tuple
+    given: dict
 
     @classmethod
-    def of(cls, recorder, latent, latent_name, config, patch, axis):
+    def of(cls, recorder, latent, latent_name, config, patch, axis, other=()):
         """The cutter for one forward on the whole picture; `axis` is -2 for rows, -1 for columns."""
         sequence = latent.dim() == 3
         dim = 1 if sequence else latent.dim() + axis
         size = latent.shape[dim]
-        factor = site_rows.factor_of(recorder, size, axis)
-        aligned = config.naive or _tiling(recorder) is not None
+        factor, order = site_rows.factor_of(recorder, size, axis), recorder.tokens
+        if order is not None:
+            factor = max(factor, size // order.rows)
+        aligned = config.naive or order is not None or _tiling(recorder) is not None
         rows = layout.split(size, config.num_patches, factor, aligned)
         levels = site_rows.levels_of(recorder, rows, axis)
         pictures = {tuple(latent.shape[-2:])} | {s.result[-2:] for s in site_rows.resamplings(recorder)}
         sizes = {} if sequence else {hw: levels[hw[axis]] for hw in pictures if hw[axis] in levels}
-        grid = Grid(rows, 1, 1) if sequence else _tokens(recorder, levels)
+        if order is not None:
+            grid = Grid(rows.coarser(order.rows, size // order.rows), order.outer, order.inner)
+        else:
+            grid = Grid(rows, 1, 1) if sequence else _tokens(recorder, levels)
+        starts = {} if grid is None else {grid.size: 0} if order is None else order.starts
         if axis == -1 and grid is not None:
             raise ValueError("patch_axis must be rows where the denoiser works on tokens: pass patch_axis='rows'")
-        return cls(latent_name, dim, axis, rows, levels, sizes, grid, patch)
+        return cls(latent_name, dim, axis, rows, levels, sizes, grid, patch, starts, other, dict(config.cut))
 
     def lies_in(self, x, latent):
         """True if a tensor is a view of the whole latent, rows for rows."""
@@ -91,20 +104,69 @@ class Cutter:
         """(args, kwargs) of this patch."""
         named = signature.named(args, kwargs)
         leaves, spec = tree_flatten_with_path(named)
-        cut = tree_unflatten([self._cut(path[0].key, x) for path, x in leaves], spec)
+        cut = tree_unflatten([self.cut_input(path[0].key, x) for path, x in leaves], spec)
         return signature.as_call(cut, args, kwargs)
 
-    def _cut(self, name, x):
+    def cut_input(self, name, x):
+        """What this patch gets of one input, or of a part of it."""
         if not isinstance(x, torch.Tensor):
             return x
         if name == self.latent_name:
             return self._narrow(x, self.dim, self.rows)
+        if name in self.given:
+            return self._cut_as_given(name, x)
         if x.dim() >= 4 and tuple(x.shape[-2:]) in self.sizes:
             return self._narrow(x, self.axis, self.sizes[tuple(x.shape[-2:])])
-        if self.grid is None or any(word in name for word in _PROMPT) or x.dim() not in (2, 3):
-            return x
-        dim = 1 if x.dim() == 3 else 0
-        return self.grid.take(x, dim, self.patch) if x.shape[dim] == self.grid.size else x
+        for dim in self.token_dims(name, x):
+            x = self._take(x, dim)
+        return x
+
+    def _cut_as_given(self, name, x):
+        for dim in self.given[name]:
+            size = x.shape[dim] if -x.dim() <= dim < x.dim() else None
+            if size in self.starts:
+                x = self._take(x, dim)
+            elif size in self.levels:
+                x = self._narrow(x, dim, self.levels[size])
+            else:
+                known = sorted({*self.starts, *self.levels})
+                raise ValueError(
+                    f"cut={{{name!r}: {self.given[name]}}}: dimension {dim} of {list(x.shape)} must have as many "
+                    f"elements as the picture has rows or tokens: {', '.join(map(str, known))}"
+                )
+        return x
+
+    def candidates(self, x):
+        """The dimension along which an input may run with tokens: the batch is none, nor are features."""
+        dims = (0, 1) if x.dim() == 2 else range(1, x.dim() - 1)
+        return [d for d in dims if x.shape[d] in self.starts][:1]
+
+    def token_dims(self, name, x):
+        """Dimensions of an input that run along sequences with the picture's tokens."""
+        usual = self.usual_dims(name, x)
+        if name not in self.other:
+            return usual
+        return [] if usual else self.candidates(x)
+
+    def usual_dims(self, name, x):
+        """Those by its name and sizes."""
+        by_token = any(word in name for word in _BY_TOKEN) and x.dim() > 1
+        if by_token and not any(word in name for word in _PROMPT):
+            return [d for d in range(1, x.dim()) if x.shape[d] in self.starts]
+        if any(word in name for word in (*_PROMPT, *_BY_TOKEN)) or x.dim() not in (2, 3):
+            return []
+        dim = x.dim() - 2
+        known = self.starts if x.dim() == 3 else () if self.grid is None else (self.grid.size,)
+        return [dim] if x.shape[dim] in known else []
+
+    def _take(self, x, dim):
+        """A patch's tokens of dimension `dim`, and all others in it."""
+        start, size = self.starts[x.shape[dim]], self.grid.size
+        picture = self.grid.take(x.narrow(dim, start, size), dim, self.patch)
+        stop = start + size
+        if x.shape[dim] == size:
+            return picture
+        return torch.cat((x.narrow(dim, 0, start), picture, x.narrow(dim, stop, x.shape[dim] - stop)), dim)
 
     def _narrow(self, x, dim, rows):
         start, stop = rows.held[self.patch]
@@ -130,15 +192,15 @@ class Cutter:
         """The dimension of `x`, counted from the end, that runs with the rows (tokens) of `result`; None without."""
         for dim in range(-x.dim(), -1):
             whole = -dim <= len(result) and x.shape[dim] == result[dim] > 1
-            if whole and (self.grid is not None and x.shape[dim] == self.grid.size):
+            if whole and x.shape[dim] in self.starts:
                 return dim
             if whole and dim == -2 and x.dim() >= 3 and tuple(x.shape[-2:]) in self.sizes:
                 return dim
         return None
 
     def _position(self, x, dim):
-        if self.grid is not None and x.shape[dim] == self.grid.size:
-            return self.grid.take(x, dim, self.patch)
+        if x.shape[dim] in self.starts:
+            return self._take(x, dim)
         return self._narrow(x, dim, self.sizes[tuple(x.shape[-2:])])
 
     def join_position(self, x, result):

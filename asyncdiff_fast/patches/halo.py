@@ -120,6 +120,16 @@ class HaloState(State):
         return torch.cat(rows, -2) if len(rows) > 1 else inside
 
 
+class PoolState(HaloState):
+    """Pooling of this patch's rows and those around them."""
+
+    def run(self, func, args, kwargs, step):
+        if self.site.plain:
+            return func(*args, **kwargs)
+        x, *more = args or (kwargs["input"],)
+        return func(self._gathered(x, step), *more, **{k: v for k, v in kwargs.items() if k != "input"})
+
+
 class ResizeState(State):
     """A nearest-neighbour interpolation where a patch's rows are not whole multiples."""
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from ..fused.attending import attended
 from ..modules import Attachment, Watch, is_plain
-from .sites import JOINS, KINDS
+from .sites import JOINS, KINDS, SUMS
 
 
 def _convolved(module, meet, args, kwargs):
@@ -35,7 +35,7 @@ class Hooks:
         self._denoiser, self._attached = denoiser, {}
         # Whether the denoiser's own forward has sites outside its modules.
         self._at_root = False
-        self._watch = Watch({*KINDS, *JOINS}, self._meet)
+        self._watch = Watch({*KINDS, *JOINS, *SUMS}, self._meet)
 
     def counted(self, forward):
         """The denoiser's forward, such that the calls of its modules are counted from its beginning."""
@@ -58,7 +58,8 @@ class Hooks:
         cut_args, cut_kwargs = patch.begin(signature, mode, args, kwargs, exact)
         self.active = patch
         try:
-            result = run(cut_args, cut_kwargs)
+            with patch.following(signature.latent(cut_args, cut_kwargs)):
+                result = run(cut_args, cut_kwargs)
         finally:
             self.active = None
         return patch.end(result) if patch.bound else result
@@ -66,12 +67,17 @@ class Hooks:
     def attach(self, recorder, patch):
         """Put hooks on the modules in which a patch will meet something, as a recorded forward tells."""
         modules = dict(self._denoiser.named_modules())
-        self.names = {module: name for name, module in modules.items()}
         wanted = {name for name, _ in recorder.sites} | patch.constant_modules
         # What the modules inside a joining one do must not be taken for its own.
         wanted |= {n for outer in patch.joining_modules for n in modules if n == outer or n.startswith(f"{outer}.")}
+        self.attach_all(wanted)
+
+    def attach_all(self, wanted):
+        """Put hooks on modules by name; "" is the denoiser itself."""
+        modules = dict(self._denoiser.named_modules())
+        self.names = {module: name for name, module in modules.items()}
         self._at_root |= "" in wanted
-        for name in sorted(wanted - {"", *self._attached}):
+        for name in sorted(set(wanted) - {"", *self._attached}):
             handler = functools.partial(self._in_module, name, _written_out(modules[name]))
             self._attached[name] = Attachment(modules[name], handler)
 

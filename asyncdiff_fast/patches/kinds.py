@@ -1,12 +1,15 @@
 """The state of each kind of site on one patch."""
 
-from .halo import HaloState, ResizeState
+from .halo import HaloState, PoolState, ResizeState
 from .norm import NormState
 from .ring import RingState
-from .site import Halo, Norm, Resize, Ring
+from .site import Halo, Norm, Pool, Resize, Ring, Sum
 from .state import State
+from .sums import SumState
 
-KINDS = {Halo: HaloState, Norm: NormState, Ring: RingState, Resize: ResizeState}
+KINDS = {
+    Halo: HaloState, Pool: PoolState, Norm: NormState, Ring: RingState, Resize: ResizeState, Sum: SumState,
+}  # fmt: skip
 
 
 def make_state(site, patch, device, predicts=False):

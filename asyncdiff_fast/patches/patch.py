@@ -1,5 +1,7 @@
 """One patch of one call: the state of every site, the slots between patches, and what the forward meets on its way."""
 
+import contextlib
+
 import torch
 from torch.nn import functional as F
 
@@ -7,9 +9,10 @@ from ..calls.schedule import PatchMode
 from ..fused.layers import exact
 from ..prediction.call_check import CallCheck
 from ..prediction.trend import Trend
+from .following import Following
 from .kinds import make_state
 from .result import PatchResult
-from .sites import CONV, JOINS, KINDS, NORM, seen
+from .sites import CONV, JOINS, KINDS, NORM, SUMS, seen
 from .slots import PatchSlots
 from .way import Way, lost
 
@@ -31,6 +34,10 @@ class Patch:
         self.mode, self.group_norm, self.bessel = PatchMode.LOCAL, config.group_norm, config.bessel
         self.plan = None
         self.probing, self.bound, self.found = True, False, {}
+        # Generations begun, and what compares its results with the whole picture's.
+        self.generations, self.result_check = 0, None
+        # Names of inputs whose values the plan depends on.
+        self.reads = ()
         # Whether the first convolution reads the latent where it lies.
         self.sees_latent = False
         self._states, self._order, self._constants, self._joins = {}, [], {}, {}
@@ -38,7 +45,7 @@ class Patch:
         self.trend = Trend(config.num_patches + LAYER_HOPS)
         # Number of the next displaced exchange; whether a call's values may be predicted from later.
         self.epoch, self.keep = 0, False
-        self._result = self._latent = None
+        self._result = self._latent = self.seen = None
         self.displaced_calls = 0
 
     def note(self, part):
@@ -73,13 +80,11 @@ class Patch:
             for i, x in self._joins.get(self.way.at_join(), ()):
                 args = (*args[:i], x, *args[i + 1 :])
             return func(*args, **kwargs)
-        key, place = self.way.at_site()
+        key, place = self.way.at_sum() if func in SUMS else self.way.at_site()
         entry = self._states.get((key, place))
         if self.probing:
-            result = func(*args, **kwargs) if entry is None else entry[1].run(func, args, kwargs, self)
-            self._note(key, func, args, kwargs, result)
-            return result
-        if entry is None and self.plan is None:
+            return self._probed(key, entry, func, args, kwargs)
+        if entry is None and (self.plan is None or func in SUMS):
             return func(*args, **kwargs)
         if entry is None:
             lost(f"{key[0]} was called once more")
@@ -93,6 +98,20 @@ class Patch:
         result = state.run(func, args, kwargs, self)
         self._slots.after(index)
         return result
+
+    def _probed(self, key, entry, func, args, kwargs):
+        """The result of a watched call at the first look, which is noted."""
+        with self.seen.paused():
+            result = func(*args, **kwargs) if entry is None else entry[1].run(func, args, kwargs, self)
+        self.seen.note(func, args, kwargs, result)
+        if func not in SUMS:
+            self._note(key, func, args, kwargs, result)
+        return result
+
+    def following(self, latent):
+        """Within it the first look notes what is called on a patch's latent, in `seen`."""
+        self.seen = Following(latent) if self.probing else contextlib.nullcontext()
+        return self.seen
 
     def _follow(self, index):
         """A site of the plan is met: in the plan's order, or in that of the first displaced call."""
@@ -156,9 +175,7 @@ class Patch:
         """`count` rows of the latent seen as `x` sees its own, from `above` rows relative to the first of them."""
         rows = self.cutter.rows_beside(x, self._latent, above, count)
         if rows is None:
-            raise RuntimeError(
-                f"{self.way.key[0]} no longer reads the latent where it lies; unpatch() and patch() anew"
-            )
+            lost(f"{self.way.key[0]} no longer reads the latent where it lies")
         return rows
 
     # The plan.
@@ -172,7 +189,7 @@ class Patch:
     def bind(self, plan, exchange, phase, samples):
         """Allocate buffers and register slots for a plan. Collective."""
         self.plan = plan
-        self.probing, self.found = False, {}
+        self.probing, self.found, self.seen = False, {}, None
         self._states = {}
         # Ordinary tensors, whatever mode the first call runs in: they are written in later ones too.
         with torch.inference_mode(False):
@@ -205,12 +222,14 @@ class Patch:
         """Forget the slots and buffers of this plan."""
         if self._slots is not None:
             self._slots.release()
-        self._result.release()
+        if self._result is not None:
+            self._result.release()
 
     # One call.
 
     def begin_generation(self, instants):
         """Nothing that an earlier generation left is predicted from or compared with."""
+        self.generations += 1
         self.trend.begin(instants)
         self.check.begin_generation()
 

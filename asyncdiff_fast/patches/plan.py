@@ -4,8 +4,8 @@ import math
 from dataclasses import dataclass, field
 
 from .layout import Rows
-from .site import Halo, Norm, Ring
-from .sites import ATTENTION, CONV, NORM
+from .site import Halo, Norm, Ring, Sum
+from .sites import ATTENTION, CONV, NORM, SUM
 
 # A group of sites is posted when one patch has this many bytes for another, or this many sites have come together.
 GROUP_BYTES, GROUP_SITES = 2 << 20, 32
@@ -18,7 +18,8 @@ class PatchPlan:
     """The patches of one call of a denoiser.
 
     `sites`: in order of execution. `rows`: of the latent. `levels`: {rows: Rows} of every resolution. `kept_bytes`: of
-    projections of the text and other constant inputs, which every patch keeps from call to call.
+    projections of the text and other constant inputs, which every patch keeps from call to call. `cuts`: what each
+    input is cut by, in words.
     """
 
     config: object
@@ -27,6 +28,7 @@ class PatchPlan:
     sites: tuple = field(repr=False)
     result_bytes: int = 0
     kept_bytes: int = 0
+    cuts: tuple = ()
 
     def displaced(self, i):
         """True if a site's messages travel after the call that makes them."""
@@ -77,7 +79,7 @@ class PatchPlan:
             if isinstance(site, Ring):
                 tokens = site.tokens.extra + sum(site.tokens.count(p) for p in range(len(site.shapes)))
                 total += tokens * site.key[0] * site.features * site.item
-            elif isinstance(site, Norm):
+            elif isinstance(site, Norm | Sum):
                 total += len(site.shapes) * math.prod(site.message_shape()) * site.item
             elif isinstance(site, Halo) and site.exchanges:
                 sizes = [m for m in site.messages if patch in (m.source, m.target)]
@@ -106,12 +108,14 @@ class PatchPlan:
         lines = [f"{len(self.rows.held)} patches of {self.rows.size} rows; MB sent per displaced call:"]
         lines.append("  ".join(f"{name:>{width}}" for name, width in zip(head, widths, strict=True)))
         for patch, (start, stop) in enumerate(self.rows.held):
-            kv, halo, norm = (self.sent_bytes(patch, kind) / 1e6 for kind in (ATTENTION, CONV, NORM))
+            kv, halo, norm, sums = (self.sent_bytes(patch, kind) / 1e6 for kind in (ATTENTION, CONV, NORM, SUM))
             result = self.sent_result_bytes(patch) / 1e6
             lines.append(
-                f"{patch:>5}  {f'{start}-{stop}':>9}  {kv:>12.2f}  {halo:>8.2f}  {norm:>10.3f}  {result:>7.2f}  "
+                f"{patch:>5}  {f'{start}-{stop}':>9}  {kv:>12.2f}  {halo:>8.2f}  {norm + sums:>10.3f}  {result:>7.2f}  "
                 f"{self.memory_bytes(patch) / 1e6:>7.1f} MB"
             )
+        if self.cuts:
+            lines.append(f"cut: {', '.join(self.cuts)}; all else whole")
         return "\n".join(lines)
 
 

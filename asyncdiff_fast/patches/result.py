@@ -18,7 +18,7 @@ class PatchResult:
     """
 
     def __init__(self, rows, patch, whole, mine, reports):
-        self._rows, self._patch, self._parts = rows, patch, []
+        self._rows, self._patch, self._parts, self._exchange = rows, patch, [], None
         for a, b in zip(_tensors(whole), _tensors(mine), strict=True):
             dims = [d for d in range(a.dim()) if a.shape[d] != b.shape[d]]
             if len(dims) != 1 or a.dim() != b.dim():
@@ -59,7 +59,8 @@ class PatchResult:
 
     def release(self):
         """Forget the slot."""
-        self._exchange.release(self._phase)
+        if self._exchange is not None:
+            self._exchange.release(self._phase)
 
     def _buffers(self, whole, dim):
         """Buffers for every patch's part of a tensor."""

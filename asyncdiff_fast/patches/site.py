@@ -14,7 +14,8 @@ class Site:
 
     name: str
     call: int
-    place: int
+    # Of the watched functions in the module's call; sums are counted apart, as "sum 0".
+    place: int | str
     kind: str
     shapes: tuple[tuple[int, ...], ...]
     dtype: torch.dtype
@@ -89,6 +90,32 @@ class Halo(Site):
             if m.source == source:
                 found.setdefault(m.target, []).append(self.rows_shape(source, m.stop - m.start))
         return found
+
+
+@dataclass(frozen=True)
+class Pool(Halo):
+    """Pooling, as a convolution."""
+
+
+@dataclass(frozen=True)
+class Sum(Site):
+    """A sum over rows, or tokens of the picture. Each patch sends its own; `shapes` are those of the result.
+
+    `how`: "sum", "mean", "norm", "max" or "min". `shares`: what each patch's own is multiplied by: 1, or its share of
+    the rows where they are averaged.
+    """
+
+    how: str = "sum"
+    shares: tuple[float, ...] = ()
+
+    exchanges = True
+
+    def message_shape(self):
+        """The result's."""
+        return self.shapes[0]
+
+    def sent(self, source):
+        return {t: [self.message_shape()] for t in range(len(self.shapes)) if t != source}
 
 
 @dataclass(frozen=True)

@@ -1,23 +1,27 @@
 """Which rows each site reads, from one forward on the whole picture and one on each patch. Pure."""
 
+import math
+
 from . import layout
-from .site import Halo, Norm, Resize, Ring, Site
-from .sites import CONV, NORM, RESIZE
+from .site import Halo, Norm, Pool, Resize, Ring, Site, Sum
+from .sites import CONV, NORM, POOL, RESIZE, SUM, SUMS
+
+_RESAMPLING = (CONV, RESIZE, POOL)
 
 
 def factor_of(recorder, size, axis=-2):
     """Rows of the latent in one row of the coarsest resolution, by the convolutions and interpolations of a forward."""
-    factor, known = 1, {size}
+    known = {size: 1}
     for found in resamplings(recorder):
         before, after = found.shape[axis], found.result[axis]
-        if before in known and after < before and after not in known:
-            factor *= -(-before // after)
-        known.add(after)
-    return factor
+        if before in known and after not in known:
+            larger = after > before
+            known[after] = max(known[before] * before // after, 1) if larger else known[before] * -(-before // after)
+    return math.lcm(*known.values())
 
 
 def levels_of(recorder, rows, axis=-2):
-    """{size: Rows} of every resolution that convolutions and interpolations lead to."""
+    """{size: Rows} of every resolution that convolutions, pooling and interpolations lead to."""
     levels = {rows.size: rows}
     for found in resamplings(recorder):
         before, after = found.shape[axis], found.result[axis]
@@ -31,50 +35,81 @@ def levels_of(recorder, rows, axis=-2):
 
 
 def resamplings(recorder):
-    """The `Seen` convolutions and interpolations of pictures, in order."""
-    found = [s for key in recorder.order for s in recorder.sites[key]]
-    return [s for s in found if s.kind in (CONV, RESIZE) and len(s.shape) >= 4]
+    """The `Seen` convolutions, pooling and interpolations of pictures, in order."""
+    found = [recorder.sites[key][place] for key, place in recorder.order]
+    return [s for s in found if s.kind in _RESAMPLING and len(s.shape) >= 4]
 
 
 def resampling_sites(recorder, levels):
     """Sites of convolutions and interpolations alone, which are known before the patches' shapes."""
     sites = []
-    for key in recorder.order:
-        for place, whole in enumerate(recorder.sites[key]):
-            if whole.kind in (CONV, RESIZE):
-                sites.append(_resampling((*key, place, whole.kind, (), whole.dtype), whole, levels, False))
+    for key, place in recorder.order:
+        whole = recorder.sites[key][place]
+        if whole.kind in _RESAMPLING:
+            sites.append(_resampling((*key, place, whole.kind, (), whole.dtype), whole, levels, False))
     return sites
 
 
-def make_sites(recorder, levels, start, patches, sees_latent, frames=1):
+def make_sites(recorder, cutter, patches, sees_latent):
     """Sites of the plan, from one forward on the whole picture and one on each patch.
 
     Args:
-        levels: {size: Rows}.
-        start: the size of the latent's own resolution.
+        cutter: `Cutter`, which knows the rows of every resolution and the order of tokens.
         patches: for each patch, {(module, call): [Seen]}.
         sees_latent: True if the first convolution can read rows of the latent around its own.
-        frames: of a clip whose tokens lie in one sequence.
     Raises: ValueError that names the module if a site's rows cannot be told.
     """
-    sites, level, first = [], start, True
-    for key in recorder.order:
+    levels, grid = cutter.levels, cutter.grid
+    sites, level, first = [], cutter.rows.size, True
+    for key, place in recorder.order:
         if any(len(p.get(key, ())) != len(recorder.sites[key]) for p in patches):
             raise ValueError(f"{key[0]} takes another way on a patch than on the whole picture")
-        for place, whole in enumerate(recorder.sites[key]):
-            parts = [p[key][place] for p in patches]
-            common = (*key, place, whole.kind, tuple(s.shape for s in parts), whole.dtype)
-            if whole.kind in (CONV, RESIZE):
-                site = _resampling(common, whole, levels, first and sees_latent)
-                if type(site) is not Site:
-                    _check_rows(key, site.before, parts)
-                    level, first = whole.result[-2], False
-                sites.append(site)
-            elif whole.kind == NORM:
-                sites.append(_norm(common, whole, parts, levels, level))
-            else:
-                sites.append(_ring(common, whole, parts, levels[level], frames))
+        whole, parts = recorder.sites[key][place], [p[key][place] for p in patches]
+        common = (*key, place, whole.kind, tuple(s.shape for s in parts), whole.dtype)
+        if whole.kind in _RESAMPLING:
+            site = _resampling(common, whole, levels, first and sees_latent)
+            if type(site) is not Site:
+                _check_rows(key, site.before, parts)
+                level, first = whole.result[-2], False
+            sites.append(site)
+        elif whole.kind == NORM:
+            sites.append(_norm(common, whole, parts, levels, level))
+        else:
+            rows = levels[level] if grid is None or whole.shape[-2] not in cutter.starts else grid.rows
+            sites.append(_ring(common, whole, parts, rows, 1 if grid is None else grid.outer))
     return tuple(sites)
+
+
+def with_sums(sites, recorder, patches):
+    """Sites in order of execution, with those that sum over rows; `patches`: {(module, call, place): `Called`} each."""
+    known = {(s.name, s.call, s.place): s for s in sites}
+    wholes = {c.site: c for c in recorder.calls if c.site in patches[0]}
+    if any(p.keys() != wholes.keys() for p in patches):
+        raise ValueError("the denoiser takes another way on one patch than on another")
+    known |= {place: _sum(called, [p[place] for p in patches]) for place, called in wholes.items()}
+    return tuple(known[place] for place in recorder.met if place in known)
+
+
+def _sum(called, parts):
+    """The site of a call that sums over rows.
+
+    Args:
+        called: its `Called` on the whole picture.
+        parts: those of the patches.
+    Raises: ValueError if the patches' sums do not make the whole one.
+    """
+    (name, call, place), how = called.site, SUMS[called.func]
+    for number, whole in enumerate(called.given):
+        shapes = [part.given[number] for part in parts]
+        over = [d for d, n in enumerate(whole) if any(shape[d] != n for shape in shapes)]
+        if len(over) > 1 or any(sum(shape[d] for shape in shapes) != whole[d] for d in over):
+            raise ValueError(
+                f"{name or 'the denoiser'} sums over tokens of which the patches hold some twice (text beside the "
+                "picture, or rows that two patches share)"
+            )
+    rows = [math.prod(part.given[0]) for part in parts]
+    shares = tuple(n / sum(rows) for n in rows) if how == "mean" else (1.0,) * len(parts)
+    return Sum(name, call, place, SUM, (called.made[0],) * len(parts), called.dtype, how, shares)
 
 
 def _resampling(common, whole, levels, first):
@@ -84,7 +119,8 @@ def _resampling(common, whole, levels, first):
     before, after = levels[whole.shape[-2]], levels[whole.result[-2]]
     if whole.kind == RESIZE:
         return _resize(common, whole, before, after)
-    return _halo(common, whole, before, after, first)
+    kind = Halo if whole.kind == CONV else Pool
+    return _halo(kind, common, whole, before, after, first and whole.kind == CONV)
 
 
 def _check_rows(key, before, parts):
@@ -94,12 +130,14 @@ def _check_rows(key, before, parts):
         raise ValueError(f"{key[0]} gets {found} rows on the patches, not {held}: something before it changes the rows")
 
 
-def _halo(common, whole, before, after, first):
+def _halo(kind, common, whole, before, after, first):
     kernel, stride, padding, dilation = whole.options[len(whole.shape) - 4]
+    if padding is None and whole.kind == POOL:
+        raise ValueError(f"{common[0]} pools with padding, dilation or ceil_mode, which patches do not know")
     if padding is None:
         raise ValueError(f"{common[0]} pads more rows below than above (padding='same' with an even kernel)")
     windows = tuple(layout.window(before, after, p, kernel, stride, padding, dilation) for p in range(len(before.held)))
-    return Halo(*common, before, after, windows, layout.halos(before, windows), first and kernel > 1)
+    return kind(*common, before, after, windows, layout.halos(before, windows), first and kernel > 1)
 
 
 def _resize(common, whole, before, after):
@@ -119,6 +157,11 @@ def _norm(common, whole, parts, levels, level):
     if all(s.shape == whole.shape for s in parts):
         return Site(*common)
     if len(whole.shape) >= 4:
+        if whole.shape[-2] not in levels:
+            raise ValueError(
+                f"{common[0]} normalises {whole.shape[-2]} rows, to which no convolution, pooling or interpolation "
+                "that patches know leads"
+            )
         return Norm(*common, whole.options[0], levels[whole.shape[-2]])
     rows = levels[level]
     if not rows.aligned:

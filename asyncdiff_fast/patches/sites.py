@@ -4,7 +4,6 @@ Everything else in a denoiser works row by row (token by token), so it runs on a
 is known by its module, the number of the module's call, and its place among that call's watched functions.
 """
 
-import weakref
 from dataclasses import dataclass
 
 import torch
@@ -12,9 +11,11 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from ..calls.signature import copied
 from ..fused.projections import KeptBytes
+from .following import Called, Followed
 
-CONV, NORM, ATTENTION, RESIZE, POSITIONS = "convolution", "norm", "attention", "resize", "positions"
+CONV, NORM, ATTENTION, RESIZE, POOL, SUM = "convolution", "norm", "attention", "resize", "pool", "sum"
 KINDS = {
     torch.conv1d: CONV,
     torch.conv2d: CONV,
@@ -23,16 +24,25 @@ KINDS = {
     torch.group_norm: NORM,
     F.scaled_dot_product_attention: ATTENTION,
     F.interpolate: RESIZE,
+    F.avg_pool2d: POOL,
+    F.max_pool2d: POOL,
+}
+# Functions that may sum over rows, and what they make of them. Of norms, those of order 2.
+SUMS = {
+    **dict.fromkeys((torch.sum, torch.Tensor.sum, torch.einsum, torch.bmm, torch.Tensor.bmm), "sum"),
+    **dict.fromkeys((torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__), "sum"),
+    **dict.fromkeys((torch.mean, torch.Tensor.mean), "mean"),
+    **dict.fromkeys((torch.amax, torch.Tensor.amax), "max"),
+    **dict.fromkeys((torch.amin, torch.Tensor.amin), "min"),
+    **dict.fromkeys((torch.norm, torch.Tensor.norm, torch.linalg.norm, torch.linalg.vector_norm), "norm"),
 }
 # Functions that join an activation with a tensor of positions, such as a sine embedding.
 JOINS = {
     torch.add, torch.mul, torch.sub, torch.Tensor.add, torch.Tensor.mul, torch.Tensor.sub,
     torch.Tensor.__add__, torch.Tensor.__radd__, torch.Tensor.__mul__, torch.Tensor.__rmul__, torch.Tensor.__sub__,
 }  # fmt: skip
-# Their results depend on the shape of a tensor only.
-_SHAPE_ONLY = {torch.empty_like, torch.zeros_like, torch.ones_like, torch.full_like, torch.rand_like, torch.randn_like}
-
-_IN_PLACE = {"__iadd__", "__isub__", "__imul__", "__itruediv__", "__setitem__"}
+# Floating-point inputs of more values than these hold no sizes or masks.
+FEW = 4096
 _NUMBERS = {
     torch.Tensor.item, torch.Tensor.tolist, torch.Tensor.__bool__, torch.Tensor.__float__, torch.Tensor.__int__,
     torch.Tensor.__index__, torch.equal, torch.allclose,
@@ -76,7 +86,20 @@ def _resize_options(input, size=None, scale_factor=None, mode="nearest", *_, **_
     return (mode,)
 
 
-_OPTIONS = {CONV: conv_options, NORM: _norm_options, RESIZE: _resize_options}
+def _pool_options(input, kernel_size, stride=None, padding=0, *more, **named):
+    """As `conv_options`; what is padded, dilated or rounded up has None for its padding."""
+    pairs = [(v, v) if isinstance(v, int) else tuple(v) * (2 // len(v)) for v in (kernel_size, stride or kernel_size)]
+    plain = padding in (0, (0, 0)) and not any(m is True or m not in (1, (1, 1), False, None) for m in more[:1])
+    plain &= not named.get("ceil_mode") and named.get("dilation", 1) in (1, (1, 1))
+    return tuple((k, s, 0 if plain else None, 1) for k, s in zip(*pairs, strict=True))
+
+
+_OPTIONS = {CONV: conv_options, NORM: _norm_options, RESIZE: _resize_options, POOL: _pool_options}
+
+
+def sample_of(key):
+    """(tokens, 8): a few numbers of each key."""
+    return key.detach()[(0,) * (key.dim() - 2)][:, :8].clone()
 
 
 def seen(kind, args, kwargs, result, sampled=True):
@@ -84,7 +107,7 @@ def seen(kind, args, kwargs, result, sampled=True):
     first = args[0] if args else next(iter(kwargs.values()))
     if kind == ATTENTION:
         key = args[1] if len(args) > 1 else kwargs["key"]
-        sample = key.detach()[(0,) * (key.dim() - 2)][:, :8].clone() if sampled else None
+        sample = sample_of(key) if sampled else None
         value = args[2] if len(args) > 2 else kwargs["value"]
         causal = bool(args[5] if len(args) > 5 else kwargs.get("is_causal", False))
         return Seen(kind, tuple(key.shape), tuple(first.shape), (tuple(value.shape), causal), key.dtype, sample)
@@ -92,67 +115,65 @@ def seen(kind, args, kwargs, result, sampled=True):
     return Seen(kind, tuple(first.shape), tuple(result.shape), options, first.dtype)
 
 
-class _Followed:
-    """Tensors that follow from some others, known by identity while they live."""
-
-    def __init__(self, tensors):
-        self._known = {}
-        self.add(tensors)
-
-    def add(self, tree):
-        for x in tree_leaves(tree):
-            if isinstance(x, torch.Tensor):
-                self._known[id(x)] = weakref.ref(x)
-
-    def __contains__(self, x):
-        found = self._known.get(id(x))
-        return found is not None and found() is x
-
-    def any(self, tensors):
-        return any(x in self for x in tensors)
-
-
 class Recorder(TorchFunctionMode):
     """Records one forward on a whole picture: its sites, and which tensors follow from positions alone.
 
-    `sites`: {(module, call): [Seen]}. `order`: their keys as first seen. `constants`: {(module, call): result} of
-    modules whose results follow from no input. `joins`: {(module, call): [(place, argument, tensor, shape of the
-    result)]} of functions that join an activation with such a tensor. `beside`: {(module, call, leaf of its constant
-    result)} that runs along something that is not made of the picture, such as text of as many tokens. `steered_by`:
-    modules where a number read from the picture's activations steers Python. `kept_bytes`: of the projections of the
-    inputs that are made once, see `KeptBytes`.
+    `sites`: {(module, call): [Seen]}. `order`: (key, place among them) of each, as met. `met`: (module, call, place) of
+    these and of what may sum over rows. `calls`: every function call on tensors made of the picture, as `Called`.
+    `constants`: {(module, call): result} of modules whose results follow from no input. `joins`: {(module, call):
+    [(place, argument, tensor, shape of the result)]} of functions that join an activation with such a tensor. `beside`:
+    {(module, call, leaf of its constant result)} that runs along something that is not made of the picture, such as
+    text of as many tokens. `steered_by`: modules where a number read from the picture's activations steers Python.
+    `reads`: names of other inputs from which numbers are read into Python, which positions may follow from. `tokens`:
+    their `TokenOrder`, if it was found. `kept_bytes`: of the projections of the inputs that are made once, see
+    `KeptBytes`.
     """
 
-    def __init__(self, latent, inputs):
+    def __init__(self, latent, inputs, named):
         super().__init__()
         self.sites, self.order, self.constants, self.joins, self.steered_by = {}, [], {}, {}, []
-        self.kept_bytes = 0
-        self._inputs, self._picture = _Followed(inputs), _Followed(latent)
+        self.kept_bytes, self.reads, self.calls = 0, set(), []
+        self._named = {name: Followed(x) for name, x in named.items()}
+        self.met, self.tokens = [], None
+        self._inputs, self._picture = Followed(inputs), Followed(latent)
         # {(module, call, leaf): that leaf, and what follows from it and other constants alone}, until it is first used.
         self.beside, self._unused = set(), {}
-        self._stack, self._calls, self._places = [("", 0)], {}, {}
+        self._stack, self._calls, self._joins_met, self._sums_met = [("", 0)], {}, {}, {}
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         leaves = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
         self._note_use(leaves, result)
-        if func not in _SHAPE_ONLY:
-            name = getattr(func, "__name__", "")
-            changed = args[:1] if name in _IN_PLACE or (name.endswith("_") and not name.endswith("__")) else ()
-            for followed in (self._inputs, self._picture):
-                if followed.any(leaves):
-                    followed.add((result, changed))
         key = self._stack[-1]
-        if func in KINDS:
-            if key not in self.sites:
-                self.order.append(key)
-            self.sites.setdefault(key, []).append(seen(KINDS[func], args, kwargs, result))
-        elif func in JOINS:
+        site = self._site(key, func, args, kwargs, result)
+        called = Called.of(self._picture, func, args, kwargs, leaves, result, key[0], site)
+        from_inputs = self._inputs.pass_on(func, args, leaves, result)
+        if self._picture.pass_on(func, args, leaves, result) and called.made:
+            self.calls.append(called)
+        if func in JOINS:
             self._note_join(key, args, leaves, result)
         elif func in _NUMBERS and self._picture.any(leaves):
             self.steered_by.append(key[0] or "the forward itself")
+        elif func in _NUMBERS and from_inputs:
+            self.reads |= {name for name, followed in self._named.items() if followed.any(leaves)}
+        for followed in self._named.values() if from_inputs else ():
+            followed.pass_on(func, args, leaves, result)
         return result
+
+    def _site(self, key, func, args, kwargs, result):
+        """(module, call, place) of a watched call, which is noted; None of any other."""
+        if func in SUMS:
+            place = self._sums_met[key] = self._sums_met.get(key, -1) + 1
+            self.met.append((*key, f"sum {place}"))
+            return self.met[-1]
+        if func not in KINDS:
+            return None
+        sites = self.sites.setdefault(key, [])
+        self.order.append((key, len(sites)))
+        sites.append(seen(KINDS[func], args, kwargs, result))
+        self.met.append((*key, len(sites) - 1))
+        return self.met[-1]
 
     def _note_use(self, leaves, result):
         """See whether a constant first meets the picture or something else that it runs along."""
@@ -169,7 +190,7 @@ class Recorder(TorchFunctionMode):
                     self.beside.add(tag)
 
     def _note_join(self, key, args, leaves, result):
-        place = self._places[key] = self._places.get(key, -1) + 1
+        place = self._joins_met[key] = self._joins_met.get(key, -1) + 1
         if not self._inputs.any(leaves):
             return
         others = [x for x in leaves if x in self._inputs]
@@ -195,7 +216,7 @@ class Recorder(TorchFunctionMode):
                 tensors = [x for x in tree_leaves(output) if isinstance(x, torch.Tensor)]
                 if tensors and not self._inputs.any(tensors):
                     self.constants[key] = output
-                    self._unused |= {(*key, i): _Followed(x) for i, x in enumerate(tensors)}
+                    self._unused |= {(*key, i): Followed(x) for i, x in enumerate(tensors)}
                     # What is made of it needs no care of its own: the module's result will be a patch's.
                     self._inputs.add(output)
 
@@ -204,15 +225,24 @@ class Recorder(TorchFunctionMode):
         return handles
 
 
+def _is_small(tree):
+    """True of an argument that may hold sizes and masks: whole numbers, or few of any."""
+    tensors = [x for x in tree_leaves(tree) if isinstance(x, torch.Tensor)]
+    return bool(tensors) and all(not x.is_floating_point() or x.numel() <= FEW for x in tensors)
+
+
 def _along(x, others):
     """True if a tensor has a dimension, other than features, that some of the others have too."""
     sizes = set(x.shape[:-1]) - {1}
     return any(sizes & set(other.shape[:-1]) for other in others)
 
 
-def record(denoiser, forward, latent, args, kwargs):
-    """(result, `Recorder`) of one forward on the whole picture; `latent` is the argument that holds it."""
-    recorder = Recorder(latent, (args, kwargs))
+def record(denoiser, forward, signature, args, kwargs):
+    """(result, `Recorder`) of one forward on the whole picture."""
+    args, kwargs = copied(args, kwargs)
+    latent = signature.latent(args, kwargs)
+    others = {n: x for n, x in signature.named(args, kwargs).items() if _is_small(x) and n != signature.timestep_name}
+    recorder = Recorder(latent, (args, kwargs), others)
     handles = recorder.watch(denoiser)
     try:
         with torch.no_grad(), KeptBytes((args, kwargs), latent) as kept, recorder:

@@ -19,8 +19,8 @@ class Way:
     def enter(self, name):
         """A module with sites is called; `leave` ends it. True if it lies in no other such module."""
         call = self._calls[name] = self._calls.get(name, -1) + 1
-        # Its sites and its joins are counted apart.
-        self._stack.append([(name, call), -1, -1])
+        # Its sites, its joins and its sums are counted apart.
+        self._stack.append([(name, call), -1, -1, -1])
         return len(self._stack) == 1
 
     def leave(self):
@@ -42,6 +42,11 @@ class Way:
         self._stack[-1][2] += 1
         return self.key, self._stack[-1][2]
 
+    def at_sum(self):
+        """(key, place) of its next call of a function that may sum over rows."""
+        self._stack[-1][3] += 1
+        return self.key, f"sum {self._stack[-1][3]}"
+
     def ahead(self, name):
         """(key, place) of the first site that a module's next call will meet."""
         return (name, self._calls.get(name, -1) + 1), 0
@@ -49,7 +54,7 @@ class Way:
     def follow(self, index, expected, label):
         """A site of the plan is met. `expected`: all indices in order, None where they are learnt; `label`: of it.
 
-        Raises: RuntimeError if another site's turn has come.
+        Raises: Lost if another site's turn has come.
         """
         if expected is None:
             self.met.append(index)
@@ -58,13 +63,18 @@ class Way:
         self._cursor += 1
 
     def end(self, expected):
-        """Raises: RuntimeError if the call is over and not all sites were met."""
+        """Raises: Lost if the call is over and not all sites were met."""
         if self._cursor != len(expected):
             lost(f"{len(expected) - self._cursor} sites were not met")
 
 
+class Lost(RuntimeError):
+    """A call does not go as the first did."""
+
+
 def lost(what):
-    """Raises: RuntimeError that a call does not go as the first did."""
-    raise RuntimeError(
-        f"the denoiser took another way than at its first call: {what}; patches need the same modules at every step"
+    """Raises: `Lost`."""
+    raise Lost(
+        f"the denoiser took another way than at its first call: {what}; what switches modules on or off within a "
+        "generation needs num_stages=1 beside num_patches, or unpatch() before it"
     )

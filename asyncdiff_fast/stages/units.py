@@ -36,6 +36,15 @@ def _joins(recording, node):
     return any(len(sources.get(s, ())) > 1 for s in results & made)
 
 
+def _varies_within(node):
+    """True if sizes alone keep what a call calls from being units."""
+
+    def clean(child):
+        return not child.opaque and all(map(clean, child.children))
+
+    return any(child.varies for child in node.children) and all(map(clean, node.children))
+
+
 def choose_units(recording, num_stages, containers):
     """Pick the units: `_pick`, again without the modules that leak, until none does.
 
@@ -73,9 +82,13 @@ def _pick(recording, num_stages, containers, leaky):
             whole = whole or _joins(recording, node)
         if node.eligible and node.key not in leaky and (whole or node.flops <= GRAIN * stage_cost):
             chosen.append(node)
-        else:
-            for child in node.children:
-                visit(child)
+            return
+        if node.eligible and node.key not in leaky and _varies_within(node):
+            # As a mixture of experts.
+            chosen.append(node)
+            return
+        for child in node.children:
+            visit(child)
 
     for child in root.children:
         visit(child)

@@ -20,6 +20,8 @@ _SHAPE_ONLY = {
     _aten.empty_like, _aten.zeros_like, _aten.ones_like, _aten.full_like, _aten.rand_like, _aten.randn_like,
     _aten.new_empty, _aten.new_zeros, _aten.new_ones, _aten.new_full, _aten.new_empty_strided,
 }  # fmt: skip
+# What they give may tell how many values go where, as in a mixture of experts.
+_CHOICES = {_aten.bincount, _aten.topk, _aten.sort, _aten.argsort, _aten.argmax, _aten.histc}
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
 
 
@@ -32,11 +34,13 @@ _OWN_FORMULAS = {_aten._scaled_dot_product_flash_attention_for_cpu: _sdpa_flops}
 
 
 class _Recorder(TorchDispatchMode):
-    """Dispatch mode and module hooks that fill a `Recording`."""
+    """Dispatch mode and module hooks that fill a `Recording`. `chooses`: whether sizes may follow from values."""
+
+    supports_higher_order_operators = True
 
     def __init__(self, denoiser):
         super().__init__()
-        self.recording = Recording()
+        self.recording, self.chooses = Recording(), False
         self._numbers = {}
         self._weights = set(self.numbers(list(denoiser.parameters())))
 
@@ -71,7 +75,14 @@ class _Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if isinstance(func, torch._ops.HigherOrderOperator):
+            # Such as flex_attention: it makes new tensors of those it is given.
+            result = func(*args, **kwargs)
+            flops = _sdpa_flops(*args[:3]) if func.name() == "flex_attention" else 0
+            self._note((args, kwargs), self.numbers(result), flops, False, result)
+            return result
         packet = func._overloadpacket
+        self.chooses |= torch.Tag.dynamic_output_shape in func.tags or packet in _CHOICES
         known = packet in flop_registry or packet in _OWN_FORMULAS
         if not known and func._can_decompose():
             with self:
@@ -91,10 +102,12 @@ class _Recorder(TorchDispatchMode):
         written = tuple(n for n in self.numbers(result) if n not in reads) + self._mutated(func, args, kwargs)
         branches = packet is _aten._local_scalar_dense
         if written or branches:
-            touched = () if packet in _SHAPE_ONLY else (args, kwargs, result)
-            op = Op(reads if touched else (), written, int(flops), branches, self._moved(touched))
-            self.recording.events.append(op)
+            self._note(() if packet in _SHAPE_ONLY else (args, kwargs), written, flops, branches, result)
         return result
+
+    def _note(self, given, written, flops, branches, result):
+        moved = self._moved((given, result)) if given else 0
+        self.recording.events.append(Op(self.numbers(given), written, int(flops), branches, moved))
 
     def _moved(self, tree):
         """Bytes of the tensors in a tree that are not weights."""
@@ -178,6 +191,8 @@ def record(denoiser, forward, args, kwargs):
             for handle in handles:
                 handle.remove()
         recorder.note_state(before)
+    if recorder.chooses:
+        _note_sizes(recorder.recording, denoiser, forward, signature, args, kwargs)
     recorder.recording.output, opaque = recorder.refs(result)
     if opaque:
         raise TypeError(
@@ -185,6 +200,32 @@ def record(denoiser, forward, args, kwargs):
             "tuples, lists, dicts or a diffusers BaseOutput (or register the class with torch.utils._pytree)"
         )
     return recorder.recording
+
+
+def _note_sizes(recording, denoiser, forward, signature, args, kwargs):
+    """Make no unit of calls beside one whose sizes change with the latent's values: seen in a forward with others."""
+    seen, handles, latent = [], [], signature.latent(args, kwargs)
+    if not isinstance(latent, torch.Tensor) or not latent.is_floating_point():
+        return
+    # A seed that no caller has, or the noise would be the latent's own.
+    noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(-180_529)).to(latent)
+    args, kwargs = signature.with_latent(*tree_map_only(torch.Tensor, _copy, (args, kwargs)), noise)
+    for name, module in denoiser.named_modules():
+        if name:
+
+            def enter(module, args, kwargs, name=name):
+                seen.append(
+                    (name, [tuple(x.shape) for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)])
+                )
+
+            handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
+    try:
+        with side_effects.restored(denoiser), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            forward(*args, **kwargs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    recording.keep_together(seen, {name: type(module) for name, module in denoiser.named_modules()})
 
 
 def _copy(x):

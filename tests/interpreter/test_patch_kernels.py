@@ -13,6 +13,7 @@ from asyncdiff_fast.fused import patch_ops, patches
 from asyncdiff_fast.fused.choice import KernelChoice
 from asyncdiff_fast.fused.fusion import Fusion
 from asyncdiff_fast.fused.packed import PackedWeights
+from asyncdiff_fast.patches.alone import LonePlanner
 from asyncdiff_fast.patches.calls import Patches
 from asyncdiff_fast.shared import Shared
 
@@ -70,10 +71,11 @@ def displaced(build, kernels, patch, patches, group_norm, watch=None):
     choice = KernelChoice(kernels, World((0,), 10))
     fusion = Fusion(denoiser, choice, patches=True)
     packed = PackedWeights(denoiser, active=False)
-    shared = Patches(Shared(denoiser, config, CallSignature(denoiser), packed, choice), None, exchange)
-    choice.patches = shared
+    shared = Shared(denoiser, config, CallSignature(denoiser), packed, choice)
+    choice.patches = Patches(shared, None, exchange)
     with torch.no_grad():
-        _, call = shared.planner.emulate(patch, denoiser.forward, (), inputs(build), exchange)
+        planner = LonePlanner(shared, choice.patches.hooks)
+        _, call = planner.emulate(patch, denoiser.forward, (), inputs(build), exchange)
         call(PatchMode.SYNC)
         random, results = torch.Generator().manual_seed(2), []
         for _ in range(3):

@@ -231,4 +231,63 @@ class SmallMean(Net):
         return h + 0.05 * h.mean((2, 3), keepdim=True)
 
 
+class Norm(Net):
+    """Lengths and extremes of the whole picture."""
+
+    def mix(self, h, t):
+        h = h / h.norm(dim=(2, 3), keepdim=True) + h / torch.linalg.vector_norm(h, dim=(2, 3), keepdim=True)
+        return h / torch.amax(h, (2, 3), keepdim=True) - h.amin((2, 3), keepdim=True)
+
+
+class Deviation(Net):
+    """The standard deviation of the whole picture, which is no sum."""
+
+    def mix(self, h, t):
+        return h / h.std((2, 3), keepdim=True)
+
+
+class LinearSums(Net):
+    """Linear attention whose keys meet their values in plain sums, as Sana's."""
+
+    def mix(self, h, t):
+        q, k, v = (x.relu() for x in self.heads(h))
+        v = functional.pad(v, (0, 1), value=1.0)
+        out = q @ (k.transpose(-1, -2) @ v)
+        return h + self.picture(out[..., :-1] / (out[..., -1:] + 1), h)
+
+
+class Einsum(Net):
+    """Another way to write it, and a mean over some of the rows' dimensions at a time."""
+
+    def mix(self, h, t):
+        q, k, v = self.heads(h)
+        h = h + self.picture(torch.einsum("bhnd,bhde->bhne", q, torch.einsum("bhnd,bhne->bhde", k, v)) / 128, h)
+        return h * h.mean(2).sum(-1)[..., None, None].sigmoid()
+
+
+class Pooled(Net):
+    """Down by pooling, up by repeating."""
+
+    def mix(self, h, t):
+        small = functional.max_pool2d(functional.avg_pool2d(h, (1, 2)), 2)
+        return h + functional.interpolate(self.wide(functional.group_norm(small, 4)), size=h.shape[-2:])
+
+    def __init__(self):
+        super().__init__()
+        self.wide = nn.Conv2d(WIDTH, WIDTH, 3, padding=1)
+
+
+class OwnBetween(Net):
+    """Norms and interpolations of its own around convolutions in it."""
+
+    def __init__(self):
+        super().__init__()
+        self.again = nn.Conv2d(WIDTH, WIDTH, 3, padding=1)
+
+    def mix(self, h, t):
+        h = functional.silu(functional.group_norm(h, 4))
+        h = functional.silu(functional.group_norm(self.again(functional.interpolate(h, scale_factor=2.0)), 4))
+        return functional.avg_pool2d(self.again(h), 2)
+
+
 NETS = {cls.__name__: cls for cls in Net.__subclasses__()}
