@@ -128,7 +128,8 @@ class StageCalls:
     # Plans.
 
     def _pass_for(self, tick, key, planning, args, kwargs):
-        place = (tick.call, key)
+        # Hooks of others upon ours, as guiders put on for single calls, may leave units uncalled.
+        place = (tick.call, key, tuple(name for name, hook in self._units.items() if hook.is_covered))
         if place not in self._passes:
             known = None
             if self.plan is not None and tick.call:
