@@ -30,11 +30,11 @@ class Cut:
 
         return _mapped(named, cut)
 
-    def overwritten(self, half, named, paths=None):
-        """The whole batch, where the other half has the rows of `half`: in all arguments that are cut, or in some."""
+    def overwritten(self, half, named):
+        """The whole batch, where the other half has the rows of `half` in the arguments that are cut."""
 
         def overwrite(path, x):
-            if path not in self.where or (paths is not None and path not in paths):
+            if path not in self.where:
                 return None
             mine = _part(x, self.where[path], half)
             return mine + mine if self.where[path] == ITEMS else torch.cat([mine, mine], self.where[path])

@@ -81,10 +81,11 @@ class Trials:
         result = self._run(cut.overwritten(self._half, self._named))
         if isinstance(result, Exception):
             return torch.inf, 0.0
-        halves = [
-            (self._result.half(h, {"result": x}) for x in (result, self._whole)) for h in (self._half, 1 - self._half)
-        ]
-        return tuple(difference(a, b) for a, b in halves)
+        found = []
+        for half in (self._half, 1 - self._half):
+            after, before = (self._result.half(half, {"result": x}) for x in (result, self._whole))
+            found.append(difference(after, before))
+        return tuple(found)
 
     @property
     def _rounding(self):
