@@ -12,8 +12,6 @@ import weakref
 import torch
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
-from ..versions import version
-
 _wrapped = []
 _users = 0
 _threads = itertools.count()
@@ -28,11 +26,9 @@ class _Seen(threading.local):
         # Numbers of threads come again, this does not.
         self.thread = next(_threads)
         self.restarts = self.steps = 0
-        self.scheduler = None
+        self.scheduler = self.timestep = None
         # A scheduler's step may call that of the class it is made from.
         self.inside = False
-        # The timestep of the latest step, its version, and how many steps in a row had it.
-        self.timestep, self.version, self.repeats = None, None, 0
 
 
 _seen = _Seen()
@@ -46,6 +42,17 @@ def seen():
 def last_scheduler():
     """The scheduler that this thread used last, or None."""
     return _seen.scheduler() if _seen.scheduler is not None else None
+
+
+def names_once():
+    """True if the list of the scheduler used last names the timestep of its last step only once.
+
+    Another step at it is then none of the list, but of another view. Waits for a device on which they are.
+    """
+    listed, timestep = getattr(last_scheduler(), "timesteps", None), _seen.timestep
+    if not isinstance(listed, torch.Tensor) or timestep is None:
+        return False
+    return int((listed == float(timestep)).sum()) == 1
 
 
 def listen(listener):
@@ -77,7 +84,7 @@ def unwatch_schedulers():
             setattr(cls, name, method)
         _wrapped.clear()
         del SchedulerMixin.__init_subclass__
-        _seen.scheduler = None
+        _seen.scheduler = _seen.timestep = None
 
 
 def watch_instance(scheduler):
@@ -101,7 +108,6 @@ def watch_instance(scheduler):
 
 def _restarted(method, scheduler, *args, **kwargs):
     _seen.restarts += 1
-    _seen.timestep = None
     _seen.scheduler = weakref.ref(scheduler)
     return method(scheduler, *args, **kwargs)
 
@@ -109,9 +115,9 @@ def _restarted(method, scheduler, *args, **kwargs):
 def _stepped(method, scheduler, *args, **kwargs):
     if _seen.inside:
         return method(scheduler, *args, **kwargs)
-    if not _is_again(scheduler, _timestep(args, kwargs)):
-        _seen.steps += 1
+    _seen.steps += 1
     _seen.scheduler = weakref.ref(scheduler)
+    _seen.timestep = kwargs.get("timestep", args[1] if len(args) > 1 else None)
     _seen.inside = True
     try:
         for listener in _listeners:
@@ -120,48 +126,6 @@ def _stepped(method, scheduler, *args, **kwargs):
         return method(scheduler, *args, **kwargs)
     finally:
         _seen.inside = False
-
-
-def _timestep(args, kwargs):
-    return kwargs["timestep"] if "timestep" in kwargs else args[1] if len(args) > 1 else None
-
-
-def _is_again(scheduler, timestep):
-    """True if a step was made with this very timestep before: of another view of the picture, and no new step.
-
-    A list may name a timestep twice, as those of second order do: those are tensors of their own.
-    """
-    last, before, repeats = _seen.timestep, _seen.version, _seen.repeats
-    _seen.timestep, _seen.version = timestep, version(timestep)
-    if timestep is None or last is None:
-        again = False
-    elif isinstance(timestep, torch.Tensor) and isinstance(last, torch.Tensor):
-        same = timestep.data_ptr() == last.data_ptr() and _seen.version == before
-        again = same and timestep.shape == last.shape
-        if not again and timestep.device.type == "cpu" and timestep.numel() == 1:
-            again = timestep.shape == last.shape and bool(timestep == last) and _is_spent(scheduler, timestep, repeats)
-    else:
-        again = not isinstance(timestep, torch.Tensor) and timestep == last and _is_spent(scheduler, timestep, repeats)
-    _seen.repeats = repeats if again else repeats + 1 if _is_equal(timestep, last) else 1
-    return again
-
-
-def _is_equal(timestep, last):
-    """True if two timesteps are the same number, as far as that is known without waiting for a device."""
-    kinds = (isinstance(timestep, torch.Tensor), isinstance(last, torch.Tensor))
-    if timestep is None or last is None or any(kinds):
-        ready = all(kinds) and timestep.device.type == last.device.type == "cpu" and timestep.shape == last.shape
-        return ready and torch.equal(timestep, last)
-    return timestep == last
-
-
-def _is_spent(scheduler, timestep, times):
-    """True if a scheduler's list names a timestep no more than `times` times."""
-    listed = getattr(scheduler, "timesteps", None)
-    if not isinstance(listed, torch.Tensor) or listed.device.type != "cpu":
-        return False
-    number = int((listed == float(timestep)).sum())
-    return 0 < number <= times
 
 
 def _wrap(cls):
