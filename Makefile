@@ -13,7 +13,7 @@ BENCHES := $(filter-out $(if $(wildcard /dev/nvidiactl),,$(KERNEL_BENCHES)),$(wi
 # Two workers, between which tests/conftest.py shares out the tests.
 PYTEST := $(BIN)/pytest -n 2
 
-.PHONY: install demo test test-slow lint bench clean
+.PHONY: install demo test test-slow tables lint bench clean
 
 # What builds the package comes first, since it is built in the environment itself: an isolated build would fetch its own.
 define pip_install
@@ -49,6 +49,10 @@ test: install
 test-slow: install
 	$(PYTEST) -m slow
 	$(PYTEST) -m slow tests/interpreter
+
+# The tables of docs/ whose cells are tests.
+tables: install
+	ASYNCDIFF_FAST_TABLES=1 $(BIN)/pytest tests/test_compatibility.py
 
 lint: install
 	$(BIN)/ruff check .

@@ -1,5 +1,6 @@
 """Hooks and watches of ours on the modules of one denoiser, put on and taken off without disturbing anybody else's."""
 
+import functools
 import itertools
 import types
 
@@ -142,6 +143,7 @@ class Forwards:
         """Give a module another forward until `restore`; if its class is replaced meanwhile, it runs that one's own."""
         kind = type(module)
 
+        @functools.wraps(module.forward)
         def run(*args, **kwargs):
             return forward(*args, **kwargs) if type(module) is kind else type(module).forward(module, *args, **kwargs)
 
