@@ -105,9 +105,8 @@ def _write(found):
     lines = ["| | " + " | ".join(MODES) + " |", "|---|" + "---|" * len(MODES)]
     lines += [f"| {row} | " + " | ".join(cells.get((row, mode), "") for mode in MODES) + " |" for row in rows]
     table = "<!-- compatibility -->\n" + "\n".join(lines) + "\n<!-- /compatibility -->"
-    PAGE.write_text(
-        re.sub(r"<!-- compatibility -->.*<!-- /compatibility -->", table, PAGE.read_text(), flags=re.DOTALL)
-    )
+    before, _, rest = PAGE.read_text().partition("<!-- compatibility -->")
+    PAGE.write_text(before + table + rest.partition("<!-- /compatibility -->")[2])
 
 
 @pytest.mark.parametrize("group", neighbours.GROUPS)
