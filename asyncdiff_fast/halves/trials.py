@@ -40,9 +40,9 @@ class Trials:
             join, problem = self._check(cut)
         if problem:
             raise ValueError(
-                f"on half of its batch the denoiser does not give what it gives on the whole: {problem}; of its "
-                f"arguments these were cut (along dimension): {cut}. Pass cfg_parallel=False; parallel_steps=2 leaves "
-                "batches whole"
+                f"{type(self._denoiser).__name__} does not give on half of its batch what it gives on the whole: "
+                f"{problem}; of its arguments these were cut (along dimension): {cut}. Pass cfg_parallel=False; "
+                "parallel_steps=2 leaves batches whole"
             )
         return cut, join
 
