@@ -204,7 +204,7 @@ def structure(denoiser):
 
     def settings(module):
         found = tuple(map(vars(module).get, _SETTINGS))
-        return tuple(tuple(x) if isinstance(x, list | dict) else x for x in found), _scales(module), _others(module)
+        return tuple(tuple(x) if isinstance(x, list | dict) else x for x in found), _scales(module), other_hooks(module)
 
     return hash(tuple((name, id(module), type(module), settings(module)) for name, module in denoiser.named_modules()))
 
@@ -214,8 +214,8 @@ def _scales(module):
     return tuple(scaling.items()) if isinstance(scaling, dict) else None
 
 
-def _others(module):
-    """Names of somebody else's hooks."""
+def other_hooks(module):
+    """Names of the hooks of diffusers on a module that are not ours."""
     registry = vars(module).get("_diffusers_hook")
     return tuple(n for n in registry._hook_order if not n.startswith(_PREFIX)) if registry else ()
 
