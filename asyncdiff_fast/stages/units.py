@@ -50,11 +50,6 @@ def choose_units(recording, num_stages, containers):
         leaky.update(nodes[i].key for i in leaks)
 
 
-def _computes(recording, node):
-    """True if operations run inside a module."""
-    return any(not isinstance(event, Enter | Exit) for event in recording.events[node.start + 1 : node.stop])
-
-
 def _pick(recording, num_stages, containers, leaky):
     """Pick units top-down.
 
@@ -73,8 +68,7 @@ def _pick(recording, num_stages, containers, leaky):
     chosen = []
 
     def visit(node):
-        if not _computes(recording, node):
-            # Nothing to share, and perhaps skipped by a hook that lies upon it.
+        if not node.runs:
             return
         whole = node.own_flops > 0.1 * node.flops or not node.children
         if node.name not in containers and node.flops <= DIVIDE_BLOCK * stage_cost:

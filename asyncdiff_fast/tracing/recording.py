@@ -74,7 +74,10 @@ class Recording:
 
 @dataclass
 class Node:
-    """One module call in the tree of calls; `start` and `stop` are its Enter and Exit events."""
+    """One module call in the tree of calls; `start` and `stop` are its Enter and Exit events.
+
+    `runs` is False if it does nothing: an idle module, or one that a hook leaves uncalled.
+    """
 
     name: str
     call: int
@@ -84,6 +87,7 @@ class Node:
     own_flops: int = 0
     nbytes: int = 0
     eligible: bool = True
+    runs: bool = False
     children: list = field(default_factory=list)
 
     @property
@@ -110,4 +114,5 @@ def call_tree(recording):
             for node in stack:
                 node.flops += event.flops
                 node.nbytes += event.nbytes
+                node.runs = True
     return root
