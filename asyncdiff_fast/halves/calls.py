@@ -8,7 +8,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 
 from ..exchange.slots import Recv, Send
 from ..modules import own, structure
-from .cuts import fresh, size_of
+from .cuts import fresh, silent, size_of
 from .trials import Trials
 
 log = logging.getLogger(__name__)
@@ -91,8 +91,8 @@ class Halves:
 
     def _on_batch(self, size, key, forward, run, tick, args, kwargs):
         named, place = self._signature.named(args, kwargs), ("batch", tick.call, key)
-        cut, silent, join = self._cuts.get(place, (None, (), None))
-        if cut is None or (silent and cut.silent(named, silent) != silent):
+        cut, zeros, join = self._cuts.get(place, (None, (), None))
+        if cut is None or (zeros and silent(named, size, zeros) != zeros):
             # What was zero at first, as of a network that begins later, said nothing of its rows.
             def whole(named):
                 as_args, as_kwargs = self._signature.as_call(named, args, kwargs)
@@ -101,7 +101,7 @@ class Halves:
             latent_name = self._signature.latent_in(named)
             cut, join = Trials(self.world, own(self.denoiser), whole, named, size, latent_name).decide()
             log.info("cfg_parallel cuts of %s: %s", type(self.denoiser).__name__, cut)
-            self._cuts[place] = cut, cut.silent(named), join
+            self._cuts[place] = cut, silent(named, size), join
         mine = self._signature.as_call(cut.half(self.half, named), args, kwargs)
         return join.together(*self._share(place, run(tick, *mine), (0, 1)))
 

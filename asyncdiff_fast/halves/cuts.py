@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
+from ..versions import version
+
 # Stands for a dimension where a list has an item for each picture.
 ITEMS = "items"
 
@@ -41,11 +43,6 @@ class Cut:
 
         return _mapped(named, overwrite)
 
-    def silent(self, named, among=None):
-        """Paths of arguments that are cut, or of some of them, and hold zeros only: they say nothing yet."""
-        paths = self.where if among is None else among
-        return frozenset(p for p, x in _places(named) if p in paths and _is_zero(x))
-
     def __str__(self):
         return ", ".join(f"{_name(path)} ({dim})" for path, dim in sorted(self.where.items(), key=str)) or "nothing"
 
@@ -60,6 +57,11 @@ def size_of(latent):
 def fresh(tree):
     """The same tensors in containers of their own: a forward may empty a list that it is given."""
     return tree_map(lambda x: x, tree)
+
+
+def copied(tree):
+    """Copies of tensors and containers: a forward may write into what it is given."""
+    return tree_map(lambda x: x.clone() if isinstance(x, torch.Tensor) else x, tree)
 
 
 def guess(named, batch, latent):
@@ -77,6 +79,17 @@ def guess(named, batch, latent):
 def candidates(named, batch):
     """`Cut`s of one argument each: every place that the batch fits."""
     return [Cut({path: dim}, batch) for path, x in _places(named) for dim in _options(x, batch, frames=1)]
+
+
+def silent(named, batch, among=None):
+    """Paths of arguments that the batch fits, or of those `among` them, that hold zeros only: they say nothing yet."""
+    places = ((path, x) for path, x in _places(named) if among is None or path in among)
+    return frozenset(path for path, x in places if _options(x, batch, frames=1) and _is_zero(x))
+
+
+def written(named):
+    """Names of arguments that were written in place since they were made."""
+    return [_name(path) for path, x in _places(named) if isinstance(x, torch.Tensor) and version(x)]
 
 
 def chosen(named, batch, latent_name, guessed, verdicts):

@@ -4,7 +4,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from ..tracing.side_effects import restored
-from .cuts import Join, candidates, chosen, difference, fresh, guess
+from .cuts import Join, candidates, chosen, copied, difference, guess, written
 
 # How far half a batch may be from the same rows of the whole, of the largest element: other kernels for other sizes.
 CLOSE = 2e-2
@@ -28,7 +28,13 @@ class Trials:
         self._world, self._denoiser, self._forward = world, denoiser, forward
         self._named, self._size, self._latent_name, self._half = named, size, latent_name, world.rank
         with torch.no_grad(), restored(denoiser):
-            self._whole = forward(fresh(named))
+            given = copied(named)
+            self._whole = forward(given)
+        if changed := written(given):
+            raise ValueError(
+                f"{type(denoiser).__name__} writes into its arguments ({', '.join(changed)}), of which each half would "
+                "write its own part only. Pass cfg_parallel=False"
+            )
         self._result = guess({"result": self._whole}, size, named[latent_name])
 
     def decide(self):
@@ -96,6 +102,6 @@ class Trials:
         """The result, or the exception: another half's arguments may do where these do not."""
         try:
             with torch.no_grad(), restored(self._denoiser):
-                return self._forward(named)
+                return self._forward(copied(named))
         except Exception as error:
             return error

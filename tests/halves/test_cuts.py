@@ -60,6 +60,11 @@ def test_what_cannot_be_halved_is_refused(kind):
         _both(kind, batch_nets.inputs(kind))
 
 
+def test_what_is_written_into_is_refused():
+    with pytest.raises(ValueError, match=r"Writes writes into its arguments \(x\)"):
+        _both(batch_nets.Writes, batch_nets.inputs(batch_nets.Writes))
+
+
 def test_what_was_zero_at_first_is_looked_at_again():
     """As of a control network that begins later: zeros say nothing of whose rows they are."""
     named = batch_nets.inputs(batch_nets.FramesFirst)

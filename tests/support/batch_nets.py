@@ -8,9 +8,11 @@ class Net(torch.nn.Module):
 
     def __init__(self):
         super().__init__()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            self.inner = torch.nn.Conv2d(4, 4, 3, padding=1)
+        self.inner = torch.nn.Conv2d(4, 4, 3, padding=1)
+        # Ranks that are threads share torch's own generator.
+        generator = torch.Generator().manual_seed(0)
+        for p in self.parameters():
+            p.data.copy_(0.3 * torch.randn(p.shape, generator=generator))
 
     def mix(self, x, added):
         return self.inner(torch.tanh(x + added))
@@ -69,6 +71,13 @@ class FramesFirst(Net):
         return self.mix(x, hints.reshape(2, -1, *hints.shape[1:])[0] - 0.5 * hints.reshape(2, -1, *hints.shape[1:])[1])
 
 
+class Writes(Net):
+    """Writes into its latents."""
+
+    def forward(self, x, t):
+        return self.inner(x.mul_(0.5))
+
+
 class Mean(Net):
     """Pictures see each other, a little."""
 
@@ -93,5 +102,6 @@ def inputs(kind):
         Frames: lambda: dict(hints=noise(4, 4, 1, 1)),
         FramesFirst: lambda: dict(hints=noise(4, 4, 1, 1)),
         Mean: dict,
+        Writes: dict,
     }
     return dict(x=x, t=t) | extra[kind]()
