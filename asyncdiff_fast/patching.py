@@ -166,7 +166,7 @@ def _check(world, config, found):
         if modules.is_compiled(denoiser) and config.inside:
             raise ValueError(
                 f"{kind} is compiled as a whole, so its parts cannot be shared out: patch it uncompiled, or pass "
-                "parallel_steps, which leaves it whole"
+                "parallel_steps or cfg_parallel, which leave it whole"
             )
         if modules.step_cache(denoiser) and world.size > 1:
             raise ValueError(

@@ -27,17 +27,17 @@ def _outcome(row, options, later):
         options: a way to share that is exact.
         later: the same with asynchronous steps, whose pictures are others.
     """
-    plain = row.build()
+    plain, changes = row.build(), row.after is not neighbours.nothing
     row.before(plain)
     first = row.draw(plain)
-    row.after(plain)
-    right = row.draw(plain)
+    right = _after(row, plain) if changes else first
     pipe = row.build()
     row.before(pipe)
     target = getattr(pipe, "transformer", pipe) if row.name == "guiders" else pipe
     try:
         asyncdiff_fast.patch(target, timeout_s=60, **options)
-        before, found = row.draw(pipe), _after(row, pipe)
+        before = row.draw(pipe)
+        found = _after(row, pipe) if changes else before
     except (ValueError, TypeError) as refusal:
         return _left_clean(row, target, pipe, first, right) or f"refused: {str(refusal)[:60]}"
     wrong = max(_error(before, first), _error(found, right))
