@@ -48,8 +48,12 @@ def _outcome(row, options, later):
     if wrong > row.tolerance:
         return f"differs by {wrong:.1e} once unpatched"
     if later is not None:
+        pipe = row.build()
+        row.before(pipe)
+        target = getattr(pipe, "transformer", pipe) if row.name == "guiders" else pipe
         asyncdiff_fast.patch(target, timeout_s=60, **later)
-        drawn = row.draw(pipe)
+        row.draw(pipe)
+        drawn = _after(row, pipe)
         asyncdiff_fast.unpatch(target)
         if not np.isfinite(drawn).all():
             return "asynchronous steps draw no picture"

@@ -6,6 +6,7 @@ from dataclasses import replace
 import torch
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
+from ..calls.signature import device_of
 from ..exchange.slots import Recv, Send
 from ..modules import own, structure
 from .cuts import fresh, silent, size_of
@@ -36,6 +37,7 @@ class Halves:
         self._cuts = {}
         # Whether any guidance was seen: ever, and in this generation (None at its begin).
         self._ever_guided, self._was_guided = False, None
+        self._device = None
         self.begin_generation()
 
     def begin_generation(self):
@@ -72,6 +74,8 @@ class Halves:
             does not give what the whole gives.
         """
         size = size_of(self._signature.latent(args, kwargs))
+        # Weights may be elsewhere, as offloaded ones are.
+        self._device = device_of(args, kwargs)
         if size % 2 == 0 and size:
             self._ever_guided = self._was_guided = True
             with self.exchange.step():
@@ -153,9 +157,8 @@ class Halves:
         """(slot, structure of a result, {half: buffers})."""
         mine = None if result is None else tree_map(_Like.of, result)
         spec = next(s for s in self.world.gather(mine, "the structure of a result") if s is not None)
-        device = next(self.denoiser.parameters()).device
         with torch.inference_mode(False):
-            buffers = {h: [x.empty(device) for x in tree_leaves(spec) if isinstance(x, _Like)] for h in senders}
+            buffers = {h: [x.empty(self._device) for x in tree_leaves(spec) if isinstance(x, _Like)] for h in senders}
         sends = [Send(1 - self.half, (x,)) for x in buffers.get(self.half, ())]
         recvs = [Recv(1 - self.half, (x,)) for x in buffers.get(1 - self.half, ())]
         slot = self.exchange.slot("result", sends, recvs, depth=1)
