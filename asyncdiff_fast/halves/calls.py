@@ -73,9 +73,9 @@ class Halves:
         Raises: `Unguided` if the pipeline says that there is nothing to share out; ValueError if a half of the batch
             does not give what the whole gives.
         """
-        size = size_of(self._signature.latent(args, kwargs))
+        latent = self._signature.latent(args, kwargs)
         # Weights may be elsewhere, as offloaded ones are.
-        self._device = device_of(args, kwargs)
+        size, self._device = size_of(latent), device_of((latent,), {})
         if size % 2 == 0 and size:
             self._ever_guided = self._was_guided = True
             with self.exchange.step():

@@ -3,7 +3,7 @@
 import torch
 from torch.utils._pytree import tree_leaves
 
-from ..tracing.side_effects import restored
+from ..tracing.side_effects import processors_that_keep, restored
 from .cuts import Join, candidates, chosen, copied, difference, guess, written
 
 # How far half a batch may be from the same rows of the whole, of the largest element: other kernels for other sizes.
@@ -27,9 +27,15 @@ class Trials:
     def __init__(self, world, denoiser, forward, named, size, latent_name):
         self._world, self._denoiser, self._forward = world, denoiser, forward
         self._named, self._size, self._latent_name, self._half = named, size, latent_name, world.rank
-        with torch.no_grad(), restored(denoiser):
+        with torch.no_grad(), restored(denoiser) as before:
             given = copied(named)
             self._whole = forward(given)
+            keeping = processors_that_keep(before)
+        if keeping:
+            raise ValueError(
+                f"{', '.join(keeping)} of {type(denoiser).__name__} keeps something of the batch, of which each half "
+                "would have its own part only. Pass cfg_parallel=False; parallel_steps=2 leaves batches whole"
+            )
         if changed := written(given):
             raise ValueError(
                 f"{type(denoiser).__name__} writes into its arguments ({', '.join(changed)}), of which each half would "

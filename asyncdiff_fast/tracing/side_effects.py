@@ -34,7 +34,9 @@ def restored(denoiser):
     """Afterwards modules and their processors keep what they kept before; yields [(name, module, what it kept)]."""
     modules = list(denoiser.named_modules())
     attributes = [(m, dict(vars(m)), dict(m._buffers)) for _, m in modules]
-    processors = [(f"{name}.processor", vars(m)["processor"]) for name, m in modules if "processor" in vars(m)]
+    processors = [
+        (f"{name}.processor".lstrip("."), vars(m)["processor"]) for name, m in modules if "processor" in vars(m)
+    ]
     processors = [(name, p) for name, p in processors if hasattr(p, "__dict__")]
     settings = [(p, dict(vars(p))) for _, p in processors]
     copies = [(b, version(b), b.clone()) for b in denoiser.buffers() if not b.is_inference()]
@@ -53,6 +55,12 @@ def restored(denoiser):
             for buffer, before, copy in copies:
                 if version(buffer) != before:
                     buffer.copy_(copy)
+
+
+def processors_that_keep(before):
+    """Names of attention processors that were given something to keep since `restored` yielded what they had."""
+    processors = [(name, p, kept) for name, p, kept in before if not isinstance(p, torch.nn.Module)]
+    return [name for name, p, kept in processors if differ(kept, [(x, version(x)) for x in kept_by(p)])]
 
 
 def watched(number, note):

@@ -65,6 +65,11 @@ def test_what_is_written_into_is_refused():
         _both(batch_nets.Writes, batch_nets.inputs(batch_nets.Writes))
 
 
+def test_what_a_processor_keeps_is_refused():
+    with pytest.raises(ValueError, match=r"processor of Keeps keeps something.*parallel_steps=2"):
+        _both(batch_nets.Keeps, batch_nets.inputs(batch_nets.Keeps))
+
+
 def test_what_was_zero_at_first_is_looked_at_again():
     """As of a control network that begins later: zeros say nothing of whose rows they are."""
     named = batch_nets.inputs(batch_nets.FramesFirst)

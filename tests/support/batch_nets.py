@@ -78,6 +78,24 @@ class Writes(Net):
         return self.inner(x.mul_(0.5))
 
 
+class Store:
+    """As a processor that keeps attention maps for its pipeline."""
+
+    kept = None
+
+
+class Keeps(Net):
+    """Its processor keeps something of the whole batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.processor = Store()
+
+    def forward(self, x, t):
+        self.processor.kept = x.mean((2, 3))
+        return self.inner(x)
+
+
 class Mean(Net):
     """Pictures see each other, a little."""
 
@@ -101,6 +119,7 @@ def inputs(kind):
         Popped: lambda: dict(residuals=[noise(2, 4, 6, 6), noise(2, 4, 1, 1)]),
         Frames: lambda: dict(hints=noise(4, 4, 1, 1)),
         FramesFirst: lambda: dict(hints=noise(4, 4, 1, 1)),
+        Keeps: dict,
         Mean: dict,
         Writes: dict,
     }
