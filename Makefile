@@ -50,9 +50,9 @@ test-slow: install
 	$(PYTEST) -m slow
 	$(PYTEST) -m slow tests/interpreter
 
-# docs/coverage.md, as the tests find it.
+# The tables of docs/ whose cells are tests.
 tables: install
-	WRITE_TABLES=1 $(BIN)/pytest -q -m slow tests/test_coverage.py
+	ASYNCDIFF_FAST_TABLES=1 $(BIN)/pytest -q tests/test_compatibility.py tests/test_coverage.py
 
 lint: install
 	$(BIN)/ruff check .

@@ -11,6 +11,7 @@ Every pipeline class has a `__call__` of its own, so each is wrapped, also those
 """
 
 import functools
+import logging
 import os
 import runpy
 import sys
@@ -24,10 +25,13 @@ from .commands.launch import complete
 from .config import Config, environment_options
 from .patching import denoisers, device, is_patched, patch, unpatch
 
+log = logging.getLogger(__name__)
 _wrapped = []
 # Denoisers met so far: one that was unpatched by hand stays so.
 _seen = weakref.WeakSet()
 _patched = weakref.WeakSet()
+# Classes of pipelines that are left alone, each said once.
+_told = weakref.WeakSet()
 
 
 def enable():
@@ -102,6 +106,9 @@ def _patch(pipe):
     try:
         new = [d for d in denoisers(pipe) if d not in _seen]
     except TypeError:
+        if options() is not None and getattr(pipe, "scheduler", None) is not None and type(pipe) not in _told:
+            _told.add(type(pipe))
+            log.warning("%s is not patched: no denoiser was found in it; call patch() on it", type(pipe).__name__)
         return
     chosen = options() if new else None
     if chosen is None:

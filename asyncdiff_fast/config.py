@@ -226,8 +226,8 @@ class Config:
 
     @property
     def inside(self):
-        """True if something inside the denoiser is shared out, or replaced for one device."""
-        return self.num_stages > 1 or self.num_patches > 1 or self.parallel_steps == 1
+        """True if something inside the denoiser is shared out."""
+        return self.num_stages > 1 or self.num_patches > 1
 
     @property
     def stage_ranks(self):

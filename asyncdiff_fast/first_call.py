@@ -7,7 +7,7 @@ import torch
 from . import modules
 from .calls.signature import CallSignature
 from .fused.packed import PackedWeights
-from .halves import half_of
+from .halves.cuts import guess, size_of
 from .patches.alone import LonePlanner
 from .patches.hooks import Hooks
 from .patches.lists import stacked
@@ -54,8 +54,10 @@ def plan_call(denoiser, config, args, kwargs, guided=False):
             each = plan_call(denoiser, replace(config, parallel_steps=1, warmup_steps=1), args, kwargs)
         return StepPlan(config, latent.nbytes // halves, each)
     if config.cfg_parallel:
-        latent = signature.latent(args, kwargs)
-        args, kwargs = half_of(0, latent.shape[0], args, kwargs) if latent.shape[0] % 2 == 0 else (args, kwargs)
+        size, named = size_of(signature.latent(args, kwargs)), signature.named(args, kwargs)
+        if size % 2 == 0:
+            likely = guess(named, size, signature.latent(args, kwargs))
+            args, kwargs = signature.as_call(likely.half(0, named), args, kwargs)
     if config.num_patches == 1:
         return make_plan(denoiser, denoiser.forward, args, kwargs, config)
     hooks = Hooks(denoiser)

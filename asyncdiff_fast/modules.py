@@ -1,55 +1,105 @@
 """Hooks and watches of ours on the modules of one denoiser, put on and taken off without disturbing anybody else's."""
 
+import functools
 import itertools
+import types
 
 import torch
 from diffusers.hooks import HookRegistry, ModelHook
+from diffusers.hooks.hooks import HookFunctionReference
 from torch.overrides import TorchFunctionMode
 
 _numbers = itertools.count()
 
 
+_PREFIX = "asyncdiff_fast_"
+# Where accelerate keeps the forward that its own calls.
+_BENEATH = "_old_forward"
+
+
 class ForwardHook(ModelHook):
     """Calls `handler(original_forward, args, kwargs)` in place of a module's forward; without a handler, the forward.
 
-    Hooks of diffusers can be removed only in the reverse order of their registration, so one that another hook was
-    put upon stays where it is, without a handler.
+    One that another hook was put upon cannot be taken off, and stays where it is, without a handler.
     """
 
-    def __init__(self, handler):
+    def __init__(self, handler, kind):
         super().__init__()
-        self.handler = handler
+        self.handler, self._kind = handler, kind
 
     def new_forward(self, module, *args, **kwargs):
         """What the module runs."""
+        forward = self.fn_ref.original_forward
+        if type(module) is not self._kind and getattr(forward, "__func__", None) is self._kind.forward:
+            # The class was replaced since, as token merging does.
+            forward = types.MethodType(type(module).forward, module)
         if self.handler is None:
-            return self.fn_ref.original_forward(*args, **kwargs)
-        return self.handler(self.fn_ref.original_forward, args, kwargs)
+            return forward(*args, **kwargs)
+        return self.handler(forward, args, kwargs)
+
+
+class _Reference(HookFunctionReference):
+    """As a hook is removed, diffusers gives its forward to the hook above it; ours then calls that, and is not lost."""
+
+    @property
+    def forward(self):
+        return self.runs
+
+    @forward.setter
+    def forward(self, beneath):
+        self.original_forward = beneath
+
+    @classmethod
+    def instead_of(cls, reference):
+        """`reference`, of this class from now on."""
+        reference.runs = vars(reference).pop("forward")
+        reference.__class__ = cls
 
 
 class Attachment:
-    """One hook on one module."""
+    """One hook on one module.
 
-    def __init__(self, module, handler):
+    With `beneath`, accelerate's hook stays above it: as models are offloaded, that is put on anew after each pipeline.
+    """
+
+    def __init__(self, module, handler, beneath=False):
         self.module = module
-        self._had_forward = "forward" in vars(module)
+        outer = vars(module).get("forward") if beneath and _BENEATH in vars(module) else None
         self._had_registry = hasattr(module, "_diffusers_hook")
         self._registry = HookRegistry.check_if_exists_or_initialize(module)
-        self._name = f"asyncdiff_fast_{next(_numbers)}"
-        self.hook = ForwardHook(handler)
+        if outer is not None and not self._registry.hooks:
+            module.forward = module._old_forward
+        else:
+            outer = None
+        self._had_forward = outer is None and "forward" in vars(module)
+        self._name = f"{_PREFIX}{next(_numbers)}"
+        self.hook = ForwardHook(handler, type(module))
         self._registry.register_hook(self.hook, self._name)
+        _Reference.instead_of(self.hook.fn_ref)
+        self._forward = vars(module)["forward"]
+        if outer is not None:
+            module._old_forward, module.forward = self._forward, outer
+
+    @property
+    def is_covered(self):
+        """True if a hook of somebody else's lies upon this one: it may leave the module uncalled."""
+        return not self._registry._hook_order[-1].startswith(_PREFIX)
 
     def remove(self):
         """Restore the module's forward; where another hook sits on top, leave this one without effect."""
         self.hook.handler = None
         if self._registry._hook_order[-1:] != [self._name]:
             return
-        self._registry.remove_hook(self._name, recurse=False)
-        if not self._registry.hooks:
-            if not self._had_forward:
+        outer = vars(self.module).get("forward")
+        if outer is self._forward:
+            self._registry.remove_hook(self._name, recurse=False)
+            if not self._registry.hooks and not self._had_forward:
                 del self.module.forward
-            if not self._had_registry:
-                del self.module._diffusers_hook
+        elif vars(self.module).get(_BENEATH) is self._forward:
+            self._registry.remove_hook(self._name, recurse=False)
+            self.module._old_forward, self.module.forward = self.module.forward, outer
+        if not self._registry.hooks and not self._had_registry:
+            del self.module._diffusers_hook
 
 
 class CompiledAttachment:
@@ -72,7 +122,7 @@ class CompiledAttachment:
 def attached(module, handler):
     """A hook around all of a denoiser, compiled or not."""
     compiled = getattr(module, "_compiled_call_impl", None) is not None
-    return (CompiledAttachment if compiled else Attachment)(module, handler)
+    return CompiledAttachment(module, handler) if compiled else Attachment(module, handler, beneath=True)
 
 
 def own(denoiser):
@@ -90,17 +140,26 @@ class Forwards:
         self.replaced, self._before = {}, {}
 
     def replace(self, module, forward):
-        """Give a module another forward until `restore`."""
+        """Give a module another forward until `restore`; if its class is replaced meanwhile, it runs that one's own."""
+        kind = type(module)
+
+        @functools.wraps(module.forward)
+        def run(*args, **kwargs):
+            return forward(*args, **kwargs) if type(module) is kind else type(module).forward(module, *args, **kwargs)
+
         self._before[module] = vars(module).get("forward")
-        self.replaced[module] = module.forward = forward
+        self.replaced[module] = module.forward = run
 
     def restore(self):
         """Give the modules back what they had; a forward that somebody's hook lies upon stays."""
         for module, forward in self.replaced.items():
+            before = self._before[module]
             if vars(module).get("forward") is forward:
                 del module.forward
-                if self._before[module] is not None:
-                    module.forward = self._before[module]
+                if before is not None:
+                    module.forward = before
+            elif vars(module).get(_BENEATH) is forward:
+                module._old_forward = types.MethodType(type(module).forward, module) if before is None else before
         self.replaced.clear()
         self._before.clear()
 
@@ -141,13 +200,24 @@ def containers(denoiser):
 
 
 def structure(denoiser):
-    """A number that changes when modules, attention processors or adapters are added, replaced, switched or removed."""
+    """A number that changes when modules, their classes, processors, adapters or others' hooks do."""
 
     def settings(module):
-        found = map(vars(module).get, _SETTINGS)
-        return tuple(tuple(x) if isinstance(x, list) else x for x in found)
+        found = tuple(map(vars(module).get, _SETTINGS))
+        return tuple(tuple(x) if isinstance(x, list | dict) else x for x in found), _scales(module), other_hooks(module)
 
-    return hash(tuple((name, id(module), settings(module)) for name, module in denoiser.named_modules()))
+    return hash(tuple((name, id(module), type(module), settings(module)) for name, module in denoiser.named_modules()))
+
+
+def _scales(module):
+    scaling = vars(module).get("scaling")
+    return tuple(scaling.items()) if isinstance(scaling, dict) else None
+
+
+def other_hooks(module):
+    """Names of the hooks of diffusers on a module that are not ours."""
+    registry = vars(module).get("_diffusers_hook")
+    return tuple(n for n in registry._hook_order if not n.startswith(_PREFIX)) if registry else ()
 
 
 def is_compiled(denoiser):

@@ -2,7 +2,7 @@
 
 from .exchange.choice import open_exchange
 from .exchange.world import ExchangeError, World
-from .halves import Halves
+from .halves.calls import Halves
 from .patches.calls import Patches
 from .patches.plan import MeshPlan
 from .stages.calls import StageCalls

@@ -6,6 +6,7 @@ import torch
 
 from . import modules
 from .config import Config
+from .denoisers import allow_copies, denoisers, forbid_copies
 from .exchange import fingerprint
 from .exchange.world import World, device, start_process_group, stop_process_group
 from .first_call import first_call, plan_call
@@ -87,22 +88,6 @@ def plan(target, inputs=None, **options):
     return plan_call(denoiser, config, args, kwargs, getattr(target, "do_classifier_free_guidance", False) is True)
 
 
-def denoisers(target):
-    """The UNets and DiTs of a pipeline, or the module itself. Raises: TypeError if there are none."""
-    if isinstance(target, torch.nn.Module):
-        return [target]
-    components = getattr(target, "components", None)
-    if isinstance(components, dict):
-        names = [n for n in components if n.startswith(("unet", "transformer"))]
-        found = [components[n] for n in names if isinstance(components[n], torch.nn.Module)]
-        if found:
-            return found
-    raise TypeError(
-        f"patch needs a diffusers pipeline with a unet or transformer, or a torch.nn.Module: got "
-        f"{type(target).__name__}; pass the denoiser itself"
-    )
-
-
 def is_patched(denoiser):
     """True if this denoiser is patched."""
     return _ATTRIBUTE in vars(modules.own(denoiser))
@@ -181,11 +166,12 @@ def _check(world, config, found):
         if modules.is_compiled(denoiser) and config.inside:
             raise ValueError(
                 f"{kind} is compiled as a whole, so its parts cannot be shared out: patch it uncompiled, or pass "
-                "parallel_steps, which leaves it whole"
+                "parallel_steps or cfg_parallel, which leave it whole"
             )
-        if modules.step_cache(denoiser):
+        if modules.step_cache(denoiser) and world.size > 1:
             raise ValueError(
-                f"{kind} has a step cache of diffusers enabled: both reuse activations; call disable_cache()"
+                f"{kind} has a step cache of diffusers enabled: both reuse activations; call disable_cache(), or use "
+                "the cache with one process"
             )
         known = dict(denoiser.named_modules())
         unknown = [name for names in config.stages or () for name in names if name not in known]
@@ -244,11 +230,13 @@ def _patch_one(denoiser, config, world, scheduler, target, steps, number):
     runtime.guided = lambda: getattr(pipe(), "do_classifier_free_guidance", True)
     runtime.on_refused = lambda: _release(denoiser)
     setattr(denoiser, _ATTRIBUTE, runtime)
+    forbid_copies(modules.own(denoiser))
     return runtime
 
 
 def _release(denoiser):
     try:
+        allow_copies(modules.own(denoiser))
         vars(modules.own(denoiser)).pop(_ATTRIBUTE).close()
     finally:
         stop_process_group()

@@ -18,6 +18,7 @@ from .calls.watch import unwatch_schedulers, watch_schedulers
 from .exchange import fingerprint
 from .exchange.world import device
 from .fused.device_layers import DeviceLayers
+from .halves.calls import Unguided
 from .modules import attached, is_compiled, on_pipeline_end, own, step_cache, structure
 from .parts import Parts
 from .shared import Shared
@@ -156,7 +157,8 @@ class Runtime:
             with self._layers.learning() if learning else contextlib.nullcontext():
                 yield quiet
         except (ValueError, TypeError) as error:
-            if self.on_refused is not None and error is not self._forward_error:
+            refused = error is not self._forward_error and not isinstance(error, Unguided)
+            if self.on_refused is not None and refused:
                 self.on_refused()
             raise
 

@@ -118,7 +118,7 @@ def test_the_page_has_all_classes():
 @pytest.mark.timeout(900)
 def test_the_page():
     text = page()
-    if os.environ.get("WRITE_TABLES"):
+    if os.environ.get("ASYNCDIFF_FAST_TABLES"):
         PAGE.write_text(text)
     assert "WRONG" not in text
     assert PAGE.read_text() == text

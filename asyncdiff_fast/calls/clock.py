@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from ..versions import version
-from .watch import seen
+from .watch import names_once, seen
 
 # More calls than this without a step are no guidance: begin anew, so that their state does not grow without end.
 MOST_CALLS = 32
@@ -30,10 +30,13 @@ class Tick:
 
 
 class _Kept:
-    """A device timestep as it was at its call: a copy, and where and in which version it was found."""
+    """A device timestep as it was at its call: a copy, and where and in which version it was found.
+
+    The tensor itself is kept too, so that no other can come to lie in its place.
+    """
 
     def __init__(self, tensor):
-        self.copy, self.place = tensor.detach().clone(), _place(tensor)
+        self.tensor, self.copy, self.place = tensor, tensor.detach().clone(), _place(tensor)
 
 
 def _place(tensor):
@@ -82,7 +85,7 @@ class Clock:
         moved = 0 if unread else self._moved(timestep)
         begins = self._ended or restarted or self._reversed(moved, stepped)
         if not begins:
-            advances = stepped or (moved != 0 and not self._stepped)
+            advances = (stepped and not self._is_view(timestep)) or (moved != 0 and not self._stepped)
             step, call = (self._step + 1, 0) if advances else (self._step, self._call + 1)
             begins = call >= MOST_CALLS or self._signatures.get(call, signature) != signature
         if begins:
@@ -94,6 +97,14 @@ class Clock:
         self._step, self._call, self._seen, self._last, self._ended = step, call, now, _kept(timestep), False
         self._signatures[call] = signature
         return Tick(begins, step, call)
+
+    def _is_view(self, timestep):
+        """True if a step was made at this very timestep before, as a panorama makes one for each view of it."""
+        if timestep is None or self._last is None:
+            return False
+        on_device = _on_device(timestep) or isinstance(self._last, _Kept)
+        same = _same_tensor(timestep, self._last) if on_device else timestep_value(timestep) == self._last
+        return same and names_once()
 
     def _moved(self, timestep):
         """-1, 0 or +1: how the timestep differs from the last call's. Reads a device tensor only if it must."""

@@ -6,7 +6,14 @@ import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
 TIMESTEP_NAMES = ("timestep", "timesteps", "t", "time", "sigma", "sigmas", "noise_level")
+# Those of Stable Cascade and of Wuerstchen.
+_OTHER_NAMES = ("timestep_ratio", "r")
 _NAMED = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+
+
+def takes_timestep(module):
+    """True if a module's forward has a parameter that is called as timesteps are."""
+    return not {*TIMESTEP_NAMES, *_OTHER_NAMES}.isdisjoint(inspect.signature(type(module).forward).parameters)
 
 
 class CallSignature:
@@ -43,6 +50,10 @@ class CallSignature:
     def as_call(named, args, kwargs):
         """What `named` gives as a dict, as (args, kwargs) in the form of those given."""
         return tuple(list(named.values())[: len(args)]), {name: named[name] for name in kwargs}
+
+    def latent_in(self, named):
+        """The name under which `named` gives the latent."""
+        return self.latent_name if self.latent_name in named else next(iter(named))
 
     def latent(self, args, kwargs):
         """The latent (a tensor, or a list of tensors) of one call; without named parameters, the first argument."""

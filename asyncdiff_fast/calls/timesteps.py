@@ -31,9 +31,16 @@ class Timesteps:
     def see(self, timestep):
         """Find an exact step's timestep in the scheduler's list, searching forward from the last one found.
 
-        Raises: ValueError if no known map leads from the scheduler's timesteps to the caller's.
+        Raises: ValueError if no known map leads from the scheduler's timesteps to the caller's, or tokens of a
+            timestep by token have others than the step's and 0.
         """
         value = timestep_value(timestep)
+        if isinstance(timestep, torch.Tensor) and bool(((timestep != timestep.max()) & (timestep != 0)).any()):
+            raise ValueError(
+                "stride=2 computes ahead, and cannot know the next timesteps of tokens that have one of their own: got "
+                f"{float(timestep.min()):g} to {value:g} in one call, where only the step's and 0 (for given tokens) "
+                "are understood; use stride=1"
+            )
         dtype = timestep.dtype if isinstance(timestep, torch.Tensor) and timestep.is_floating_point() else torch.float32
         close = max(4 * torch.finfo(dtype).eps, 1e-5)
         for i in range(self.index + 1, len(self.values)):
@@ -60,8 +67,8 @@ class Timesteps:
         return self.index + 1 >= len(self.values)
 
     def following(self, timestep):
-        """The next timestep in the type, shape, dtype and device of the caller's."""
+        """The next timestep in the type, shape, dtype and device of the caller's; given tokens keep 0."""
         value = MAPS[self.maps[0]](self.values[self.index + 1], self.train_steps)
         if isinstance(timestep, torch.Tensor):
-            return torch.full_like(timestep, value)
+            return torch.where(timestep == timestep.max(), torch.full_like(timestep, value), timestep)
         return type(timestep)(value)

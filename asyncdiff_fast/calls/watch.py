@@ -9,6 +9,7 @@ import itertools
 import threading
 import weakref
 
+import torch
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 _wrapped = []
@@ -25,7 +26,7 @@ class _Seen(threading.local):
         # Numbers of threads come again, this does not.
         self.thread = next(_threads)
         self.restarts = self.steps = 0
-        self.scheduler = None
+        self.scheduler = self.timestep = None
         # A scheduler's step may call that of the class it is made from.
         self.inside = False
 
@@ -41,6 +42,17 @@ def seen():
 def last_scheduler():
     """The scheduler that this thread used last, or None."""
     return _seen.scheduler() if _seen.scheduler is not None else None
+
+
+def names_once():
+    """True if the list of the scheduler used last names the timestep of its last step only once.
+
+    Another step at it is then none of the list, but of another view. Waits for a device on which they are.
+    """
+    listed, timestep = getattr(last_scheduler(), "timesteps", None), _seen.timestep
+    if not isinstance(listed, torch.Tensor) or timestep is None:
+        return False
+    return int((listed == float(timestep)).sum()) == 1
 
 
 def listen(listener):
@@ -72,7 +84,7 @@ def unwatch_schedulers():
             setattr(cls, name, method)
         _wrapped.clear()
         del SchedulerMixin.__init_subclass__
-        _seen.scheduler = None
+        _seen.scheduler = _seen.timestep = None
 
 
 def watch_instance(scheduler):
@@ -105,6 +117,7 @@ def _stepped(method, scheduler, *args, **kwargs):
         return method(scheduler, *args, **kwargs)
     _seen.steps += 1
     _seen.scheduler = weakref.ref(scheduler)
+    _seen.timestep = kwargs.get("timestep", args[1] if len(args) > 1 else None)
     _seen.inside = True
     try:
         for listener in _listeners:

@@ -7,7 +7,7 @@ from ..calls.schedule import Mode
 from ..calls.signature import device_of
 from ..calls.timesteps import Timesteps
 from ..calls.watch import last_scheduler
-from ..modules import Attachment
+from ..modules import Attachment, other_hooks
 from ..prediction.self_check import Pace, summaries
 from ..prediction.trend import Instants
 from .buffers import Placeholders
@@ -27,6 +27,8 @@ class StageCalls:
         self.plan = self._active = None
         self._signature, self._scheduler = shared.signature, shared.scheduler
         self._passes, self._units, self._placeholders, self._phases = {}, {}, {}, 0
+        # Modules that hold units.
+        self._around = {}
         self._pace = Pace(shared.config, world)
 
     def begin_generation(self):
@@ -64,6 +66,7 @@ class StageCalls:
         for attachment in self._units.values():
             attachment.remove()
         self._units.clear()
+        self._around.clear()
         self.plan = None
 
     def _carry_out(self, current, tick, planning, forward, args, kwargs):
@@ -128,7 +131,10 @@ class StageCalls:
     # Plans.
 
     def _pass_for(self, tick, key, planning, args, kwargs):
-        place = (tick.call, key)
+        # Hooks of others upon ours, as guiders put on for single calls, may leave units uncalled.
+        covered = [name for name, hook in self._units.items() if hook.is_covered]
+        covered += [name for name, module in self._around.items() if other_hooks(module)]
+        place = (tick.call, key, tuple(covered))
         if place not in self._passes:
             known = None
             if self.plan is not None and tick.call:
@@ -155,6 +161,10 @@ class StageCalls:
     def _attach(self, plan):
         modules = dict(self.denoiser.named_modules())
         for name in dict.fromkeys(unit.name for unit in plan.graph.units):
+            parts = name.split(".")
+            self._around.update(
+                (outer, modules[outer]) for outer in (".".join(parts[:i]) for i in range(1, len(parts)))
+            )
             if name not in self._units:
 
                 def handler(forward, args, kwargs, name=name):

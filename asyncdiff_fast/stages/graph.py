@@ -210,12 +210,12 @@ def named_nodes(recording, names):
     """The call-tree nodes of modules given by name. Returns (nodes, names that were never called)."""
     wanted = set(names)
     found = _outermost(recording, lambda node: node.name in wanted)
-    return found, sorted(wanted - {node.name for node in found})
+    return [node for node in found if node.runs], sorted(wanted - {node.name for node in found})
 
 
 def keyed_nodes(recording, keys):
     """The call-tree nodes with these (name, call), in execution order."""
-    return _outermost(recording, lambda node: node.key in keys)
+    return [node for node in _outermost(recording, lambda node: node.key in keys) if node.runs]
 
 
 def _outermost(recording, wanted):

@@ -145,7 +145,8 @@ def _decide(denoiser, forward, args, kwargs, config, recording):
     if traced.remembers:
         raise ValueError(
             f"{', '.join(traced.remembers)} keeps what follows from activations for the next call, which ranks that do "
-            "not compute them cannot know: make it a result, or do not patch this model"
+            "not compute them cannot know: make it a result, or share steps (parallel_steps) or halves (cfg_parallel) "
+            "instead"
         )
     if traced.leaks:
         names = ", ".join(traced.units[i].name for i in sorted(traced.leaks))

@@ -77,6 +77,8 @@ def _pick(recording, num_stages, containers, leaky):
     chosen = []
 
     def visit(node):
+        if not node.runs:
+            return
         whole = node.own_flops > 0.1 * node.flops or not node.children
         if node.name not in containers and node.flops <= DIVIDE_BLOCK * stage_cost:
             whole = whole or _joins(recording, node)

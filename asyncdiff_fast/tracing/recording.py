@@ -105,7 +105,10 @@ class Recording:
 
 @dataclass
 class Node:
-    """One module call in the tree of calls; `start` and `stop` are its Enter and Exit events."""
+    """One module call in the tree of calls; `start` and `stop` are its Enter and Exit events.
+
+    `runs` is False if it does nothing: an idle module, or one that a hook leaves uncalled.
+    """
 
     name: str
     call: int
@@ -118,6 +121,7 @@ class Node:
     # Whether it cannot be a unit for what it does or returns, and whether for its sizes.
     opaque: bool = False
     varies: bool = False
+    runs: bool = False
     children: list = field(default_factory=list)
 
     @property
@@ -146,4 +150,5 @@ def call_tree(recording):
             for node in stack:
                 node.flops += event.flops
                 node.nbytes += event.nbytes
+                node.runs = True
     return root

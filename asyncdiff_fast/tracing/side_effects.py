@@ -15,7 +15,7 @@ _COMMON = frozenset(vars(torch.nn.Module())) - {"_buffers"}
 
 
 def kept_by(module):
-    """What a module's own attributes and buffers hold, as a flat list."""
+    """What a module's own attributes and buffers hold, or a processor's, as a flat list."""
     return tree_leaves({name: x for name, x in vars(module).items() if name not in _COMMON})
 
 
@@ -31,22 +31,36 @@ def differ(before, after):
 
 @contextlib.contextmanager
 def restored(denoiser):
-    """Afterwards modules keep what they kept before; yields [(name, module, what it kept)]."""
+    """Afterwards modules and their processors keep what they kept before; yields [(name, module, what it kept)]."""
     modules = list(denoiser.named_modules())
     attributes = [(m, dict(vars(m)), dict(m._buffers)) for _, m in modules]
+    processors = [
+        (f"{name}.processor".lstrip("."), vars(m)["processor"]) for name, m in modules if "processor" in vars(m)
+    ]
+    processors = [(name, p) for name, p in processors if hasattr(p, "__dict__")]
+    settings = [(p, dict(vars(p))) for _, p in processors]
     copies = [(b, version(b), b.clone()) for b in denoiser.buffers() if not b.is_inference()]
     try:
-        yield [(name, m, [(x, version(x)) for x in kept_by(m)]) for name, m in modules]
+        yield [(name, m, [(x, version(x)) for x in kept_by(m)]) for name, m in (*modules, *processors)]
     finally:
         for module, kept, buffers in attributes:
             vars(module).clear()
             vars(module).update(kept)
             module._buffers.clear()
             module._buffers.update(buffers)
+        for processor, kept in settings:
+            vars(processor).clear()
+            vars(processor).update(kept)
         with torch.no_grad():
             for buffer, before, copy in copies:
                 if version(buffer) != before:
                     buffer.copy_(copy)
+
+
+def processors_that_keep(before):
+    """Names of attention processors that were given something to keep since `restored` yielded what they had."""
+    processors = [(name, p, kept) for name, p, kept in before if not isinstance(p, torch.nn.Module)]
+    return [name for name, p, kept in processors if differ(kept, [(x, version(x)) for x in kept_by(p)])]
 
 
 def watched(number, note):

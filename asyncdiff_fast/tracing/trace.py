@@ -154,13 +154,18 @@ class _Recorder(TorchDispatchMode):
         return handles
 
     def note_state(self, before):
-        """Find what is kept from call to call: attributes that were read in this one, and then changed."""
+        """Find what is kept from call to call: attributes that were read in this one, and then changed.
+
+        What an attention processor keeps is for whoever put it there, as of self-attention guidance: it need not be
+        read.
+        """
         read = {storage for event in self.recording.events if isinstance(event, Op) for storage in event.reads}
         for name, module, kept in before:
             after = side_effects.kept_by(module)
             if not side_effects.differ(kept, [(x, version(x)) for x in after]):
                 continue
-            if read.intersection(self.numbers([x for x, _ in kept])):
+            is_module = isinstance(module, torch.nn.Module)
+            if not is_module or read.intersection(self.numbers([x for x, _ in kept])):
                 self.recording.state += ((name or type(module).__name__, self.numbers(after)),)
 
 

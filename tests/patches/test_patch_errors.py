@@ -153,8 +153,6 @@ def _bad_calls(rank):
         found = {
             "rows": outcome(model, lambda: model(noise(size=1), 5.0)),
             "dimensions": outcome(sequence := Sequence(), lambda: sequence(torch.ones(3, 4), 5.0)),
-            "unguided": outcome(model, lambda: predictions(model), num_patches=1, cfg_parallel=True),
-            "odd": outcome(model, lambda: predictions(model, batch=3), num_patches=1, cfg_parallel=True),
             "columns of tokens": outcome(
                 model,
                 lambda: model(torch.ones(1, 4, 8, 1), 5.0),
@@ -170,8 +168,6 @@ def _bad_calls(rank):
 CALLS = {
     "rows": ("num_patches must not exceed the rows of the latent", "num_patches=2, 1 rows", "fewer patches"),
     "dimensions": ("3, 4 or 5 dimensions", "(3, 4)"),
-    "unguided": ("cfg_parallel needs classifier-free guidance", "a batch of 1", "cfg_parallel=False"),
-    "odd": ("cfg_parallel needs classifier-free guidance", "a batch of 3", "cfg_parallel=False"),
     "columns of tokens": ("num_patches=2, 1 rows",),
 }
 

@@ -1,14 +1,22 @@
 """Classifier-free guidance on two ranks: each computes one half, of the batch or of the two calls between two steps."""
 
+import logging
 from dataclasses import replace
 
 import torch
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_map_only, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
-from .exchange.slots import Recv, Send
+from ..calls.signature import device_of
+from ..exchange.slots import Recv, Send
+from ..modules import own, structure
+from .cuts import fresh, silent, size_of
+from .trials import Trials
 
-# How far half a batch may be from the same rows of the whole, of the largest element: other kernels for other sizes.
-CLOSE = 2e-2
+log = logging.getLogger(__name__)
+
+
+class Unguided(ValueError):
+    """A call without guidance: refused, though the denoiser stays patched."""
 
 
 class Halves:
@@ -16,7 +24,8 @@ class Halves:
 
     A batch of even size is cut in two. Otherwise the pipeline calls twice between steps: call 0 belongs to half 0,
     call 1 to half 1. From the second step on both are computed at call 0, since what call 1 will be given is known: it
-    differs from call 0 as it did at the step before; call 1 then only checks that, and returns the result.
+    differs from call 0 as it did at the step before; call 1 then only checks that, and returns the result. Where the
+    model itself is changed between the two, as guiders do, they are computed in turn. A step with one call is half 0's.
     """
 
     def __init__(self, shared, world, exchange):
@@ -24,20 +33,32 @@ class Halves:
         self.half = world.rank
         self._signature = shared.signature
         self._slots, self._phases = {}, 0
-        # Where guidance was used once, it may end in the middle of a generation: half 0 then computes for both.
-        self._was_guided = False
+        # {place: (how its arguments are cut, those of them that were zero, how results are joined)}
+        self._cuts = {}
+        # Whether any guidance was seen: ever, and in this generation (None at its begin).
+        self._ever_guided, self._was_guided = False, None
+        self._device = None
         self.begin_generation()
 
     def begin_generation(self):
         """Forget what the calls of an earlier generation were given."""
+        if self._was_guided is False:
+            log.warning(
+                "cfg_parallel: %s was called without guidance in the last generation, so nothing was shared",
+                type(self.denoiser).__name__,
+            )
+        self._was_guided = None
         # {call: its arguments} of the latest step; what call 1 will be given; and its result.
         self._given, self._expected, self._kept = {}, None, None
+        # The model as it was at each call of the latest step.
+        self._models = {}
 
     def forget(self, released=False):
         """Drop all buffers; the slots too, unless they are `released`."""
         for slot, _, _ in () if released else self._slots.values():
             self.exchange.release(slot.phase)
         self._slots.clear()
+        self._cuts.clear()
         self.begin_generation()
 
     def call(self, tick, key, forward, run, args, kwargs, guided=True):
@@ -49,63 +70,66 @@ class Halves:
             forward: the denoiser's own, for a first comparison.
             run: `run(tick, args, kwargs)` computes one half.
             guided: False if the pipeline says that it uses no guidance.
-        Raises: ValueError if there is nothing to share out.
+        Raises: `Unguided` if the pipeline says that there is nothing to share out; ValueError if a half of the batch
+            does not give what the whole gives.
         """
-        batch = self._signature.latent(args, kwargs).shape[0]
-        if batch % 2 == 0:
-            self._was_guided = True
+        latent = self._signature.latent(args, kwargs)
+        # Weights may be elsewhere, as offloaded ones are.
+        size, self._device = size_of(latent), device_of((latent,), {})
+        if size % 2 == 0 and size:
+            self._ever_guided = self._was_guided = True
             with self.exchange.step():
-                return self._on_batch(batch, key, forward, run, tick, args, kwargs)
-        self._was_guided |= tick.call > 0
-        if not self._was_guided and (not guided or tick.step > 0):
-            raise ValueError(
+                return self._on_batch(size, key, forward, run, tick, args, kwargs)
+        if not (guided or self._ever_guided or tick.call):
+            raise Unguided(
                 f"cfg_parallel needs classifier-free guidance, in one batch of even size or in two calls for each "
-                f"step: got a batch of {batch} and one call; pass cfg_parallel=False, or a guidance_scale above 1"
+                f"step: got a batch of {size} and a pipeline that uses none; pass a guidance_scale above 1, or "
+                "unpatch() and patch() with cfg_parallel=False"
             )
+        self._was_guided = bool(self._was_guided or tick.call)
+        self._ever_guided |= self._was_guided
         with self.exchange.step():
             return self._on_calls(tick, key, run, args, kwargs)
 
     # One batch of two halves.
 
-    def _on_batch(self, batch, key, forward, run, tick, args, kwargs):
-        cut_args, cut_kwargs = half_of(self.half, batch, args, kwargs)
-        if ("batch", tick.call, key) not in self._slots:
-            with torch.no_grad():
-                self._compare(forward(*args, **kwargs), forward(*cut_args, **cut_kwargs))
-        halves = self._share(("batch", tick.call, key), run(tick, cut_args, cut_kwargs), (0, 1))
-        leaves, spec = zip(*map(tree_flatten, halves), strict=True)
-        pairs = zip(*leaves, strict=True)
-        return tree_unflatten([torch.cat(p) if isinstance(p[0], torch.Tensor) else p[0] for p in pairs], spec[0])
+    def _on_batch(self, size, key, forward, run, tick, args, kwargs):
+        named, place = self._signature.named(args, kwargs), ("batch", tick.call, key)
+        cut, zeros, join = self._cuts.get(place, (None, (), None))
+        if cut is None or (zeros and silent(named, size, zeros) != zeros):
+            # What was zero at first, as of a network that begins later, said nothing of its rows.
+            def whole(named):
+                as_args, as_kwargs = self._signature.as_call(named, args, kwargs)
+                return forward(*as_args, **as_kwargs)
 
-    def _compare(self, whole, part):
-        """The halves must be what the batch gives."""
-        error = 0.0
-        for a, b in zip(_tensors(whole), _tensors(part), strict=True):
-            fits = a.shape[1:] == b.shape[1:] and a.shape[0] == 2 * b.shape[0]
-            mine = a.narrow(0, self.half * b.shape[0], b.shape[0]) if fits else None
-            error = max(error, float((mine - b).abs().max() / a.abs().max().clamp(min=1e-12)) if fits else torch.inf)
-        worst = max(self.world.gather(error, "the first result of the CFG halves"))
-        if not worst <= CLOSE:
-            raise ValueError(
-                f"{type(self.denoiser).__name__} gives another result on half of its batch than on the whole (they "
-                f"differ by {worst:.1e} of the largest element): pass cfg_parallel=False"
-            )
+            latent_name = self._signature.latent_in(named)
+            cut, join = Trials(self.world, own(self.denoiser), whole, named, size, latent_name).decide()
+            log.info("cfg_parallel cuts of %s: %s", type(self.denoiser).__name__, cut)
+            self._cuts[place] = cut, silent(named, size), join
+        mine = self._signature.as_call(cut.half(self.half, named), args, kwargs)
+        return join.together(*self._share(place, run(tick, *mine), (0, 1)))
 
     # Two calls between two steps.
 
     def _on_calls(self, tick, key, run, args, kwargs):
-        named = self._signature.named(args, kwargs)
+        # A forward may empty the lists that it is given.
+        named = fresh(self._signature.named(args, kwargs))
+        model = structure(own(self.denoiser))
         if tick.call == 0:
-            self._expected = _foreseen(self._given, named)
-            self._given, self._kept = {0: named}, None
+            same_model = self._models.get(0) == self._models.get(1) == model
+            self._expected = _foreseen(self._given, named) if same_model else None
+            self._given, self._models, self._kept = {0: named}, {0: model}, None
             if self._expected is not None:
-                mine = (args, kwargs) if self.half == 0 else self._signature.as_call(self._expected, args, kwargs)
+                mine = (args, kwargs)
+                if self.half == 1:
+                    mine = self._signature.as_call(fresh(self._expected), args, kwargs)
                 result = run(replace(tick, call=self.half), *mine)
                 first, self._kept = self._share(("calls", key), result, (0, 1))
                 return first
         else:
-            self._given[tick.call] = named
-            if tick.call == 1 and self._kept is not None and _same(self._expected, named):
+            self._given[tick.call], self._models[tick.call] = named, model
+            foreseen = self._kept is not None and model == self._models[0]
+            if tick.call == 1 and foreseen and _same(self._expected, named):
                 return self._kept
         owner = tick.call % 2
         result = run(tick, args, kwargs) if self.half == owner else None
@@ -133,28 +157,14 @@ class Halves:
         """(slot, structure of a result, {half: buffers})."""
         mine = None if result is None else tree_map(_Like.of, result)
         spec = next(s for s in self.world.gather(mine, "the structure of a result") if s is not None)
-        device = next(self.denoiser.parameters()).device
         with torch.inference_mode(False):
-            buffers = {h: [x.empty(device) for x in tree_leaves(spec) if isinstance(x, _Like)] for h in senders}
+            buffers = {h: [x.empty(self._device) for x in tree_leaves(spec) if isinstance(x, _Like)] for h in senders}
         sends = [Send(1 - self.half, (x,)) for x in buffers.get(self.half, ())]
         recvs = [Recv(1 - self.half, (x,)) for x in buffers.get(1 - self.half, ())]
         slot = self.exchange.slot("result", sends, recvs, depth=1)
         self.exchange.freeze(f"halves, plan {self._phases}")
         self._phases += 1
         return slot, spec, buffers
-
-
-def half_of(half, batch, args, kwargs):
-    """(args, kwargs) of one half: of every tensor whose first dimension is the batch, or frames of it."""
-
-    def cut(x):
-        frames = x.dim() >= 3 and x.shape[0] % batch == 0
-        if x.dim() == 0 or not (x.shape[0] == batch or frames):
-            return x
-        size = x.shape[0] // 2
-        return x.narrow(0, half * size, size)
-
-    return tree_map_only(torch.Tensor, cut, (args, kwargs))
 
 
 class _Like:

@@ -1,0 +1,128 @@
+"""The table of docs/compatibility.md: each of its cells is a test. `make tables` writes it anew."""
+
+import os
+from pathlib import Path
+
+import neighbours
+import numpy as np
+import pytest
+import ranks
+
+import asyncdiff_fast
+
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "compatibility.md"
+MODES = {
+    "one device": (1, {}, None),
+    "steps": (2, dict(parallel_steps=2, warmup_steps=100), dict(parallel_steps=2, warmup_steps=1)),
+    "halves": (2, dict(cfg_parallel=True), None),
+    "stages": (2, dict(num_stages=2, warmup_steps=100), dict(num_stages=2, warmup_steps=1)),
+    "patches": (2, dict(num_patches=2, exchange="sync"), None),
+}
+
+
+def _outcome(row, options, later):
+    """ "works", "refused", or what is wrong.
+
+    Args:
+        options: a way to share that is exact.
+        later: the same with asynchronous steps, whose pictures are others.
+    """
+    plain, changes = row.build(), row.after is not neighbours.nothing
+    row.before(plain)
+    first = row.draw(plain)
+    right = _after(row, plain) if changes else first
+    pipe = row.build()
+    row.before(pipe)
+    target = getattr(pipe, "transformer", pipe) if row.name == "guiders" else pipe
+    try:
+        asyncdiff_fast.patch(target, timeout_s=60, **options)
+        before = row.draw(pipe)
+        found = _after(row, pipe) if changes else before
+    except (ValueError, TypeError) as refusal:
+        return _left_clean(row, target, pipe, first, right) or f"refused: {str(refusal)[:60]}"
+    wrong = max(_error(before, first), _error(found, right))
+    if wrong > row.tolerance:
+        return f"differs by {wrong:.1e}"
+    asyncdiff_fast.unpatch(target)
+    wrong = _error(row.draw(pipe), right)
+    if wrong > row.tolerance:
+        return f"differs by {wrong:.1e} once unpatched"
+    if later is not None:
+        pipe = row.build()
+        row.before(pipe)
+        target = getattr(pipe, "transformer", pipe) if row.name == "guiders" else pipe
+        asyncdiff_fast.patch(target, timeout_s=60, **later)
+        row.draw(pipe)
+        drawn = _after(row, pipe)
+        asyncdiff_fast.unpatch(target)
+        if not np.isfinite(drawn).all():
+            return "asynchronous steps draw no picture"
+    return "works"
+
+
+def _after(row, pipe):
+    row.after(pipe)
+    return row.draw(pipe)
+
+
+def _left_clean(row, target, pipe, first, right):
+    """What is wrong after a refusal, or None: the model draws as if it had never been patched."""
+    if asyncdiff_fast.patching.is_patched(neighbours.denoiser(pipe)):
+        asyncdiff_fast.unpatch(target)
+    drawn = row.draw(pipe)
+    wrong = min(_error(drawn, first), _error(drawn, right))
+    return f"differs by {wrong:.1e} after a refusal" if wrong > row.tolerance else None
+
+
+def _error(found, right):
+    return float(np.abs(found - right).max() / np.abs(right).max())
+
+
+def _cells(rank, group, names):
+    """{(row, mode): outcome}"""
+    found = {}
+    for row in neighbours.GROUPS[group]:
+        for name in names:
+            _, options, later = MODES[name]
+            try:
+                found[row.text, name] = _outcome(row, options, later)
+            except Exception as error:
+                found[row.text, name] = f"{type(error).__name__}: {str(error)[:200]}"
+    return found
+
+
+def _table(page):
+    """{(row, mode): cell} of the page."""
+    cells, header = {}, None
+    for line in page.splitlines():
+        if line.startswith("| "):
+            first, *rest = [cell.strip() for cell in line.strip("|").split(" | ")]
+            header = header or rest
+            cells.update({(first, mode): cell for mode, cell in zip(header, rest, strict=True)})
+    return cells
+
+
+def _write(found):
+    """Put new outcomes into the page."""
+    cells = _table(PAGE.read_text()) | found
+    rows = [row.text for group in neighbours.GROUPS.values() for row in group]
+    lines = ["| | " + " | ".join(MODES) + " |", "|---|" + "---|" * len(MODES)]
+    lines += [f"| {row} | " + " | ".join(cells.get((row, mode), "") for mode in MODES) + " |" for row in rows]
+    table = "<!-- compatibility -->\n" + "\n".join(lines) + "\n<!-- /compatibility -->"
+    before, _, rest = PAGE.read_text().partition("<!-- compatibility -->")
+    PAGE.write_text(before + table + rest.partition("<!-- /compatibility -->")[2])
+
+
+@pytest.mark.parametrize("group", neighbours.GROUPS)
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_compatibility(group, world_size):
+    names = [name for name, (size, _, _) in MODES.items() if size == world_size]
+    by_rank = ranks.run(world_size, _cells, group, names, timeout=400)
+    assert all(found == by_rank[0] for found in by_rank), by_rank
+    wrong = {place: cell for place, cell in by_rank[0].items() if cell != "works" and not cell.startswith("refused")}
+    found = {place: cell.partition(":")[0] for place, cell in by_rank[0].items()}
+    if os.environ.get("ASYNCDIFF_FAST_TABLES"):
+        _write({place: "" if place in wrong else cell for place, cell in found.items()})
+    assert not wrong, wrong
+    written = _table(PAGE.read_text())
+    assert found == {place: written.get(place) for place in found}, "run `make tables`"
