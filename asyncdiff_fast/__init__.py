@@ -14,7 +14,7 @@ __all__ = ["Config", "ExchangeError", "__version__", "device", "patch", "plan", 
 
 # Loaded when first used: torch and diffusers take seconds to import, which `asyncdiff-fast --help` need not wait for.
 _PLACES = dict.fromkeys(("device", "patch", "plan", "unpatch"), "patching")
-_PLACES |= {"ExchangeError": "exchange.world", "sample_window": "steps.fixed_point"}
+_PLACES |= {"ExchangeError": "exchange.errors", "sample_window": "steps.fixed_point"}
 
 
 def __getattr__(name):

@@ -1,10 +1,19 @@
 """Classifier-free guidance on two ranks: each computes one half, of the batch or of the two calls between two steps."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_map_only, tree_unflatten
+from torch.utils._pytree import (
+    tree_flatten,
+    tree_leaves,
+    tree_map,
+    tree_map_only,
+    tree_unflatten,
+    treespec_dumps,
+    treespec_loads,
+)
 
+from .exchange import wire
 from .exchange.slots import Recv, Send
 
 # How far half a batch may be from the same rows of the whole, of the largest element: other kernels for other sizes.
@@ -131,8 +140,8 @@ class Halves:
 
     def _bound(self, place, result, senders):
         """(slot, structure of a result, {half: buffers})."""
-        mine = None if result is None else tree_map(_Like.of, result)
-        spec = next(s for s in self.world.gather(mine, "the structure of a result") if s is not None)
+        mine = None if result is None else _told(tree_map(_Like.of, result))
+        spec = _heard(next(s for s in self.world.gather(mine, "the structure of a result") if s is not None))
         device = next(self.denoiser.parameters()).device
         with torch.inference_mode(False):
             buffers = {h: [x.empty(device) for x in tree_leaves(spec) if isinstance(x, _Like)] for h in senders}
@@ -157,11 +166,13 @@ def half_of(half, batch, args, kwargs):
     return tree_map_only(torch.Tensor, cut, (args, kwargs))
 
 
+@wire.register
+@dataclass(frozen=True)
 class _Like:
     """Stands for a tensor of a result."""
 
-    def __init__(self, shape, dtype):
-        self.shape, self.dtype = shape, dtype
+    shape: tuple[int, ...]
+    dtype: torch.dtype
 
     @classmethod
     def of(cls, x):
@@ -171,6 +182,17 @@ class _Like:
     def empty(self, device):
         """A tensor of this kind."""
         return torch.zeros(self.shape, dtype=self.dtype, device=device)
+
+
+def _told(tree):
+    """A tree of plain leaves as ranks tell it each other: only classes that torch knows as trees come back."""
+    leaves, spec = tree_flatten(tree)
+    return treespec_dumps(spec), leaves
+
+
+def _heard(told):
+    spec, leaves = told
+    return tree_unflatten(leaves, treespec_loads(spec))
 
 
 def _filled(spec, buffers):

@@ -11,11 +11,12 @@ from dataclasses import replace
 import torch
 from torch.utils._pytree import tree_leaves
 
-from .calls.clock import Clock
+from .alike import Alike
 from .calls.schedule import Mode, PatchMode
 from .calls.signature import CallSignature, device_of, inputs_key
+from .calls.turns import Turns
 from .calls.watch import unwatch_schedulers, watch_schedulers
-from .exchange import fingerprint
+from .exchange.engine import described
 from .exchange.world import device
 from .fused.device_layers import DeviceLayers
 from .modules import attached, is_compiled, on_pipeline_end, own, step_cache, structure
@@ -31,17 +32,16 @@ class Runtime:
     `plan` is the latest plan (None before the first call), `stats()` what was exchanged, `close()` undoes everything.
     """
 
-    def __init__(self, denoiser, config, world, scheduler=None, steps=None, number=0):
+    def __init__(self, denoiser, config, world, scheduler=None, steps=None, number=0, pipeline=lambda: None):
         self.denoiser, self.config, self.world = denoiser, config, world
         # The steps of the pipeline, and which of its denoisers this is.
         self._steps, self._number = steps, number
         self.on_refused = self._forward_error = self._structure = None
-        # Whether the pipeline uses guidance, where it tells.
-        self.guided = lambda: True
+        self._pipeline = pipeline
         # What was compiled as a whole keeps its layers.
         inside = replace(config, kernels="torch") if is_compiled(denoiser) else config
         self._signature = CallSignature(own(denoiser))
-        self._clock = Clock()
+        self._turns = Turns(config.timeout_s)
         device_type = _device_type(denoiser)
         # Beneath every hook of ours.
         self._layers = DeviceLayers(denoiser, inside, world, device_type)
@@ -51,8 +51,12 @@ class Runtime:
         except BaseException:
             self._layers.remove()
             raise
-        # The denoiser may call itself.
-        self._inside = self._interrupted = False
+        self._alike = Alike(world, denoiser, pipeline, scheduler)
+        if steps is not None:
+            steps.on_ended = self._stop_pipeline
+        self._interrupted = False
+        # Calls in the generation under way or last ended, whether the others were told how many, the last one's result.
+        self._made, self._told, self._last = 0, True, None
         self._calls = dict.fromkeys(Mode, 0)
         watch_schedulers()
         self._undo_end = on_pipeline_end(own(denoiser), self._end)
@@ -71,33 +75,64 @@ class Runtime:
     # One call of the denoiser.
 
     def _call(self, forward, args, kwargs):
-        if self._inside or (self.world.size == 1 and not self._layers.keeps_weights):
+        alone = self.world.size == 1
+        if self._turns.is_inside or (alone and (not self._layers.keeps_weights or self._turns.is_taken)):
             return forward(*args, **kwargs)
         if self._needs_gradients(args, kwargs):
             self._end()
             return forward(*args, **kwargs)
         key = inputs_key(args, kwargs)
         timestep = self._signature.timestep(args, kwargs)
-        tick = self._clock.tick(timestep, key)
+        tick = self._turns.tick(timestep, key)
         try:
-            self._inside = True
             if tick.begins:
                 self._layers.begin()
                 self._begin_generation(args, kwargs)
+            self._made += 1
+            self.world.calls += 1
+            if tick.step == 1 and tick.call == 0 and self.world.size > 1:
+                self._alike.check_step(self._signature.latent(args, kwargs))
             whole = functools.partial(self._on_halves, tick, key, forward, args, kwargs)
-            return whole() if self._steps is None else self._steps.call(self._number, timestep, key, whole)
-        except BaseException:
+            self._last = whole() if self._steps is None else self._steps.call(self._number, timestep, key, whole)
+            return self._last
+        except BaseException as error:
             self._interrupted = True
-            self._clock.end()
+            if getattr(error, "ended", False) and self._last is not None and self._stop_pipeline(error):
+                # The pipeline makes nothing more of it.
+                return self._last
+            self._turns.end()
+            self._told = True
+            self.world.leave(described(error))
             raise
         finally:
-            self._inside = False
+            self._turns.leave()
 
     def _end(self):
         """The pipeline has ended, or calls follow that are none of ours."""
-        self._clock.end()
+        self._turns.end()
+        self._last = None
+        self._tell_calls()
         if self._steps is not None:
             self._steps.pipeline_ended()
+
+    def _tell_calls(self):
+        """A generation is over here: who still waits for another call of it hears how many there were."""
+        if not self._told:
+            self._told = True
+            self.world.leave()
+
+    def _stop_pipeline(self, ended):
+        """Another rank has stopped: so does the pipeline here, in diffusers' own way. False if it has none."""
+        pipe = self._pipeline()
+        if not hasattr(pipe, "_interrupt"):
+            return False
+        log.warning("%s; this rank stops too", ended)
+        pipe._interrupt = True
+        return True
+
+    def _guided(self):
+        """Whether the pipeline uses guidance, where it tells."""
+        return getattr(self._pipeline(), "do_classifier_free_guidance", True)
 
     def _on_halves(self, tick, key, forward, args, kwargs):
         """This call, shared by the halves of guidance: of all steps, or of this rank's."""
@@ -108,7 +143,7 @@ class Runtime:
             return self._on_patches(tick, inputs_key(args, kwargs), forward, args, kwargs)
 
         with self._planning(forward) as quiet:
-            return self._parts.halves.call(tick, key, quiet, run, args, kwargs, self.guided())
+            return self._parts.halves.call(tick, key, quiet, run, args, kwargs, self._guided())
 
     def _on_patches(self, tick, key, forward, args, kwargs):
         """This call, shared by the patches: of the whole batch, or of this rank's half of the guidance."""
@@ -168,20 +203,23 @@ class Runtime:
             raise ValueError(
                 "a step cache of diffusers was enabled after patch(): both reuse activations; call disable_cache()"
             )
-        mine = {
-            "inputs": fingerprint.input_digests(self._signature.named(args, kwargs)),
+        mine = self._alike.report(self._signature.named(args, kwargs)) | {
             "interrupted": self._interrupted or (self._steps is not None and self._steps.interrupted),
+            "made": self._made,
         }
-        everyone = self.world.gather(mine, "the start of a generation")
+        self._tell_calls()
+        everyone = self.world.begin(mine, "the start of a generation")
+        self._made, self._told, self._last = 0, False, None
         where = device_of(args, kwargs)
-        if any(report["interrupted"] for report in everyone):
+        # A rank that has made another number of calls has made other exchanges: their numbers would never fit again.
+        if any(report["interrupted"] or report["made"] != everyone[0]["made"] for report in everyone):
             self._parts.restart("interrupted")
             self._interrupted = False
         elif where is not None and where.type != self._parts.device_type:
             # The weights were elsewhere at `patch`, or have moved.
             self._parts.device_type = where.type
             self._parts.restart()
-        self._compare_inputs([report["inputs"] for report in everyone])
+        self._alike.check(everyone)
         now = structure(self.denoiser)
         if now != self._structure:
             if self._structure is not None:
@@ -191,17 +229,6 @@ class Runtime:
             self._structure = now
         for part in self._parts:
             part.begin_generation()
-
-    def _compare_inputs(self, inputs):
-        first = inputs[0]
-        for rank, theirs in enumerate(inputs):
-            different = sorted(n for n in {*first, *theirs} if first.get(n) != theirs.get(n))
-            if different:
-                raise ValueError(
-                    f"every rank must call the denoiser with the same inputs: {', '.join(different)} differ between "
-                    f"rank 0 and rank {rank}; use the same prompt, size and seed on all ranks "
-                    "(generator=torch.Generator().manual_seed(0))"
-                )
 
     def _needs_gradients(self, args, kwargs):
         if not torch.is_grad_enabled():
@@ -224,13 +251,14 @@ class Runtime:
         for part in self._parts:
             part.exchange.clear_stats()
 
-    def close(self):
-        """Take every hook off and free every buffer; the denoiser is as it was."""
+    def close(self, why=None):
+        """Take every hook off and free every buffer; the denoiser is as it was. `why` if it ends by a failure."""
         self._root.remove()
         self._undo_end()
         unwatch_schedulers()
+        self._tell_calls()
         try:
-            self._parts.close("interrupted" if self._interrupted else None)
+            self._parts.close(why or ("interrupted" if self._interrupted else None))
         finally:
             self._layers.remove()
 

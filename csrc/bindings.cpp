@@ -2,6 +2,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cstring>
+
 #include "channel.hpp"
 #include "edges.hpp"
 #include "nccl_puts.hpp"
@@ -53,6 +55,16 @@ py::dict nccl_info(const NcclTransport& t) {
   const Libraries& lib = t.libraries();
   return py::dict("version"_a = lib.nccl_version, "path"_a = lib.nccl_path, "driver"_a = lib.driver_path,
                   "cta_policy_known"_a = lib.nccl_version >= kNcclCtaPolicySince);
+}
+
+// Signals are heard while a thread waits without the GIL, and so is what `pause()` raises, if there is one.
+std::function<void()> pausing(py::object pause) {
+  auto held = std::make_shared<py::object>(std::move(pause));
+  return [held] {
+    py::gil_scoped_acquire locked;
+    if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+    if (!held->is_none()) (*held)();
+  };
 }
 
 // What the declarations in dynlib.hpp assume, for tests to compare with the nccl.h of an installed NCCL.
@@ -131,8 +143,13 @@ void bind_shm(py::module_& m) {
 
 void bind_channel(py::module_& m) {
   py::class_<Channel>(m, "Channel", py::module_local())
-      .def(py::init<std::shared_ptr<Transport>, double, std::vector<int>, bool>(), py::arg("transport"),
-           py::arg("timeout_s") = 30.0, py::arg("pids") = std::vector<int>(), py::arg("pidfd") = true)
+      .def(py::init([](std::shared_ptr<Transport> transport, double timeout_s, std::vector<int> pids, bool pidfd,
+                       std::vector<int> ranks, py::object pause) {
+             return std::make_unique<Channel>(std::move(transport), timeout_s, std::move(pids), pidfd, std::move(ranks),
+                                              pausing(std::move(pause)));
+           }),
+           py::arg("transport"), py::arg("timeout_s") = 30.0, py::arg("pids") = std::vector<int>(),
+           py::arg("pidfd") = true, py::arg("ranks") = std::vector<int>(), py::arg("pause") = py::none())
       .def(
           "add",
           [](Channel& c, const std::string& name, const std::vector<Listed>& sends, const std::vector<Listed>& recvs,
@@ -181,7 +198,10 @@ PYBIND11_MODULE(_C, m) {
     try {
       if (thrown) std::rethrow_exception(thrown);
     } catch (const ExchangeError& e) {
-      PyErr_SetString(error, e.what());
+      // Parts of it may be another process's.
+      const py::object text =
+          py::reinterpret_steal<py::object>(PyUnicode_DecodeUTF8(e.what(), strlen(e.what()), "replace"));
+      if (text) PyErr_SetObject(error, text.ptr());
     }
   });
   py::class_<Transport, std::shared_ptr<Transport>>(m, "Transport", py::module_local());

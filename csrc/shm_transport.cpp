@@ -173,7 +173,7 @@ std::vector<int> ShmTransport::missing(const Group& group, uint64_t epoch) {
 void ShmTransport::inspect() {
   const uint32_t by = segments_[rank()]->inbox().stopped.load(std::memory_order_acquire);
   if (by > 0 && static_cast<int>(by) - 1 != rank()) {
-    throw ExchangeError("rank " + std::to_string(by - 1) +
+    throw ExchangeError("rank " + name(static_cast<int>(by) - 1) +
                         " stopped the exchange: " + segments_[by - 1]->inbox().reason);
   }
   Lock lock(mutex_);
@@ -191,24 +191,33 @@ void ShmTransport::inspect() {
 
 void ShmTransport::raise_left(const Pending& pending, int peer) const {
   throw ExchangeError("slot '" + pending.group->name + "' (exchange " + std::to_string(pending.epoch) +
-                      ") waits for rank " + std::to_string(peer) +
+                      ") waits for rank " + name(peer) +
                       ", which has left the exchange: " + segments_[peer]->inbox().reason);
 }
 
 void ShmTransport::leave(const std::string& reason) {
   Inbox& mine = segments_[rank()]->inbox();
   if (left(rank())) return;
-  strncpy(mine.reason, reason.c_str(), sizeof mine.reason - 1);
+  tell(reason);
   mine.left.store(1, std::memory_order_release);
   for (size_t r = 0; r < pids_.size(); ++r) segments_[r]->inbox().caller.ring();
+}
+
+// Once: others may be reading it. What does not fit is cut between two characters of UTF-8.
+void ShmTransport::tell(const std::string& reason) noexcept {
+  if (told_.exchange(true)) return;
+  Inbox& mine = segments_[rank()]->inbox();
+  size_t length = std::min(reason.size(), sizeof mine.reason - 1);
+  while (length < reason.size() && length > 0 && (reason[length] & 0xC0) == 0x80) --length;
+  memcpy(mine.reason, reason.data(), length);
+  mine.reason[length] = '\0';
 }
 
 bool ShmTransport::left(int rank) { return segments_[rank]->inbox().left.load(std::memory_order_acquire) != 0; }
 
 void ShmTransport::abort(const std::string& reason) noexcept {
   if (aborted_.exchange(true)) return;
-  Inbox& mine = segments_[rank()]->inbox();
-  strncpy(mine.reason, reason.c_str(), sizeof mine.reason - 1);
+  tell(reason);
   for (size_t r = 0; r < pids_.size(); ++r) {
     Inbox& theirs = segments_[r]->inbox();
     uint32_t nobody = 0;
@@ -256,7 +265,7 @@ void ShmTransport::work() {
     try {
       moved = !driving_ && !stopping() && ask_for_worker() && advance_all(&lock);
     } catch (const ExchangeError& error) {
-      const std::string reason = "rank " + std::to_string(rank()) + ": " + error.what();
+      const std::string reason = name() + ": " + error.what();
       if (health().fail(reason)) abort(reason);
     }
     if (moved) {

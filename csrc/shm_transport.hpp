@@ -85,6 +85,7 @@ class ShmTransport final : public Transport {
   bool advance_all(Lock* lock);
   bool send_some(Line* line, Lock* lock, bool everything);
   bool receive_some(Line* line, Lock* lock);
+  void tell(const std::string& reason) noexcept;
   [[noreturn]] void raise_left(const Pending& pending, int peer) const;
   void check_header(const MessageHeader& header, const Pending& pending, int peer) const;
   bool pull(const Pending& pending, pid_t pid, int* error);
@@ -110,7 +111,7 @@ class ShmTransport final : public Transport {
   std::unordered_map<uint32_t, std::string> names_;
   // The caller is waiting and moves everything itself meanwhile.
   bool driving_ = false;
-  std::atomic<bool> closing_{false}, aborted_{false};
+  std::atomic<bool> closing_{false}, aborted_{false}, told_{false};
   std::thread worker_;
 };
 

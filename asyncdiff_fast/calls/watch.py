@@ -26,6 +26,8 @@ class _Seen(threading.local):
         self.thread = next(_threads)
         self.restarts = self.steps = 0
         self.scheduler = None
+        # Numbers that its last step was given by name, such as eta.
+        self.numbers = {}
         # A scheduler's step may call that of the class it is made from.
         self.inside = False
 
@@ -41,6 +43,11 @@ def seen():
 def last_scheduler():
     """The scheduler that this thread used last, or None."""
     return _seen.scheduler() if _seen.scheduler is not None else None
+
+
+def last_numbers():
+    """{name: text} of the numbers that this thread's last step was given by name."""
+    return _seen.numbers
 
 
 def listen(listener):
@@ -104,6 +111,7 @@ def _stepped(method, scheduler, *args, **kwargs):
     if _seen.inside:
         return method(scheduler, *args, **kwargs)
     _seen.steps += 1
+    _seen.numbers = {name: repr(x) for name, x in kwargs.items() if isinstance(x, bool | int | float | str)}
     _seen.scheduler = weakref.ref(scheduler)
     _seen.inside = True
     try:

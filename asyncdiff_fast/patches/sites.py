@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from ..exchange import wire
 from ..fused.projections import KeptBytes
 
 CONV, NORM, ATTENTION, RESIZE, POSITIONS = "convolution", "norm", "attention", "resize", "positions"
@@ -39,6 +40,7 @@ _NUMBERS = {
 }  # fmt: skip
 
 
+@wire.register
 @dataclass(frozen=True)
 class Seen:
     """One watched call: shapes of its first argument (of the keys, for attention) and result, and its options."""
