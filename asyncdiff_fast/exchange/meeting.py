@@ -9,8 +9,9 @@ import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
 from .errors import ExchangeError
+from .presence import Missing
 from .processes import Siblings
-from .rounds import LOOK_S, Missing, Rounds
+from .rounds import LOOK_S, Rounds
 from .waiting import within
 
 _rounds = None

@@ -15,7 +15,8 @@ import torch.distributed as dist
 
 from .errors import ExchangeError
 from .meeting import connect, meet
-from .rounds import Missing, Rounds
+from .presence import Missing
+from .rounds import Rounds
 
 
 def device():
@@ -127,13 +128,13 @@ class World:
         """Raises ExchangeError if another rank has died, left or ended what is under way. For those who wait."""
         whole = self._whole
         if whole.size > 1 and whole._epoch:
-            whole._rounds.look(whole._epoch, whole.calls, whole.ranks)
+            whole._rounds.presence.look(whole._epoch, whole.calls, whole.ranks)
 
     def leave(self, why=None):
         """Tell the others that this rank makes no more calls in this epoch; `why` if that is a failure. Never waits."""
         whole = self._whole
         if whole.size > 1 and whole._epoch:
-            whole._rounds.leave(whole._epoch, whole.calls if why is None else why)
+            whole._rounds.presence.leave(whole._epoch, whole.calls if why is None else why)
 
     def _lost(self, missing, what, began):
         seconds = time.monotonic() - began

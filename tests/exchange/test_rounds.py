@@ -11,7 +11,8 @@ import torch.distributed as dist
 
 from asyncdiff_fast.exchange import processes, wire
 from asyncdiff_fast.exchange.errors import ExchangeError
-from asyncdiff_fast.exchange.rounds import Missing, Rounds
+from asyncdiff_fast.exchange.presence import Missing
+from asyncdiff_fast.exchange.rounds import Rounds
 
 RANKS = (0, 1)
 
@@ -74,7 +75,7 @@ def test_a_rank_that_waits_hears_that_the_other_has_begun_anew():
 def test_a_rank_that_waits_hears_why_the_other_has_left():
     (a, b), _ = _pair()
     _together(lambda: a.begin(0, "it", 5), lambda: b.begin(0, "it", 5))
-    b.leave(1, "OSError: größe")
+    b.presence.leave(1, "OSError: größe")
     with pytest.raises(ExchangeError, match="rank 1 has left: OSError: größe"):
         a.gather("1/0", 0, "more", RANKS, 15)
 
@@ -85,24 +86,24 @@ def test_who_waits_in_a_call_lets_others_be_ahead():
     with pytest.raises(Missing):
         b.begin(0, "it", 0.3)
     for _ in range(10):
-        a.look(1, 8, RANKS)
+        a.presence.look(1, 8, RANKS)
         time.sleep(0.02)
 
 
 def _looked(rounds, calls):
     ends = time.monotonic() + 5
     while time.monotonic() < ends:
-        rounds.look(1, calls, RANKS)
+        rounds.presence.look(1, calls, RANKS)
         time.sleep(0.02)
 
 
 def test_who_makes_one_call_more_hears_that_the_other_has_ended():
     (a, b), _ = _pair()
     _together(lambda: a.begin(0, "it", 5), lambda: b.begin(0, "it", 5))
-    b.leave(1, 8)
+    b.presence.leave(1, 8)
     for _ in range(10):
         # Its eighth call was made by both.
-        a.look(1, 8, RANKS)
+        a.presence.look(1, 8, RANKS)
         time.sleep(0.02)
     with pytest.raises(ExchangeError, match="rank 1 has ended this generation after 8 calls") as error:
         _looked(a, 9)
