@@ -9,7 +9,7 @@ import zlib
 
 import torch
 
-from .calls.watch import last_numbers, last_scheduler
+from .calls.watch import last_drawn, last_numbers, last_scheduler, random_states
 from .exchange import fingerprint
 
 log = logging.getLogger(__name__)
@@ -34,6 +34,7 @@ class Alike:
     def __init__(self, world, denoiser, pipeline, scheduler=None):
         self._world, self._pipeline, self._scheduler = world, pipeline, scheduler
         self._weights = fingerprint.Weights(denoiser)
+        self._passing = self._drawn = None
 
     def report(self, named):
         """What this rank tells at the first call, of which `named` are the arguments."""
@@ -41,7 +42,7 @@ class Alike:
             "inputs": fingerprint.input_digests(named),
             "settings": _settings(self._pipeline()) | _of_scheduler(self._scheduler or last_scheduler()),
             "weights": self._weights.report(),
-            "random": [zlib.crc32(state) for state in _random_states()],
+            "random": [zlib.crc32(state) for state in random_states()],
         }
 
     def check(self, reports):
@@ -61,6 +62,24 @@ class Alike:
         if any(report["random"] != first["random"] for report in reports):
             log.info("torch's own random numbers differed between ranks: all go on with those of rank %s", names[0])
             share_seeds(self._world)
+        self._passing, self._drawn = self._world.passing(), last_drawn()
+
+    def check_draws(self, step):
+        """Tell which random numbers of torch's own the last step has drawn, and hear of the others. Never waits.
+
+        Raises: ValueError if they were not the same.
+        """
+        drawn = last_drawn()
+        if drawn is not self._drawn:
+            self._drawn = drawn
+            self._passing.tell(step, drawn)
+        found = self._passing.look()
+        if found is not None:
+            raise ValueError(
+                f"every rank must draw the same random numbers: before step {found[0]} the scheduler drew others on "
+                f"rank {self._world.name} than on rank {found[1]}; something else has drawn from torch's own generator "
+                "on one of them only: give the pipeline, and what draws beside it, generators of their own"
+            )
 
     def _check_weights(self, reports):
         """Where some were written, every bit is compared."""
@@ -96,17 +115,11 @@ def share_seeds(world):
     """Set the default generators of all ranks to rank 0's state: without a generator argument, all draw the same."""
     if world.size == 1:
         return
-    states = world.broadcast(_random_states(), "seeds")
+    states = world.broadcast(random_states(), "seeds")
     cpu_state, *cuda_state = [torch.frombuffer(bytearray(state), dtype=torch.uint8) for state in states]
     torch.set_rng_state(cpu_state)
-    if cuda_state and torch.cuda.is_available():
+    if cuda_state and torch.cuda.is_initialized():
         torch.cuda.set_rng_state(cuda_state[0])
-
-
-def _random_states():
-    """The states of torch's own generators, of the CPU and of the current CUDA device, as bytes."""
-    states = [torch.get_rng_state()] + ([torch.cuda.get_rng_state()] if torch.cuda.is_available() else [])
-    return [bytes(state.numpy()) for state in states]
 
 
 def _plain(value):

@@ -17,6 +17,7 @@ from .calls.signature import CallSignature, device_of, inputs_key
 from .calls.turns import Turns
 from .calls.watch import unwatch_schedulers, watch_schedulers
 from .exchange.engine import described
+from .exchange.errors import ExchangeError
 from .exchange.world import device
 from .fused.device_layers import DeviceLayers
 from .modules import attached, is_compiled, on_pipeline_end, own, step_cache, structure
@@ -90,19 +91,28 @@ class Runtime:
                 self._begin_generation(args, kwargs)
             self._made += 1
             self.world.calls += 1
-            if tick.step == 1 and tick.call == 0 and self.world.size > 1:
-                self._alike.check_step(self._signature.latent(args, kwargs))
+            if tick.step > 0 and tick.call == 0 and self.world.size > 1:
+                self._alike.check_draws(tick.step)
+                if tick.step == 1:
+                    self._alike.check_step(self._signature.latent(args, kwargs))
             whole = functools.partial(self._on_halves, tick, key, forward, args, kwargs)
             self._last = whole() if self._steps is None else self._steps.call(self._number, timestep, key, whole)
             return self._last
         except BaseException as error:
             self._interrupted = True
-            if getattr(error, "ended", False) and self._last is not None and self._stop_pipeline(error):
+            if (
+                isinstance(error, ExchangeError)
+                and error.ended
+                and self._last is not None
+                and self._stop_pipeline(error)
+            ):
                 # The pipeline makes nothing more of it.
                 return self._last
             self._turns.end()
             self._told = True
             self.world.leave(described(error))
+            if isinstance(error, ExchangeError):
+                raise self.world.explained(error) from error.__cause__
             raise
         finally:
             self._turns.leave()

@@ -1,5 +1,6 @@
 """Where ranks first meet: the store of a new process group, once all have come."""
 
+import errno
 import os
 import socket
 import time
@@ -66,7 +67,9 @@ def _listens(place):
     try:
         socket.create_connection(place, timeout=1).close()
         return True
-    except OSError:
+    except OSError as error:
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            raise ExchangeError(f"the store of the ranks cannot be reached: {error.strerror}") from error
         return False
 
 

@@ -5,6 +5,7 @@ whoever waits. Where its process is, which epoch it has begun, and whether it ha
 import contextlib
 import os
 import threading
+import time
 
 from . import wire
 from .errors import ExchangeError
@@ -79,6 +80,24 @@ class Presence:
         except (TimeoutError, RuntimeError):
             # The store cannot be asked: whoever waits goes on until its own limit.
             pass
+
+    def reasons(self, epoch, ranks, seconds):
+        """Texts of what `ranks` say that they have failed by, as far as they do within some seconds."""
+
+        def ask(stop):
+            places = {rank: f"left/{epoch}/{rank}" for rank in ranks if rank != self._me}
+            while not stop.is_set():
+                told = [rank for rank, place in places.items() if self._store.check([place])]
+                if len(told) >= len(places) - 1 or time.monotonic() > ends:
+                    texts = {rank: self._read(rank, places[rank]) for rank in told}
+                    return [f"rank {rank}: {text!s:.1000}" for rank, text in texts.items() if isinstance(text, str)]
+                stop.wait(0.02)
+
+        ends = time.monotonic() + seconds
+        try:
+            return Asked(ask).result(seconds + 1)
+        except (RuntimeError, TimeoutError):
+            return []
 
     def _look(self, epoch, calls, ranks):
         for rank in ranks:

@@ -25,6 +25,14 @@ def _stat(pid):
     return fields[0], int(fields[1]), int(fields[19])
 
 
+def _command(pid):
+    """A process's command line; empty if it is gone."""
+    try:
+        return pathlib.Path(f"/proc/{pid}/cmdline").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return b""
+
+
 def identity():
     """What other ranks need to look after this process: its host, number and start time."""
     try:
@@ -53,26 +61,26 @@ class Siblings:
     """
 
     def __init__(self):
-        self._known, self._one_ended = self._alive(), False
+        self._known, self._one_ended = self._alive() or {}, False
 
-    def _alive(self):
-        """{pid: start time} of those alive now."""
+    @staticmethod
+    def _alive():
+        """{pid: start time} of those alive now; None where this cannot be told."""
         try:
-            parent, mine = os.getppid(), pathlib.Path("/proc/self/cmdline").read_bytes()
-            tasks = pathlib.Path(f"/proc/{parent}/task").glob("*/children")
+            mine = pathlib.Path("/proc/self/cmdline").read_bytes()
+            tasks = pathlib.Path(f"/proc/{os.getppid()}/task").glob("*/children")
             children = [int(pid) for task in tasks for pid in task.read_text().split()]
             found = {pid: _stat(pid) for pid in children if pid != os.getpid()}
-            return {
-                pid: stat[2]
-                for pid, stat in found.items()
-                if stat and stat[0] not in "ZX" and pathlib.Path(f"/proc/{pid}/cmdline").read_bytes() == mine
-            }
+            living = {pid: stat[2] for pid, stat in found.items() if stat and stat[0] not in "ZX"}
+            return {pid: started for pid, started in living.items() if _command(pid) == mine}
         except (OSError, ValueError):
-            return {}
+            return None
 
     def too_few(self, come, num_missing):
         """True if one has ended that was none of those `come` (pids), and fewer are left than ranks are missing."""
         now = self._alive()
+        if now is None:
+            return False
         gone = [pid for pid, started in self._known.items() if now.get(pid) != started and pid not in come]
         self._known = {pid: s for pid, s in self._known.items() if pid not in gone} | now
         self._one_ended |= bool(gone)

@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from .errors import ExchangeError
 from .meeting import connect, meet
+from .passing import Passing
 from .presence import Missing
 from .rounds import Rounds
 
@@ -26,6 +27,8 @@ def device():
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
 
 
+# How long a rank that fails waits for what others say of it.
+EXPLAINED_S = 1.0
 # {ranks: (store, `Rounds`)}: worlds of the same ranks have the same epochs.
 _rounds = {}
 _users = 0
@@ -130,11 +133,23 @@ class World:
         if whole.size > 1 and whole._epoch:
             whole._rounds.presence.look(whole._epoch, whole.calls, whole.ranks)
 
+    def passing(self):
+        """What these ranks tell each other in passing, in the epoch that has begun: a `Passing`."""
+        return Passing(self._rounds.store, self.name, self.ranks, self._epoch)
+
     def leave(self, why=None):
         """Tell the others that this rank makes no more calls in this epoch; `why` if that is a failure. Never waits."""
         whole = self._whole
         if whole.size > 1 and whole._epoch:
             whole._rounds.presence.leave(whole._epoch, whole.calls if why is None else why)
+
+    def explained(self, error):
+        """An ExchangeError with what others say of it, who have failed at the same time and may know the cause."""
+        whole = self._whole
+        if whole.size < 3 or not whole._epoch or " has left: " in str(error):
+            return error
+        others = whole._rounds.presence.reasons(whole._epoch, whole.ranks, EXPLAINED_S)
+        return ExchangeError("; ".join([str(error), *others]), ended=error.ended) if others else error
 
     def _lost(self, missing, what, began):
         seconds = time.monotonic() - began
