@@ -11,15 +11,12 @@ from dataclasses import replace
 import torch
 from torch.utils._pytree import tree_leaves
 
-from .alike import Alike
 from .calls.schedule import Mode, PatchMode
 from .calls.signature import CallSignature, device_of, inputs_key
-from .calls.turns import Turns
 from .calls.watch import unwatch_schedulers, watch_schedulers
-from .exchange.engine import described
-from .exchange.errors import ExchangeError
 from .exchange.world import device
 from .fused.device_layers import DeviceLayers
+from .generations import Generations
 from .modules import attached, is_compiled, on_pipeline_end, own, step_cache, structure
 from .parts import Parts
 from .shared import Shared
@@ -42,7 +39,6 @@ class Runtime:
         # What was compiled as a whole keeps its layers.
         inside = replace(config, kernels="torch") if is_compiled(denoiser) else config
         self._signature = CallSignature(own(denoiser))
-        self._turns = Turns(config.timeout_s)
         device_type = _device_type(denoiser)
         # Beneath every hook of ours.
         self._layers = DeviceLayers(denoiser, inside, world, device_type)
@@ -52,12 +48,11 @@ class Runtime:
         except BaseException:
             self._layers.remove()
             raise
-        self._alike = Alike(world, denoiser, pipeline, scheduler)
+        self._generations = Generations(world, denoiser, pipeline, scheduler)
         if steps is not None:
-            steps.on_ended = self._stop_pipeline
-        self._interrupted = False
-        # Calls in the generation under way or last ended, whether the others were told how many, the last one's result.
-        self._made, self._told, self._last = 0, True, None
+            steps.on_ended = self._generations.stop
+        # The result of the latest call.
+        self._last = None
         self._calls = dict.fromkeys(Mode, 0)
         watch_schedulers()
         self._undo_end = on_pipeline_end(own(denoiser), self._end)
@@ -77,68 +72,35 @@ class Runtime:
 
     def _call(self, forward, args, kwargs):
         alone = self.world.size == 1
-        if self._turns.is_inside or (alone and (not self._layers.keeps_weights or self._turns.is_taken)):
+        if self._generations.is_inside or (alone and (not self._layers.keeps_weights or self._generations.is_taken)):
             return forward(*args, **kwargs)
         if self._needs_gradients(args, kwargs):
             self._end()
             return forward(*args, **kwargs)
         key = inputs_key(args, kwargs)
         timestep = self._signature.timestep(args, kwargs)
-        tick = self._turns.tick(timestep, key)
+        tick = self._generations.tick(timestep, key)
         try:
             if tick.begins:
                 self._layers.begin()
                 self._begin_generation(args, kwargs)
-            self._made += 1
-            self.world.calls += 1
-            if tick.step > 0 and tick.call == 0 and self.world.size > 1:
-                self._alike.check_draws(tick.step)
-                if tick.step == 1:
-                    self._alike.check_step(self._signature.latent(args, kwargs))
+            self._generations.count(tick, self._signature.latent(args, kwargs))
             whole = functools.partial(self._on_halves, tick, key, forward, args, kwargs)
             self._last = whole() if self._steps is None else self._steps.call(self._number, timestep, key, whole)
             return self._last
         except BaseException as error:
-            self._interrupted = True
-            if (
-                isinstance(error, ExchangeError)
-                and error.ended
-                and self._last is not None
-                and self._stop_pipeline(error)
-            ):
-                # The pipeline makes nothing more of it.
-                return self._last
-            self._turns.end()
-            self._told = True
-            self.world.leave(described(error))
-            if isinstance(error, ExchangeError):
-                raise self.world.explained(error) from error.__cause__
-            raise
+            self._generations.fail(error, has_result=self._last is not None)
+            # The pipeline makes nothing more of it.
+            return self._last
         finally:
-            self._turns.leave()
+            self._generations.leave()
 
     def _end(self):
         """The pipeline has ended, or calls follow that are none of ours."""
-        self._turns.end()
+        self._generations.end()
         self._last = None
-        self._tell_calls()
         if self._steps is not None:
             self._steps.pipeline_ended()
-
-    def _tell_calls(self):
-        """A generation is over here: who still waits for another call of it hears how many there were."""
-        if not self._told:
-            self._told = True
-            self.world.leave()
-
-    def _stop_pipeline(self, ended):
-        """Another rank has stopped: so does the pipeline here, in diffusers' own way. False if it has none."""
-        pipe = self._pipeline()
-        if not hasattr(pipe, "_interrupt"):
-            return False
-        log.warning("%s; this rank stops too", ended)
-        pipe._interrupt = True
-        return True
 
     def _guided(self):
         """Whether the pipeline uses guidance, where it tells."""
@@ -213,23 +175,18 @@ class Runtime:
             raise ValueError(
                 "a step cache of diffusers was enabled after patch(): both reuse activations; call disable_cache()"
             )
-        mine = self._alike.report(self._signature.named(args, kwargs)) | {
-            "interrupted": self._interrupted or (self._steps is not None and self._steps.interrupted),
-            "made": self._made,
-        }
-        self._tell_calls()
-        everyone = self.world.begin(mine, "the start of a generation")
-        self._made, self._told, self._last = 0, False, None
+        interrupted = self._steps is not None and self._steps.interrupted
+        everyone = self._generations.begin(self._signature.named(args, kwargs), interrupted)
+        self._last = None
         where = device_of(args, kwargs)
-        # A rank that has made another number of calls has made other exchanges: their numbers would never fit again.
-        if any(report["interrupted"] or report["made"] != everyone[0]["made"] for report in everyone):
+        if not self._generations.is_whole(everyone):
             self._parts.restart("interrupted")
-            self._interrupted = False
+            self._generations.interrupted = False
         elif where is not None and where.type != self._parts.device_type:
             # The weights were elsewhere at `patch`, or have moved.
             self._parts.device_type = where.type
             self._parts.restart()
-        self._alike.check(everyone)
+        self._generations.check(everyone)
         now = structure(self.denoiser)
         if now != self._structure:
             if self._structure is not None:
@@ -266,9 +223,9 @@ class Runtime:
         self._root.remove()
         self._undo_end()
         unwatch_schedulers()
-        self._tell_calls()
+        self._generations.end()
         try:
-            self._parts.close(why or ("interrupted" if self._interrupted else None))
+            self._parts.close(why or ("interrupted" if self._generations.interrupted else None))
         finally:
             self._layers.remove()
 
