@@ -187,7 +187,13 @@ class _Like:
 def _told(tree):
     """A tree of plain leaves as ranks tell it each other: only classes that torch knows as trees come back."""
     leaves, spec = tree_flatten(tree)
-    return treespec_dumps(spec), leaves
+    try:
+        return treespec_dumps(spec), leaves
+    except NotImplementedError as error:
+        raise ValueError(
+            f"cfg_parallel cannot pass on what the denoiser returns ({error}): return tensors, a tuple, a "
+            "dict or an output class of diffusers, or pass cfg_parallel=False"
+        ) from None
 
 
 def _heard(told):

@@ -74,17 +74,11 @@ def _listens(place):
 
 
 def _kept(place, limit):
-    """A store in this process. On this host's own address nobody else's hosts reach it."""
+    """A store in this process, which no other host reaches if its address is this host's own."""
     host, port = place
-    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        address = socket.getaddrinfo(host, port, listener.family, socket.SOCK_STREAM)[0][4]
-        local = address[0].startswith("127.") or address[0] == "::1"
-        listener.bind(address if local else ("", port))
-        listener.listen(1024)
+        listener = _listener(host, port)
     except OSError as error:
-        listener.close()
         raise ExchangeError(
             f"rank 0 cannot listen on {host}, port {port}: {error}; another job uses it, or has left it behind: set "
             "MASTER_PORT to a free port for all ranks"
@@ -92,6 +86,15 @@ def _kept(place, limit):
     return dist.TCPStore(
         host, port, None, True, limit, wait_for_workers=False, master_listen_fd=listener.detach(), use_libuv=True
     )
+
+
+def _listener(host, port):
+    family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    if address[0].startswith("127.") or address[0] == "::1":
+        return socket.create_server(address[:2], family=family, backlog=1024)
+    both = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if both else socket.AF_INET
+    return socket.create_server(("", port), family=family, backlog=1024, dualstack_ipv6=both)
 
 
 def connect(rank, others, timeout_s, start):
