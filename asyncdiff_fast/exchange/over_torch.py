@@ -9,7 +9,7 @@ import torch.distributed as dist
 from .errors import ExchangeError
 from .rounds import LOOK_S
 from .slots import Slot, compare
-from .waiting import Asked
+from .waiting import Helper
 
 
 class TorchExchange:
@@ -22,7 +22,7 @@ class TorchExchange:
         self.group = world.new_group()
         self._slots, self._unfrozen, self._phases, self._cursors = [], [], {}, {}
         self._tags = 0
-        self._broken = None
+        self._broken, self._helper = None, Helper()
         self.clear_stats()
 
     def slot(self, name, sends=(), recvs=(), depth=2):
@@ -120,7 +120,7 @@ class TorchExchange:
     def _wait_for(self, work):
         """Wait for a CPU work, which hears neither signals nor of other ranks. Raises: RuntimeError; ExchangeError."""
         limit_s = self.world.timeout_s
-        asked, ends = Asked(lambda stop: work.wait(timedelta(seconds=limit_s))), time.monotonic() + limit_s
+        asked, ends = self._helper.ask(lambda stop: work.wait(timedelta(seconds=limit_s))), time.monotonic() + limit_s
         while True:
             try:
                 return asked.result(LOOK_S)
@@ -203,6 +203,7 @@ class TorchExchange:
                 # Each work keeps its group alive, and with it threads.
                 slot.pending = [[] for _ in range(slot.depth)]
             self._slots, self._unfrozen, self._phases = [], [], {}
+            self._helper.close()
             group, self.group = self.group, None
             if group is not None and dist.is_initialized():
                 dist.destroy_process_group(group)

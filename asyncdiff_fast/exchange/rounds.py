@@ -7,7 +7,6 @@ The store has no authentication: see `wire` for what is read from it.
 """
 
 import time
-from datetime import timedelta
 
 from . import wire
 from .errors import ExchangeError
@@ -16,6 +15,8 @@ from .waiting import within
 
 # How often a rank that waits looks around.
 LOOK_S = 0.1
+# Between two questions to the store: it is asked often at first, since most answers are there soon.
+FIRST_PAUSE_S, LAST_PAUSE_S = 1e-4, 4e-3
 # How long the keeper of the store waits for others to have read an answer.
 READ_PATIENCE_S = 5.0
 
@@ -111,13 +112,14 @@ class Rounds:
                 raise Missing(missing)
 
     def _there(self, place, ends):
-        wait = min(LOOK_S, max(0.01, ends - time.monotonic()))
-        try:
-            self.store.wait([place], timedelta(seconds=wait))
-            return True
-        except RuntimeError:
-            # Not there yet; if the store is lost, the next question tells.
-            return False
+        # Not by `wait`: a TCPStore says on stderr that it has waited, and lets nobody else ask meanwhile.
+        until, pause = min(time.monotonic() + LOOK_S, max(ends, time.monotonic() + 0.01)), FIRST_PAUSE_S
+        while not self.store.check([place]):
+            if time.monotonic() > until:
+                return False
+            time.sleep(pause)
+            pause = min(2 * pause, LAST_PAUSE_S)
+        return True
 
     def _confirm(self, key, ranks, ends):
         """The process that keeps the store may end after this round, and the store with it: others must have read."""

@@ -1,7 +1,6 @@
 """Calls that may never end, each in a thread of its own, so that its caller can give up, or be interrupted."""
 
 import atexit
-import contextlib
 import queue
 import threading
 import time
@@ -16,27 +15,31 @@ def within(seconds, ask):
     return Asked(ask).result(seconds)
 
 
-class Asked:
-    """One such call."""
+def _thread(run, name="asyncdiff_fast store"):
+    threading.Thread(target=run, daemon=True, name=name).start()
 
-    def __init__(self, ask):
-        self._results, self.stop = queue.SimpleQueue(), threading.Event()
-        self._thread = threading.Thread(target=self._run, args=(ask,), daemon=True, name="asyncdiff_fast store")
+
+class Asked:
+    """One such call. `start(run)` lets a thread run it."""
+
+    def __init__(self, ask, start=_thread):
+        self._results, self._over, self.stop = queue.SimpleQueue(), threading.Event(), threading.Event()
         _running.add(self)
-        self._thread.start()
+        start(lambda: self._run(ask))
 
     def _run(self, ask):
         try:
-            self._results.put((ask(self.stop), None))
+            found = ask(self.stop), None
         except Exception as error:
-            self._results.put((None, error))
-        finally:
-            _running.discard(self)
+            found = None, error
+        _running.discard(self)
+        self._over.set()
+        self._results.put(found)
 
     @property
     def is_done(self):
-        """True if `result` will not wait."""
-        return not self._results.empty()
+        """True if it has returned or raised."""
+        return self._over.is_set()
 
     def result(self, seconds):
         """What it returned or raises. Raises: TimeoutError."""
@@ -51,14 +54,37 @@ class Asked:
         return result
 
     def join(self, seconds):
-        """Wait for the end of its thread."""
+        """Wait for its end."""
         self.stop.set()
-        self._thread.join(seconds)
+        self._over.wait(seconds)
+
+
+class Helper:
+    """A thread for many such calls, one after the other; another takes its place if one of them does not end."""
+
+    def __init__(self):
+        self._runs, self._last = None, None
+
+    def ask(self, ask):
+        """`Asked`."""
+        if self._last is not None and not self._last.is_done:
+            self.close()
+        if self._runs is None:
+            self._runs = queue.SimpleQueue()
+            runs = self._runs
+            _thread(lambda: [run() for run in iter(runs.get, None)], "asyncdiff_fast waits")
+        self._last = Asked(ask, self._runs.put)
+        return self._last
+
+    def close(self):
+        """End the thread after the call under way."""
+        if self._runs is not None:
+            self._runs.put(None)
+        self._runs = self._last = None
 
 
 @atexit.register
 def _end():
     deadline = time.monotonic() + EXIT_S
     for asked in list(_running):
-        with contextlib.suppress(RuntimeError):
-            asked.join(max(0.0, deadline - time.monotonic()))
+        asked.join(max(0.0, deadline - time.monotonic()))
