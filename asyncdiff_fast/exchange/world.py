@@ -180,7 +180,7 @@ class World:
         """A name that these ranks use once, all of them alike."""
         if not self._whole._epoch:
             self._whole.begin(None, "an exchange")
-        return f"{self._whole._epoch}/{self._number}{self._next()}"
+        return f"{'-'.join(map(str, self.ranks))}/{self._whole._epoch}/{self._number}{self._next()}"
 
     def new_group(self):
         """A process group of these ranks for the exchange alone, apart from everybody else's traffic. Collective."""
@@ -188,7 +188,7 @@ class World:
         limit, c10d = timedelta(seconds=2 * self.timeout_s), dist.distributed_c10d
         backend = c10d._world.pg_map[c10d._get_default_group()][0]
         # Not `new_group`: it may name a group as one destroyed before, whose addresses are still in the store.
-        name, store = f"asyncdiff_fast {self._whole.ranks} {self._new_place()}", self._whole._rounds.store
+        name, store = f"asyncdiff_fast {self._new_place()}", self._whole._rounds.store
         group, _ = connect(
             self.name,
             [r for r in self.ranks if r != self.name],
