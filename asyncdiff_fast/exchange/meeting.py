@@ -33,13 +33,7 @@ def meet(rank, size, timeout_s):
     except Missing as error:
         missing, why = error, error.__cause__
     seconds = time.monotonic() - began
-    raise ExchangeError(f"rank {rank} waited {seconds:.3g} s for {missing} to call patch(); {_fate(missing)}") from why
-
-
-def _fate(missing):
-    if missing.died:
-        return "its process has ended: see its log, and start all ranks again"
-    return "it died, hangs, or does not run the same script; see its log, or raise timeout_s"
+    raise ExchangeError(f"rank {rank} waited {seconds:.3g} s for {missing} to call patch(); {missing.fate}") from why
 
 
 def _store(rank, timeout_s):

@@ -14,11 +14,27 @@ from .waiting import Asked
 
 
 class Missing(ExchangeError):
-    """Ranks that did not answer in time, or whose process has ended: `.ranks`, `.died`."""
+    """Ranks that did not answer in time, or whose process has ended: `.ranks`, `.died`, `.fate`.
 
-    def __init__(self, ranks, died=False):
+    Args:
+        alive: whether their processes are known to live.
+    """
+
+    def __init__(self, ranks, died=False, alive=False):
         super().__init__(f"rank {', '.join(map(str, ranks))}")
-        self.ranks, self.died = list(ranks), died
+        self.ranks, self.died, self._alive = list(ranks), died, alive
+
+    @property
+    def fate(self):
+        """What has become of them, and what to do."""
+        if self.died:
+            return "its process has ended; see its log, and start all ranks again"
+        if self._alive:
+            return (
+                "its process lives: it is slow, as where a first call compiles for minutes, hangs, or does not run the "
+                "same script; see its log, or raise timeout_s"
+            )
+        return "it died, hangs, or does not run the same script; see its log, or raise timeout_s"
 
 
 class Ahead(ExchangeError):
@@ -142,6 +158,10 @@ class Presence:
                 raise ExchangeError(f"rank {rank} cannot be understood: it tells {found!r:.80} of its process")
             self._processes[rank] = found
         return rank in self._processes and has_ended(self._processes[rank])
+
+    def live(self, ranks):
+        """True if the processes of all these ranks are known, and none has ended."""
+        return all(not self.ended(rank) and rank in self._processes for rank in ranks)
 
     def _left(self, rank, epoch):
         """How many calls a rank made in an epoch that it has ended, else None. Raises: ExchangeError if it failed."""

@@ -109,7 +109,7 @@ class Rounds:
         if time.monotonic() > ends:
             missing = [peer for peer in missing if not self.store.check([f"{key}/{peer}"])]
             if missing:
-                raise Missing(missing)
+                raise Missing(missing, alive=self.presence.live(missing))
 
     def _there(self, place, ends):
         # Not by `wait`: a TCPStore says on stderr that it has waited, and lets nobody else ask meanwhile.

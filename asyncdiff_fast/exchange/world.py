@@ -146,19 +146,17 @@ class World:
     def explained(self, error):
         """An ExchangeError with what others say of it, who have failed at the same time and may know the cause."""
         whole = self._whole
-        if whole.size < 3 or not whole._epoch or " has left: " in str(error):
+        known = any(words in str(error) for words in ("has left", " died ", "has ended"))
+        if whole.size < 3 or not whole._epoch or known:
             return error
         others = whole._rounds.presence.reasons(whole._epoch, whole.ranks, EXPLAINED_S)
         return ExchangeError("; ".join([str(error), *others]), ended=error.ended) if others else error
 
     def _lost(self, missing, what, began):
         seconds = time.monotonic() - began
-        fate = (
-            "its process has ended; see its log, and start all ranks again"
-            if missing.died
-            else "it died, hangs, or does not run the same script; see its log, or raise timeout_s"
+        return ExchangeError(
+            f"rank {self.name} waited {seconds:.3g} s for {missing} to agree on {what}; {missing.fate}"
         )
-        return ExchangeError(f"rank {self.name} waited {seconds:.3g} s for {missing} to agree on {what}; {fate}")
 
     def _next(self):
         """Number of the next round in this epoch."""
