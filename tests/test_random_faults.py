@@ -70,7 +70,9 @@ def _injected(rank, mode, exchange, plan):
     run.unpatch()
     left = [n for n, m in run.model.named_modules() if "_diffusers_hook" in vars(m) or "forward" in vars(m)]
     left += [fd for fd in os.listdir("/proc/self/fd") if "asyncdiff" in _target(fd)]
-    found.append((fault, place, [s[:3] for s in seen], not left and time.monotonic() - began < TIMEOUT_S + SLACK_S))
+    seconds = time.monotonic() - began
+    seen.append(("left", f"{left}, unpatch took {seconds:.1f} s", 0)) if left or seconds > TIMEOUT_S + SLACK_S else None
+    found.append((fault, place, [s[:3] for s in seen], not left and seconds < TIMEOUT_S + SLACK_S))
     return found
 
 

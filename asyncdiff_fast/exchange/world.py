@@ -7,6 +7,7 @@ who is missing.
 
 import itertools
 import os
+import re
 import time
 from datetime import timedelta
 
@@ -27,6 +28,8 @@ def device():
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
 
 
+# In messages that name the cause.
+_KNOWN = re.compile(r"has left|its process (\d+ died|has ended)")
 # How long a rank that fails waits for what others say of it.
 EXPLAINED_S = 1.0
 # {ranks: (store, `Rounds`)}: worlds of the same ranks have the same epochs.
@@ -146,8 +149,7 @@ class World:
     def explained(self, error):
         """An ExchangeError with what others say of it, who have failed at the same time and may know the cause."""
         whole = self._whole
-        known = any(words in str(error) for words in ("has left", " died ", "has ended"))
-        if whole.size < 3 or not whole._epoch or known:
+        if whole.size < 3 or not whole._epoch or _KNOWN.search(str(error)):
             return error
         others = whole._rounds.presence.reasons(whole._epoch, whole.ranks, EXPLAINED_S)
         return ExchangeError("; ".join([str(error), *others]), ended=error.ended) if others else error
