@@ -78,7 +78,8 @@ class Parts:
         # Patches know of the choice as well: buffers of theirs must not wait for a garbage collection.
         self._has_opened_steps, self._shared.choice.patches = False, None
         exchanges = [part.exchange for part in parts]
-        for part, exchange in zip(parts, exchanges, strict=True):
+        # The last one's hooks lie on top.
+        for part, exchange in reversed(list(zip(parts, exchanges, strict=True))):
             if why:
                 exchange.abort(why)
             part.forget(released=True)

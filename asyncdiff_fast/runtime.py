@@ -191,7 +191,8 @@ class Runtime:
         if now != self._structure:
             if self._structure is not None:
                 log.info("%s is traced again: modules were added or replaced", type(self.denoiser).__name__)
-                for part in self._parts:
+                # The last one's hooks lie on top.
+                for part in reversed(list(self._parts)):
                     part.forget()
             self._structure = now
         for part in self._parts:
