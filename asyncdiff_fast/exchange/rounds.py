@@ -10,7 +10,7 @@ import time
 
 from . import wire
 from .errors import ExchangeError
-from .presence import Ahead, Missing, Presence, later
+from .presence import Ahead, Missing, Presence
 from .waiting import within
 
 # How often a rank that waits looks around.
@@ -32,7 +32,7 @@ class Rounds:
 
     def __init__(self, store, me, ranks, keeps_store=False):
         self.store, self.me, self.ranks, self._keeps_store = store, me, tuple(ranks), keeps_store
-        self.epoch, self.presence = 0, Presence(store, me)
+        self.epoch, self.presence, self._read_by_all = 0, Presence(store, me), []
 
     def begin(self, value, what, timeout_s):
         """(number of the new epoch, [every rank's value]). Collective. Raises: ExchangeError; `Missing`."""
@@ -72,12 +72,16 @@ class Rounds:
         return self._values(self._within(timeout_s, ask), key, what, value, ranks)
 
     def forget(self, key):
-        """Delete what this rank has said under a key that all have read."""
-        later(lambda: [self.store.delete_key(f"{k}/{self.me}") for k in (key, f"read/{key}")])
+        """What this rank has said under a key, all have read: it is deleted in the next round."""
+        self._read_by_all.append(key)
 
     # Inside a thread.
 
     def _say(self, key, what, value):
+        while self._read_by_all:
+            old = self._read_by_all.pop()
+            for name in (old, f"read/{old}"):
+                self.store.delete_key(f"{name}/{self.me}")
         place = f"{key}/{self.me}"
         self.store.set(place, wire.dumps((what, value), place))
 
