@@ -62,6 +62,8 @@ class Alike:
         if any(report["random"] != first["random"] for report in reports):
             log.info("torch's own random numbers differed between ranks: all go on with those of rank %s", names[0])
             share_seeds(self._world)
+        if self._passing is not None:
+            self._passing.forget()
         self._passing, self._drawn = self._world.passing(), last_drawn()
 
     def check_draws(self, step):

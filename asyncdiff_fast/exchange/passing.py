@@ -1,6 +1,7 @@
 """What ranks tell each other in passing: nobody waits for an answer, and who has told something else is found later."""
 
 from . import wire
+from .presence import later
 from .waiting import Asked
 
 # So many values are looked after; what nobody has answered until then is forgotten.
@@ -29,6 +30,12 @@ class Passing:
         except (RuntimeError, TimeoutError):
             # The store is lost: others will say so.
             return None
+
+    def forget(self):
+        """The epoch is over: take back what was told. Never waits."""
+        places = [f"passing/{self._epoch}/{number}/{self._me}" for number in self._values]
+        if places:
+            later(lambda: [self._store.delete_key(place) for place in places])
 
     def _ask(self, stop):
         for number in list(self._values):
