@@ -2,9 +2,7 @@
 whoever waits. Where its process is, which epoch it has begun, and whether it has left that again.
 """
 
-import contextlib
 import os
-import threading
 import time
 
 from . import wire
@@ -185,10 +183,5 @@ class Presence:
 
 
 def later(ask):
-    """Ask the store in a thread that nobody waits for. If the store is lost, so is the run."""
-
-    def run():
-        with contextlib.suppress(RuntimeError):
-            ask()
-
-    threading.Thread(target=run, daemon=True, name="asyncdiff_fast notice").start()
+    """Ask the store, and let nobody wait for it but the end of the process. If the store is lost, so is the run."""
+    Asked(lambda stop: ask())
