@@ -18,7 +18,7 @@ __all__ = [
 
 # Loaded when first used: torch and diffusers take seconds to import, which `asyncdiff-fast --help` need not wait for.
 _PLACES = dict.fromkeys(("device", "patch", "plan", "unpatch"), "patching")
-_PLACES |= {"ExchangeError": "exchange.world", "sample_window": "steps.fixed_point"}
+_PLACES |= {"ExchangeError": "exchange.errors", "sample_window": "steps.fixed_point"}
 _PLACES |= {"Cancelled": "workers.messages", "Workers": "workers.front"}
 
 

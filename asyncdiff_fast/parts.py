@@ -1,7 +1,10 @@
 """What one rank shares with others along each axis of the mesh: steps, halves, patches, stages; their exchanges."""
 
+import contextlib
+
 from .exchange.choice import open_exchange
-from .exchange.world import ExchangeError, World
+from .exchange.engine import described
+from .exchange.errors import ExchangeError
 from .halves.calls import Halves
 from .patches.calls import Patches
 from .patches.plan import MeshPlan
@@ -22,9 +25,15 @@ class Parts:
 
     def __init__(self, shared, world, device, steps=None):
         self._shared, self._world = shared, world
-        self._worlds = {axis: World(self.along(axis), world.timeout_s) for axis in ("half", "patch", "stage")}
+        self._worlds = {axis: world.along(self.along(axis)) for axis in ("half", "patch", "stage")}
         self.device, self.steps, self._has_opened_steps = device, steps, False
-        self._open()
+        self.halves = self.patches = self.stages = None
+        try:
+            self._open()
+        except BaseException as error:
+            with contextlib.suppress(ExchangeError):
+                self.close(described(error))
+            raise
 
     def __iter__(self):
         steps = self.steps if self._has_opened_steps else None
@@ -66,9 +75,11 @@ class Parts:
     def close(self, why=None):
         """Drop all plans and buffers, and close the exchanges; with `why` they are stopped on all ranks."""
         parts, self.halves, self.patches, self.stages = list(self), None, None, None
-        self._has_opened_steps = False
+        # Patches know of the choice as well: buffers of theirs must not wait for a garbage collection.
+        self._has_opened_steps, self._shared.choice.patches = False, None
         exchanges = [part.exchange for part in parts]
-        for part, exchange in zip(parts, exchanges, strict=True):
+        # The last one's hooks lie on top.
+        for part, exchange in reversed(list(zip(parts, exchanges, strict=True))):
             if why:
                 exchange.abort(why)
             part.forget(released=True)
@@ -89,7 +100,6 @@ class Parts:
         if self.steps is not None and self.steps.exchange is None:
             self.steps.open(open_exchange(self.steps.world, self.device))
             self._has_opened_steps = True
-        self.halves = self.patches = self.stages = None
         self.halves = self._made(Halves, halves)
         self.patches = self._shared.choice.patches = self._made(Patches, rows)
         self.stages = self._made(StageCalls, stages)

@@ -1,13 +1,16 @@
 """`patch` and `unpatch`: the whole way from a pipeline to hooks on its denoiser, and back."""
 
+import dataclasses
 import weakref
 
 import torch
 
 from . import modules
+from .alike import share_seeds
 from .config import Config
 from .denoisers import allow_copies, denoisers, forbid_copies
 from .exchange import fingerprint
+from .exchange.engine import described
 from .exchange.world import World, device, start_process_group, stop_process_group
 from .first_call import first_call, plan_call
 from .fused import choice
@@ -31,7 +34,7 @@ def patch(target, *, mesh=None, scheduler=None, **options):
     Returns: the `Runtime` (a list of them if the pipeline has several denoisers): `.plan`, `.stats()`.
     Raises: ValueError or TypeError on every rank alike, before anything is changed.
     """
-    config, found, problem, runtimes = None, [], None, []
+    config, found, problem, world, runtimes = None, [], None, None, []
     try:
         config, found = Config.from_options(options), denoisers(target)
     except (ValueError, TypeError) as error:
@@ -42,13 +45,16 @@ def patch(target, *, mesh=None, scheduler=None, **options):
     try:
         world = World(_ranks(mesh, config), timeout_s)
         _agree(world, config, found, problem)
-        _share_seeds(world)
+        share_seeds(world)
         steps = _steps(config, world, target, scheduler)
         for number, denoiser in enumerate(found):
             runtimes.append(_patch_one(denoiser, config, world, scheduler, target, steps, number))
-    except BaseException:
+        world.gather(None, "the end of patch()")
+    except BaseException as error:
+        if world is not None:
+            world.leave(described(error))
         for runtime in runtimes:
-            _release(runtime.denoiser)
+            _release(runtime.denoiser, "patch() has failed")
         raise
     finally:
         # Each runtime has counted itself as a user of the process group.
@@ -133,19 +139,21 @@ def _agree(world, config, found, problem):
         problem = error
     # Alone, there is nobody to differ from: no pass over the weights.
     digests = [fingerprint.model_digest(d) for d in found] if problem is None and world.size > 1 else []
-    reports = world.gather((problem and str(problem), config, digests), "patch")
+    reports = world.gather((problem and str(problem), config and dataclasses.asdict(config), digests), "patch")
     if problem is not None:
         raise problem
-    for rank, (refusal, theirs, digest) in enumerate(reports):
-        if theirs != config and theirs is not None:
+    mine = dataclasses.asdict(config)
+    for rank, (refusal, theirs, digest) in zip(world.ranks, reports, strict=True):
+        if theirs != mine and theirs is not None:
+            here, there = ({n: options.get(n) for n in mine if theirs.get(n) != mine[n]} for options in (mine, theirs))
             raise ValueError(
-                f"every rank must pass the same options: rank {world.rank} has {config}, rank {rank} has {theirs}"
+                f"every rank must pass the same options: rank {world.name} has {here}, rank {rank} has {there}"
             )
         if refusal:
             raise ValueError(f"rank {rank} refused to patch: {refusal}")
         if digest != digests:
             raise ValueError(
-                f"every rank must hold the same model: rank {world.rank} and rank {rank} have different denoisers or "
+                f"every rank must hold the same model: rank {world.name} and rank {rank} have different denoisers or "
                 "weights; load the same checkpoint, or seed before building the model"
             )
 
@@ -197,47 +205,33 @@ def _fitting(size, config):
     return f"num_stages={max(others - config.stride + 1, 1)}"
 
 
-def _share_seeds(world):
-    """Set the default generators of all ranks to rank 0's state: without a generator argument, all draw the same."""
-    if world.size == 1:
-        return
-    cuda = torch.cuda.is_available()
-    cpu_state, cuda_state = world.broadcast(
-        (torch.get_rng_state(), torch.cuda.get_rng_state() if cuda else None), "seeds"
-    )
-    torch.set_rng_state(cpu_state)
-    if cuda and cuda_state is not None:
-        torch.cuda.set_rng_state(cuda_state)
-
-
 def _steps(config, world, target, scheduler):
     """The steps side by side that a pipeline's denoisers share, or None."""
     if config.parallel_steps == 1:
         return None
     ranks = [world.ranks[r] for r in config.mesh.along("step", world.rank)]
     pipe = weakref.ref(target)
-    return StepCalls(config, World(ranks, world.timeout_s), lambda: getattr(pipe(), "_num_timesteps", None), scheduler)
+    return StepCalls(config, world.along(ranks), lambda: getattr(pipe(), "_num_timesteps", None), scheduler)
 
 
 def _patch_one(denoiser, config, world, scheduler, target, steps, number):
     start_process_group(config.timeout_s)
+    pipeline = weakref.ref(target) if target is not denoiser else lambda: None
     try:
-        runtime = Runtime(denoiser, config, world, scheduler, steps, number)
+        runtime = Runtime(denoiser, config, world, scheduler, steps, number, pipeline)
     except BaseException:
         stop_process_group()
         raise
-    pipe = weakref.ref(target)
-    runtime.guided = lambda: getattr(pipe(), "do_classifier_free_guidance", True)
     runtime.on_refused = lambda: _release(denoiser)
     setattr(denoiser, _ATTRIBUTE, runtime)
     forbid_copies(modules.own(denoiser))
     return runtime
 
 
-def _release(denoiser):
+def _release(denoiser, why=None):
     try:
         allow_copies(modules.own(denoiser))
-        vars(modules.own(denoiser)).pop(_ATTRIBUTE).close()
+        vars(modules.own(denoiser)).pop(_ATTRIBUTE).close(why)
     finally:
         stop_process_group()
 

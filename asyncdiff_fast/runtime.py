@@ -11,13 +11,12 @@ from dataclasses import replace
 import torch
 from torch.utils._pytree import tree_leaves
 
-from .calls.clock import Clock
 from .calls.schedule import Mode, PatchMode
 from .calls.signature import CallSignature, copied, device_of, inputs_key
 from .calls.watch import unwatch_schedulers, watch_schedulers
-from .exchange import fingerprint
 from .exchange.world import device
 from .fused.device_layers import DeviceLayers
+from .generations import Generations
 from .halves.calls import Unguided
 from .modules import attached, is_compiled, on_pipeline_end, own, step_cache, structure
 from .parts import Parts
@@ -32,17 +31,15 @@ class Runtime:
     `plan` is the latest plan (None before the first call), `stats()` what was exchanged, `close()` undoes everything.
     """
 
-    def __init__(self, denoiser, config, world, scheduler=None, steps=None, number=0):
+    def __init__(self, denoiser, config, world, scheduler=None, steps=None, number=0, pipeline=lambda: None):
         self.denoiser, self.config, self.world = denoiser, config, world
         # The steps of the pipeline, and which of its denoisers this is.
         self._steps, self._number = steps, number
         self.on_refused = self._forward_error = self._structure = None
-        # Whether the pipeline uses guidance, where it tells.
-        self.guided = lambda: True
+        self._pipeline = pipeline
         # What was compiled as a whole keeps its layers.
         inside = replace(config, kernels="torch") if is_compiled(denoiser) else config
         self._signature = CallSignature(own(denoiser))
-        self._clock = Clock()
         where = _device(denoiser)
         # Beneath every hook of ours.
         self._layers = DeviceLayers(denoiser, inside, world, where.type, self._signature)
@@ -52,8 +49,11 @@ class Runtime:
         except BaseException:
             self._layers.remove()
             raise
-        # The denoiser may call itself.
-        self._inside = self._interrupted = False
+        self._generations = Generations(world, denoiser, pipeline, scheduler)
+        if steps is not None:
+            steps.on_ended = self._generations.stop
+        # The result of the latest call.
+        self._last = None
         self._calls = dict.fromkeys(Mode, 0)
         watch_schedulers()
         self._undo_end = on_pipeline_end(own(denoiser), self._end)
@@ -72,33 +72,40 @@ class Runtime:
     # One call of the denoiser.
 
     def _call(self, forward, args, kwargs):
-        if self._inside or (self.world.size == 1 and not self._layers.keeps):
+        alone = self.world.size == 1
+        if self._generations.is_inside or (alone and (not self._layers.keeps or self._generations.is_taken)):
             return forward(*args, **kwargs)
         if self._needs_gradients(args, kwargs):
             self._end()
             return forward(*args, **kwargs)
         key = inputs_key(args, kwargs)
         timestep = self._signature.timestep(args, kwargs)
-        tick = self._clock.tick(timestep, key)
+        tick = self._generations.tick(timestep, key)
         try:
-            self._inside = True
             if tick.begins:
                 self._layers.begin()
                 self._begin_generation(args, kwargs)
+            self._generations.count(tick, self._signature.latent(args, kwargs))
             whole = functools.partial(self._on_halves, tick, key, forward, args, kwargs)
-            return whole() if self._steps is None else self._steps.call(self._number, timestep, key, whole)
-        except BaseException:
-            self._interrupted = True
-            self._clock.end()
-            raise
+            self._last = whole() if self._steps is None else self._steps.call(self._number, timestep, key, whole)
+            return self._last
+        except BaseException as error:
+            self._generations.fail(error, has_result=self._last is not None)
+            # The pipeline makes nothing more of it.
+            return self._last
         finally:
-            self._inside = False
+            self._generations.leave()
 
     def _end(self):
         """The pipeline has ended, or calls follow that are none of ours."""
-        self._clock.end()
+        self._generations.end()
+        self._last = None
         if self._steps is not None:
             self._steps.pipeline_ended()
+
+    def _guided(self):
+        """Whether the pipeline uses guidance, where it tells."""
+        return getattr(self._pipeline(), "do_classifier_free_guidance", True)
 
     def _on_halves(self, tick, key, forward, args, kwargs):
         """This call, shared by the halves of guidance: of all steps, or of this rank's."""
@@ -109,7 +116,7 @@ class Runtime:
             return self._on_patches(tick, inputs_key(args, kwargs), forward, args, kwargs)
 
         with self._planning(forward) as quiet:
-            return self._parts.halves.call(tick, key, quiet, run, args, kwargs, self.guided())
+            return self._parts.halves.call(tick, key, quiet, run, args, kwargs, self._guided())
 
     def _on_patches(self, tick, key, forward, args, kwargs):
         """This call, shared by the patches: of the whole batch, or of this rank's half of the guidance."""
@@ -171,41 +178,29 @@ class Runtime:
             raise ValueError(
                 "a step cache of diffusers was enabled after patch(): both reuse activations; call disable_cache()"
             )
+        interrupted = self._steps is not None and self._steps.interrupted
         where = device_of(args, kwargs)
-        mine = {
-            "inputs": fingerprint.input_digests(self._signature.named(args, kwargs)),
-            "interrupted": self._interrupted or (self._steps is not None and self._steps.interrupted),
-            # The weights were elsewhere at `patch`, or have been moved since.
-            "moved": where is not None and _placed(where) != self._parts.device,
-        }
-        everyone = self.world.gather(mine, "the start of a generation")
-        if any(report["interrupted"] for report in everyone):
+        # The weights were elsewhere at `patch`, or have been moved since.
+        moved = where is not None and _placed(where) != self._parts.device
+        everyone = self._generations.begin(self._signature.named(args, kwargs), interrupted, moved)
+        self._last = None
+        if not self._generations.is_whole(everyone):
             self._parts.restart("interrupted")
-            self._interrupted = False
+            self._generations.interrupted = False
         elif any(report["moved"] for report in everyone):
             self._parts.device = self._parts.device if where is None else _placed(where)
             self._parts.restart()
-        self._compare_inputs([report["inputs"] for report in everyone])
+        self._generations.check(everyone)
         now = structure(self.denoiser)
         if now != self._structure:
             if self._structure is not None:
                 log.info("%s is traced again: modules were added or replaced", type(self.denoiser).__name__)
-                for part in self._parts:
+                # The last one's hooks lie on top.
+                for part in reversed(list(self._parts)):
                     part.forget()
             self._structure = now
         for part in self._parts:
             part.begin_generation()
-
-    def _compare_inputs(self, inputs):
-        first = inputs[0]
-        for rank, theirs in enumerate(inputs):
-            different = sorted(n for n in {*first, *theirs} if first.get(n) != theirs.get(n))
-            if different:
-                raise ValueError(
-                    f"every rank must call the denoiser with the same inputs: {', '.join(different)} differ between "
-                    f"rank 0 and rank {rank}; use the same prompt, size and seed on all ranks "
-                    "(generator=torch.Generator().manual_seed(0))"
-                )
 
     def _needs_gradients(self, args, kwargs):
         if not torch.is_grad_enabled():
@@ -228,13 +223,14 @@ class Runtime:
         for part in self._parts:
             part.exchange.clear_stats()
 
-    def close(self):
-        """Take every hook off and free every buffer; the denoiser is as it was."""
+    def close(self, why=None):
+        """Take every hook off and free every buffer; the denoiser is as it was. `why` if it ends by a failure."""
         self._root.remove()
         self._undo_end()
         unwatch_schedulers()
+        self._generations.end()
         try:
-            self._parts.close("interrupted" if self._interrupted else None)
+            self._parts.close(why or ("interrupted" if self._generations.interrupted else None))
         finally:
             self._layers.remove()
 

@@ -19,10 +19,11 @@ import measure
 import real_models
 import torch
 import torch.distributed as dist
-from rounds import SPENT, Alone, Loop, Patched, compared, one_round, paired_round, timed, twin_of
+from rounds import PATIENCE_S, SPENT, Alone, Loop, Patched, compared, one_round, paired_round, timed, twin_of
 
 import asyncdiff_fast
 from asyncdiff_fast.commands.launch import launch
+from asyncdiff_fast.exchange.world import World
 
 # glibc's.
 KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 32), "MALLOC_TRIM_THRESHOLD_": str(1 << 36)}
@@ -146,8 +147,7 @@ def report(options, patched, alone, cpu_alone):
         "cpu": (cpu_alone[-1], patched.cpu[-1]),
         "sent_bytes": runtime.stats().get("sent_bytes", 0),
     }
-    ranks = [None] * dist.get_world_size()
-    dist.all_gather_object(ranks, mine)
+    ranks = World(range(dist.get_world_size()), PATIENCE_S).gather(mine, "what was measured")
     if dist.get_rank():
         return None
     call, call_alone = statistics.median(together), statistics.median(alone)

@@ -13,8 +13,11 @@ from torch.distributed.device_mesh import DeviceMesh
 
 import asyncdiff_fast
 from asyncdiff_fast.config import EXCHANGE_VARIABLE
+from asyncdiff_fast.exchange.world import World
 
 SPENT = prediction_cost.Spent()
+# Seconds that ranks wait for each other.
+PATIENCE_S = 600.0
 
 
 def twin_of(denoiser):
@@ -167,8 +170,7 @@ def compared(pairs):
 
     Processor time is of all ranks together.
     """
-    everyone = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, pairs)
+    everyone = World(range(dist.get_world_size()), PATIENCE_S).gather(pairs, "the times of calls")
     if dist.get_rank():
         return None
     ratios = {"call": [second[0] / first[0] for first, second in pairs], "cpu": []}

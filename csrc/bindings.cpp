@@ -2,6 +2,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cstring>
+
 #include "channel.hpp"
 #include "edges.hpp"
 #include "nccl_puts.hpp"
@@ -67,6 +69,16 @@ py::dict nccl_info(const NcclTransport& t) {
   const Libraries& lib = t.libraries();
   return py::dict("version"_a = lib.nccl_version, "path"_a = lib.nccl_path, "driver"_a = lib.driver_path,
                   "cta_policy_known"_a = lib.nccl_version >= kNcclCtaPolicySince);
+}
+
+// Signals are heard while a thread waits without the GIL, and so is what `pause()` raises, if there is one.
+std::function<void()> pausing(py::object pause) {
+  auto held = std::make_shared<py::object>(std::move(pause));
+  return [held] {
+    py::gil_scoped_acquire locked;
+    if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+    if (!held->is_none()) (*held)();
+  };
 }
 
 // What the declarations in dynlib.hpp assume, for tests to compare with the nccl.h of an installed NCCL.
@@ -144,8 +156,13 @@ void bind_shm(py::module_& m) {
 
 void bind_channel(py::module_& m) {
   py::class_<Channel, std::unique_ptr<Channel, EndsUnlocked>>(m, "Channel", py::module_local())
-      .def(py::init<std::shared_ptr<Transport>, double, std::vector<int>, bool>(), py::arg("transport"),
-           py::arg("timeout_s") = 30.0, py::arg("pids") = std::vector<int>(), py::arg("pidfd") = true)
+      .def(py::init([](std::shared_ptr<Transport> transport, double timeout_s, std::vector<int> pids, bool pidfd,
+                       std::vector<int> ranks, py::object pause) {
+             return std::unique_ptr<Channel, EndsUnlocked>(new Channel(
+                 std::move(transport), timeout_s, std::move(pids), pidfd, std::move(ranks), pausing(std::move(pause))));
+           }),
+           py::arg("transport"), py::arg("timeout_s") = 30.0, py::arg("pids") = std::vector<int>(),
+           py::arg("pidfd") = true, py::arg("ranks") = std::vector<int>(), py::arg("pause") = py::none())
       .def(
           "add",
           [](Channel& c, const std::string& name, const std::vector<Listed>& sends, const std::vector<Listed>& recvs,

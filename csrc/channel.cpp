@@ -11,21 +11,28 @@ namespace {
 
 // More operations in one NCCL group can diverge between ranks.
 constexpr size_t kMostMessages = 256;
+constexpr auto kPause = std::chrono::milliseconds(100);
 // Counts the forks above this process: threads and communicators do not come along.
 std::atomic<int> forks{0};
 const int watching_forks = pthread_atfork(nullptr, nullptr, [] { forks.fetch_add(1); });
 
 }  // namespace
 
-Channel::Channel(std::shared_ptr<Transport> transport, double timeout_s, std::vector<int> pids, bool use_pidfd)
+Channel::Channel(std::shared_ptr<Transport> transport, double timeout_s, std::vector<int> pids, bool use_pidfd,
+                 std::vector<int> names, std::function<void()> pause)
     : transport_(std::move(transport)),
       timeout_s_(timeout_s),
+      pause_(std::move(pause)),
       fork_count_(forks.load() + watching_forks),
       pids_(pids.begin(), pids.end()),
       left_(transport_->size(), false) {
   if (!pids.empty() && static_cast<int>(pids.size()) != transport_->size()) {
     throw std::invalid_argument("pids must have one entry for each rank, or none");
   }
+  if (!names.empty() && static_cast<int>(names.size()) != transport_->size()) {
+    throw std::invalid_argument("ranks must have one name for each rank, or none");
+  }
+  transport_->set_names(std::move(names));
   watchdog_ = std::make_unique<Watchdog>(
       pids_, use_pidfd, [this] { transport_->watched(); }, [this](const std::vector<int>& ended) { look(ended); });
 }
@@ -118,6 +125,16 @@ Clock::time_point Channel::deadline() const {
   return Clock::now() + std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(timeout_s_));
 }
 
+template <typename Attempt>
+bool Channel::patiently(Clock::time_point deadline, Attempt attempt) {
+  while (true) {
+    const auto now = Clock::now(), until = pause_ ? std::min(deadline, now + kPause) : deadline;
+    if (attempt(until)) return true;
+    if (until == deadline) return false;
+    pause_();
+  }
+}
+
 void Channel::acquire(int slot, Stream stream) {
   enter();
   Slot& s = at(slot);
@@ -182,7 +199,7 @@ void Channel::order_after(Slot* slot, uint64_t epoch, Stream stream) {
   }
   bool there;
   try {
-    there = transport_->order(*slot, epoch, stream, deadline());
+    there = patiently(deadline(), [&](auto until) { return transport_->order(*slot, epoch, stream, until); });
   } catch (const ExchangeError& error) {
     fail(place(*slot, epoch) + ": " + error.what());
     raise();
@@ -218,7 +235,8 @@ void Channel::finish(Slot* slot, int64_t epoch, Clock::time_point deadline) {
   const auto began = Clock::now();
   bool there = true;
   try {
-    ADF_EDGE(Edge::HostAfterDone, there = transport_->finish(*slot, epoch, deadline));
+    ADF_EDGE(Edge::HostAfterDone,
+             there = patiently(deadline, [&](auto until) { return transport_->finish(*slot, epoch, until); }));
   } catch (const ExchangeError& error) {
     fail(place(*slot, epoch) + ": " + error.what());
     raise();
@@ -235,6 +253,12 @@ void Channel::drain(const std::vector<int>& slots) {
   }
 }
 
+void Channel::put_away() {
+  closed_ = true;
+  watchdog_->stop();
+  transport_->close();
+}
+
 void Channel::close(double patience_s) {
   if (forked() || closed_) return;
   const auto patience =
@@ -248,10 +272,12 @@ void Channel::close(double patience_s) {
     }
   } catch (const ExchangeError&) {
     told_ = false;  // Raised below, once everything is put away.
+  } catch (...) {
+    leave("it was interrupted while it closed");
+    put_away();
+    throw;
   }
-  closed_ = true;
-  watchdog_->stop();
-  transport_->close();
+  put_away();
   if (transport_->health().broken() && !told_) raise();
 }
 

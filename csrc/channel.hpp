@@ -1,5 +1,6 @@
 // Slots of one rank over a transport: who sends what to whom, in which order, and who has to wait for it.
 #pragma once
+#include <functional>
 #include <map>
 #include <memory>
 #include <optional>
@@ -28,7 +29,10 @@ struct PostRecord {
 class Channel {
  public:
   // `pids` of the ranks on this host, 0 where a rank is not to be watched; empty: none is.
-  Channel(std::shared_ptr<Transport> transport, double timeout_s, std::vector<int> pids, bool use_pidfd);
+  // `names` are what messages call the ranks. Whoever waits calls `pause` a few times a second; what that throws, ends
+  // the wait.
+  Channel(std::shared_ptr<Transport> transport, double timeout_s, std::vector<int> pids, bool use_pidfd,
+          std::vector<int> names = {}, std::function<void()> pause = {});
   ~Channel();
 
   int add(const std::string& name, std::vector<Message> messages, int depth);
@@ -93,12 +97,16 @@ class Channel {
   // A child of the process that made this channel: it must not touch what it shares with other ranks.
   bool forked() const;
   void enter();
+  void put_away();
   void grow_history(size_t marks);
   void guard_order(const Slot& slot, Phase* phase);
   void post_now(const std::shared_ptr<Slot>& slot, Stream stream);
   void order_after(Slot* slot, uint64_t epoch, Stream stream);
   void finish(Slot* slot, int64_t epoch, Clock::time_point deadline);
   Clock::time_point deadline() const;
+  // What `attempt(until)` returns, tried until a deadline.
+  template <typename Attempt>
+  bool patiently(Clock::time_point deadline, Attempt attempt);
   State state(const Posted& posted) const;
   std::string place(const Slot& slot, uint64_t epoch) const;
   std::string late(const Slot& slot, uint64_t epoch, double waited_s) const;
@@ -110,6 +118,7 @@ class Channel {
 
   std::shared_ptr<Transport> transport_;
   double timeout_s_;
+  std::function<void()> pause_;
   std::vector<std::shared_ptr<Slot>> slots_;
   std::map<std::string, Phase> phases_;
   uint64_t sequence_ = 0;

@@ -19,9 +19,9 @@ std::string number(double value) {
   return text;
 }
 
-std::string list(const std::vector<int>& ranks) {
+std::string list(const Transport& transport, const std::vector<int>& ranks) {
   std::string text;
-  for (int r : ranks) text += (text.empty() ? "" : ", ") + std::to_string(r);
+  for (int r : ranks) text += (text.empty() ? "" : ", ") + transport.name(r);
   return text;
 }
 
@@ -41,7 +41,7 @@ void Channel::report(const std::string& reason) {
 
 void Channel::leave(const std::string& reason) {
   if (forked()) return;
-  if (!transport_->health().fail("rank " + std::to_string(transport_->rank()) + " has left the exchange: " + reason)) {
+  if (!transport_->health().fail(transport_->name() + " has left the exchange: " + reason)) {
     return;
   }
   told_ = true;
@@ -103,15 +103,14 @@ std::vector<PostRecord> Channel::history() {
 }
 
 std::string Channel::place(const Slot& slot, uint64_t epoch) const {
-  return "rank " + std::to_string(transport_->rank()) + ", slot '" + slot.name + "' (exchange " +
-         std::to_string(epoch) + ")";
+  return transport_->name() + ", slot '" + slot.name + "' (exchange " + std::to_string(epoch) + ")";
 }
 
 std::string Channel::late(const Slot& slot, uint64_t epoch, double waited_s) const {
-  return "rank " + std::to_string(transport_->rank()) + " waited for rank " + list(transport_->missing(slot, epoch)) +
-         " in slot '" + slot.name + "' (exchange " + std::to_string(epoch) + ") and failed: nothing came for " +
-         number(waited_s) + " s; that rank hangs or has gone another way: see its log, or raise timeout_s (now " +
-         number(timeout_s_) + ")";
+  return transport_->name() + " waited for rank " + list(*transport_, transport_->missing(slot, epoch)) + " in slot '" +
+         slot.name + "' (exchange " + std::to_string(epoch) + ") and failed: nothing came for " + number(waited_s) +
+         " s; that rank hangs or has gone another way: see its log, or raise timeout_s (now " + number(timeout_s_) +
+         ")";
 }
 
 void Channel::fail(const std::string& reason) {
@@ -126,7 +125,7 @@ void Channel::look(const std::vector<int>& ended) {
     reason = lost_peer(ended);
     if (!reason) reason = standstill();
   } catch (const std::exception& error) {
-    reason = "rank " + std::to_string(transport_->rank()) + ": " + error.what();
+    reason = transport_->name() + ": " + error.what();
   }
   if (reason) fail(*reason);
 }
@@ -142,9 +141,8 @@ std::optional<std::string> Channel::lost_peer(const std::vector<int>& ended) {
       const Posted& posted = history_[(recorded_ - 1) % history_.size()];
       last = "last posted: slot '" + posted.slot->name + "' (exchange " + std::to_string(posted.epoch) + ")";
     }
-    return "rank " + std::to_string(transport_->rank()) + " waited for rank " + std::to_string(rank) +
-           " and failed: its process " + std::to_string(pids_[rank]) + " died (" + last +
-           "); see that rank's log and start all ranks again";
+    return transport_->name() + " waited for rank " + transport_->name(rank) + " and failed: its process " +
+           std::to_string(pids_[rank]) + " died (" + last + "); see that rank's log and start all ranks again";
   }
   return std::nullopt;
 }
@@ -165,7 +163,7 @@ std::optional<std::string> Channel::standstill() {
   const Posted& posted = history_[stands_at_ % history_.size()];
   for (int peer : transport_->missing(*posted.slot, posted.epoch)) {
     if (left_[peer] && stood > kLeftPatienceS) {
-      return place(*posted.slot, posted.epoch) + " waits for rank " + std::to_string(peer) +
+      return place(*posted.slot, posted.epoch) + " waits for rank " + transport_->name(peer) +
              ", which has left the exchange";
     }
   }

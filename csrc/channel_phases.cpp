@@ -24,7 +24,7 @@ void Channel::freeze(const std::string& phase, const std::vector<int>& slots,
   try {
     transport_->open(groups(slots), windows);
   } catch (const ExchangeError& error) {
-    fail("rank " + std::to_string(transport_->rank()) + ", phase '" + phase + "': " + error.what());
+    fail(transport_->name() + ", phase '" + phase + "': " + error.what());
     raise();
   }
   phases_[phase].slots = slots;

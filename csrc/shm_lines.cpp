@@ -137,8 +137,7 @@ bool ShmTransport::receive_some(Line* line, Lock* lock) {
     }
     if (error != 0) {
       throw ExchangeError("slot '" + p.group->name + "' (exchange " + std::to_string(p.epoch) +
-                          "): the memory of rank " + std::to_string(line->peer) +
-                          " cannot be read: " + strerror(error));
+                          "): the memory of rank " + name(line->peer) + " cannot be read: " + strerror(error));
     }
     if (p.source != 0 && !whole) break;
     ring.tail.store(tail + piece, std::memory_order_seq_cst);
@@ -157,8 +156,8 @@ bool ShmTransport::receive_some(Line* line, Lock* lock) {
 void ShmTransport::check_header(const MessageHeader& header, const Pending& pending, int peer) const {
   if (header.key == pending.key && header.epoch == pending.epoch && header.bytes == pending.bytes) return;
   const auto name = names_.find(header.key);
-  throw ExchangeError("rank " + std::to_string(rank()) + " expects " + std::to_string(pending.bytes) +
-                      " bytes from rank " + std::to_string(peer) + " in slot '" + pending.group->name + "' (exchange " +
+  throw ExchangeError(this->name() + " expects " + std::to_string(pending.bytes) + " bytes from rank " +
+                      this->name(peer) + " in slot '" + pending.group->name + "' (exchange " +
                       std::to_string(pending.epoch) + "), which sends " + std::to_string(header.bytes) +
                       " bytes in slot '" + (name == names_.end() ? "unknown here" : name->second) + "' (exchange " +
                       std::to_string(header.epoch) + "): ranks must patch the same model with the same options");

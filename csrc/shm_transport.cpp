@@ -173,7 +173,8 @@ std::vector<int> ShmTransport::missing(const Group& group, uint64_t epoch) {
 void ShmTransport::inspect() {
   const uint32_t by = segments_[rank()]->inbox().stopped.load(std::memory_order_acquire);
   if (by > 0 && static_cast<int>(by) - 1 != rank()) {
-    throw ExchangeError("rank " + std::to_string(by - 1) + " stopped the exchange: " + segments_[by - 1]->said());
+    throw ExchangeError("rank " + name(static_cast<int>(by) - 1) +
+                        " stopped the exchange: " + segments_[by - 1]->said());
   }
   Lock lock(mutex_);
   for (const Line& line : lines_) {
@@ -190,8 +191,7 @@ void ShmTransport::inspect() {
 
 void ShmTransport::raise_left(const Pending& pending, int peer) const {
   throw ExchangeError("slot '" + pending.group->name + "' (exchange " + std::to_string(pending.epoch) +
-                      ") waits for rank " + std::to_string(peer) +
-                      ", which has left the exchange: " + segments_[peer]->said());
+                      ") waits for rank " + name(peer) + ", which has left the exchange: " + segments_[peer]->said());
 }
 
 void ShmTransport::leave(const std::string& reason) {
@@ -254,7 +254,7 @@ void ShmTransport::work() {
     try {
       moved = !driving_ && !stopping() && ask_for_worker() && advance_all(&lock);
     } catch (const std::exception& error) {
-      const std::string reason = "rank " + std::to_string(rank()) + ": " + error.what();
+      const std::string reason = name() + ": " + error.what();
       if (health().fail(reason)) abort(reason);
     }
     if (moved) {

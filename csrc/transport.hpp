@@ -3,6 +3,7 @@
 #include <chrono>
 #include <cstdint>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "errors.hpp"
@@ -47,6 +48,10 @@ class Transport {
 
   int rank() const { return rank_; }
   int size() const { return size_; }
+  // What messages call a rank: its number among all processes of the run, where the transport is of some of them.
+  std::string name(int rank) const { return std::to_string(called_.empty() ? rank : called_.at(rank)); }
+  std::string name() const { return "rank " + name(rank_); }
+  void set_names(std::vector<int> names) { called_ = std::move(names); }
   Health& health() { return health_; }
   const Health& health() const { return health_; }
 
@@ -96,6 +101,7 @@ class Transport {
 
  private:
   int rank_, size_;
+  std::vector<int> called_;
   Health health_;
 };
 

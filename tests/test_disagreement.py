@@ -99,7 +99,7 @@ def _different_inputs(rank):
     for kind, (mine, theirs, _) in INPUTS.items():
         began = time.monotonic()
         try:
-            runtime._clock.end()
+            runtime._generations.end()
             call(**(theirs if rank else mine))
             results[kind] = ("nothing", "", 0.0, [])
         except Exception as error:

@@ -8,6 +8,7 @@ import functools
 import itertools
 import threading
 import weakref
+import zlib
 
 import torch
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
@@ -27,6 +28,10 @@ class _Seen(threading.local):
         self.thread = next(_threads)
         self.restarts = self.steps = 0
         self.scheduler = self.timestep = None
+        # Numbers that its last step was given by name, such as eta.
+        self.numbers = {}
+        # Digests of torch's own generators after the last step that has drawn from one of them.
+        self.drawn = None
         # A scheduler's step may call that of the class it is made from.
         self.inside = False
 
@@ -53,6 +58,22 @@ def names_once():
     if not isinstance(listed, torch.Tensor) or timestep is None:
         return False
     return int((listed == float(timestep)).sum()) == 1
+
+
+def last_drawn():
+    """Digests of torch's own generators after this thread's last step that drew from them; None before any has."""
+    return _seen.drawn
+
+
+def random_states():
+    """The states of torch's own generators, of the CPU and of the current CUDA device, as bytes."""
+    states = [torch.get_rng_state()] + ([torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else [])
+    return [bytes(state.numpy()) for state in states]
+
+
+def last_numbers():
+    """{name: text} of the numbers that this thread's last step was given by name."""
+    return _seen.numbers
 
 
 def listen(listener):
@@ -116,16 +137,19 @@ def _stepped(method, scheduler, *args, **kwargs):
     if _seen.inside:
         return method(scheduler, *args, **kwargs)
     _seen.steps += 1
+    _seen.numbers = {name: repr(x) for name, x in kwargs.items() if isinstance(x, bool | int | float | str)}
     _seen.scheduler = weakref.ref(scheduler)
     _seen.timestep = kwargs.get("timestep", args[1] if len(args) > 1 else None)
-    _seen.inside = True
+    _seen.inside, before = True, random_states()
     try:
         for listener in _listeners:
             if listener.expects_step:
                 return listener.step(scheduler, method, args, kwargs)
         return method(scheduler, *args, **kwargs)
     finally:
-        _seen.inside = False
+        _seen.inside, after = False, random_states()
+        if after != before:
+            _seen.drawn = [zlib.crc32(state) for state in after]
 
 
 def _wrap(cls):

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import tempfile
 import time
 from dataclasses import asdict, dataclass
 
@@ -72,7 +73,8 @@ def draw_and_compare(path, configs, prompts, steps, out, seed):
     """One rank's work: rank 0 draws every picture alone, then all ranks draw them together in each mode. Collective.
 
     Rank 0 writes `compare.png` and `report.json` into the folder `out`, and prints the table. A mode that the pipeline
-    cannot be shared by is left out, and named; where none is left, all ranks exit with 2.
+    cannot be shared by is left out, and named. Returns: exit code, 2 on all ranks where `out` cannot be written, before
+    anything is drawn, or no mode is left.
     """
     import torch
     from tqdm import tqdm
@@ -85,6 +87,12 @@ def draw_and_compare(path, configs, prompts, steps, out, seed):
         torch.set_num_threads(1)
     start_process_group(_PATIENCE_S)
     world = World(range(configs[0].world_size), _PATIENCE_S)
+    problem = world.broadcast(_unwritable(out) if world.rank == 0 else None, "the folder for the pictures")
+    if problem:
+        stop_process_group()
+        if world.rank == 0:
+            print(f"asyncdiff-fast: {problem}", file=sys.stderr, flush=True)
+        return 2
     pipe = folder.load(path, place, torch.float32 if place.type == "cpu" else torch.float16)
     wanted = [(prompt, seed + i) for i, prompt in enumerate(prompts)]
     total, modes, refused = (1 + len(configs)) * len(prompts) * steps, [], {}
@@ -104,8 +112,17 @@ def draw_and_compare(path, configs, prompts, steps, out, seed):
     stop_process_group()
     if world.rank == 0:
         _tell(out, _about(path, place, world.size, steps, seed), prompts, alone, modes, refused)
-    if not modes:
-        sys.exit(2)
+    return 0 if modes else 2
+
+
+def _unwritable(out):
+    """Why nothing can be written into a folder, which is made if need be; None if it can."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            return None
+    except OSError as error:
+        return f"--out must be a folder that can be written: {out}: {error.strerror}; name another"
 
 
 def _in_mode(artist, pipe, config, world, wanted):

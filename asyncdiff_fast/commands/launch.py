@@ -2,6 +2,7 @@
 
 import logging
 import os
+import secrets
 import sys
 
 # Options that say how a call is shared, or how stages share it.
@@ -48,11 +49,15 @@ def launch(num_processes, arguments, **environment):
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+    from ..exchange.wire import SECRET_VARIABLE
+
     # Its report of a failure comes after the rank's own, and is longer than the line below.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     # The launcher takes the environment of this process along.
     os.environ.update(environment)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    # Ranks sign what they tell each other.
+    os.environ.setdefault(SECRET_VARIABLE, secrets.token_hex(32))
     try:
         run.run(run.parse_args(["--standalone", "--nproc-per-node", str(num_processes), *arguments]))
     except ChildFailedError as error:

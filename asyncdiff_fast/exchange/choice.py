@@ -10,10 +10,11 @@ import torch
 
 from ..config import ENGINE_CHOICES, EXCHANGE_VARIABLE
 from . import engine
-from .connecting import Unavailable, host, open_engine
+from .connecting import Unavailable, open_engine
+from .errors import ExchangeError
 from .over_torch import TorchExchange
+from .processes import host
 from .slots import Recv, Send, Slot
-from .world import ExchangeError
 
 __all__ = ["Recv", "Send", "Slot", "TorchExchange", "choose", "open_exchange"]
 
@@ -36,7 +37,7 @@ def open_exchange(world, device):
     """
     device = torch.device(device)
     everyone = world.gather(_report(device.type), "the way to exchange")
-    kind, why = choose(everyone)
+    kind, why = choose(everyone, world.ranks)
     exchange = None
     while kind != "torch" and exchange is None:
         try:
@@ -46,10 +47,27 @@ def open_exchange(world, device):
                 raise ExchangeError(f"{EXCHANGE_VARIABLE}=engine cannot be had: {error}") from error
             kind, why = _NEXT[kind], str(error)
     _log_once(world, kind, why)
-    return exchange or TorchExchange(world)
+    return exchange or _over_torch(world)
 
 
-def choose(reports):
+def _over_torch(world):
+    """Made by all ranks, or by none. Raises: ExchangeError."""
+    exchange, problem = None, None
+    try:
+        exchange = TorchExchange(world)
+    except (RuntimeError, OSError) as error:
+        problem = str(error)
+    problems = world.gather(problem, "torch.distributed")
+    if not any(problems):
+        return exchange
+    if exchange is not None:
+        exchange.abort("another rank has none")
+        exchange.close()
+    rank, text = next((rank, text) for rank, text in zip(world.ranks, problems, strict=True) if text)
+    raise ExchangeError(f"rank {rank} cannot connect by torch.distributed: {text}")
+
+
+def choose(reports, ranks=None):
     """("nccl-puts", "nccl", "shm" or "torch", why) from what every rank reports; the same on every rank.
 
     Raises: ExchangeError, see `open_exchange`.
@@ -62,7 +80,7 @@ def choose(reports):
         )
     if wanted[0] == "torch":
         return "torch", f"{EXCHANGE_VARIABLE}=torch"
-    kind, why = _best(reports)
+    kind, why = _best(reports, range(len(reports)) if ranks is None else ranks)
     if kind == "torch" and wanted[0] == "engine":
         raise ExchangeError(f"{EXCHANGE_VARIABLE}=engine cannot be had: {why}; unset it, or set it to torch")
     if wanted[0] == "nccl-puts":
@@ -78,8 +96,8 @@ def _with_puts(reports, kind, why):
     return "nccl-puts", f"{EXCHANGE_VARIABLE}=nccl-puts"
 
 
-def _best(reports):
-    missing = [(rank, report["missing"]) for rank, report in enumerate(reports) if report["missing"]]
+def _best(reports, ranks):
+    missing = [(rank, report["missing"]) for rank, report in zip(ranks, reports, strict=True) if report["missing"]]
     if missing:
         return "torch", f"rank {missing[0][0]} has no engine: {missing[0][1]}"
     devices = {report["device"] for report in reports}
@@ -97,7 +115,7 @@ def _report(device_type):
     return {
         "wanted": os.environ.get(EXCHANGE_VARIABLE, ""),
         "device": device_type,
-        "host": host(),
+        "host": tuple(host()),
         "missing": engine.missing(),
     }
 

@@ -4,7 +4,6 @@ import contextlib
 import importlib.util
 import logging
 import os
-import pathlib
 import secrets
 import threading
 import time
@@ -12,8 +11,9 @@ import time
 import torch
 
 from . import engine
+from .errors import ExchangeError
+from .processes import host
 from .slots import Recv, Send
-from .world import ExchangeError
 
 log = logging.getLogger(__name__)
 STORE_PERIOD_S = 0.25
@@ -36,9 +36,18 @@ def open_engine(world, kind, device):
     token = world.broadcast(secrets.randbits(63), "shared memory")
     made = []
     addresses = _together(world, "shared memory", lambda: made.append(_transport(world, token)) or made[0].address())
-    _together(world, "connected memory", lambda: made[0].connect(addresses))
     pids = [0 if rank == world.rank else pid for rank, (pid, _) in enumerate(addresses)]
-    return engine.Engine(world, kind, device, engine._C.Channel(made[0], world.timeout_s, pids))
+
+    def connect():
+        made[0].connect(addresses)
+        made.append(_channel(world, made[0], pids))
+
+    _together(world, "connected memory", connect)
+    return engine.Engine(world, kind, device, made[1])
+
+
+def _channel(world, transport, pids):
+    return engine._C.Channel(transport, world.timeout_s, pids, ranks=world.ranks, pause=world.look)
 
 
 def _transport(world, token):
@@ -75,14 +84,14 @@ def _connect_nccl(world, kind, device):
     unique_id = _together(world, "NCCL", begin)[0]
     if device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
-    transport = []
+    transport, channels = [], []
     _together(world, "connecting by NCCL", lambda: transport.append(connect()))
     info = transport[0].info()
     log.info("NCCL %s from %s", info["version"], info["path"])
     everyone = world.gather((host(), os.getpid()), "processes")
     pids = [pid if rank != world.rank and at == host() else 0 for rank, (at, pid) in enumerate(everyone)]
-    channel = engine._C.Channel(transport[0], world.timeout_s, pids)
-    made = engine.Engine(world, kind, device, channel, _StoreWatch(world, channel))
+    _together(world, "a channel", lambda: channels.append(_channel(world, transport[0], pids)))
+    made = engine.Engine(world, kind, device, channels[0], _StoreWatch(world, channels[0]))
     if kind == "nccl-puts":
         try:
             _together(world, "one-sided puts", lambda: try_puts(made, device))
@@ -130,10 +139,11 @@ def _together(world, what, attempt):
     """What `attempt()` returns on each rank; Unavailable on all ranks if it fails on one."""
     try:
         mine = attempt(), None
-    except ExchangeError as error:
+    except (RuntimeError, OSError) as error:
+        # Of the system, too: no descriptors or threads left, say.
         mine = None, str(error)
     everyone = world.gather(mine, what)
-    for rank, (_, error) in enumerate(everyone):
+    for rank, (_, error) in zip(world.ranks, everyone, strict=True):
         if error:
             raise Unavailable(f"rank {rank}: {error}")
     return [result for result, _ in everyone]
@@ -176,24 +186,21 @@ class _StoreWatch:
             self._store.set(f"left/{self._world.rank}", b"")
         reason = self._channel.broken()
         if reason:
-            self._store.set("why", f"rank {self._world.rank} stopped the exchange: {reason}")
+            self._store.set("why", f"rank {self._world.name} stopped the exchange: {reason}")
         return bool(reason)
 
     def _hear(self):
         """What the others told; True if one of them has stopped."""
         if self._store.check(["why"]):
-            self._channel.report(self._store.get("why").decode())
+            self._channel.report(self._store.get("why").decode(errors="replace"))
+            return True
+        try:
+            self._world.look()
+        except ExchangeError as error:
+            # Streams wait without a word: nobody else looks.
+            self._channel.report(str(error))
             return True
         for peer in [peer for peer in self._peers if self._store.check([f"left/{peer}"])]:
             self._peers.discard(peer)
             self._channel.mark_left(peer)
         return False
-
-
-def host():
-    """The same for processes that see each other's memory and numbers, different for all others."""
-    try:
-        boot = pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return boot, os.readlink("/proc/self/ns/pid")
-    except OSError:
-        return "no /proc", os.getpid()

@@ -3,12 +3,13 @@
 import atexit
 import contextlib
 import logging
+import sys
 import weakref
 
 import torch
 
+from .errors import ExchangeError
 from .slots import Slot, compare
-from .world import ExchangeError
 
 try:
     from .. import _C
@@ -18,8 +19,6 @@ else:
     _C.use_error(ExchangeError)
 
 log = logging.getLogger(__name__)
-# At the end of the interpreter a peer may be gone already.
-EXIT_PATIENCE_S = 5.0
 _engines = weakref.WeakSet()
 
 
@@ -112,7 +111,8 @@ class Engine:
 
     def abort(self, reason):
         """Make every later call raise, on all ranks."""
-        self._channel.abort(_sayable(reason))
+        if self._open:
+            self._channel.abort(encodable(reason))
 
     @contextlib.contextmanager
     def step(self):
@@ -120,11 +120,11 @@ class Engine:
         try:
             yield
         except BaseException as error:
-            self._leave(f"{type(error).__name__}: {error}")
+            self._leave(described(error))
             raise
 
     def _leave(self, reason):
-        self._channel.leave(_sayable(reason))
+        self._channel.leave(encodable(reason))
         if self._watch is not None:
             self._watch.leave()
 
@@ -150,6 +150,8 @@ class Engine:
 
     def close(self, patience_s=None):
         """Wait for what is under way, if the exchange is whole, and drop buffers. Raises a failure nobody has seen."""
+        if not self._open:
+            return
         _engines.discard(self)
         self._open = False
         try:
@@ -158,7 +160,8 @@ class Engine:
         finally:
             if self._watch is not None:
                 self._watch.end()
-            self._unfrozen, self._phases = [], {}
+            # What still knows this exchange must not keep its memory and threads.
+            self._channel, self._unfrozen, self._phases = _Closed(), [], {}
 
     def __del__(self):
         # The channel knows addresses only: whatever still copies must end before the buffers go.
@@ -179,7 +182,7 @@ class Engine:
 
     def report_posts(self):
         """Log, once, what was posted last before a failure."""
-        if self._reported or not self._channel.broken():
+        if self._reported or not self._open or not self._channel.broken():
             return
         self._reported = True
         rows = self._channel.history()
@@ -188,7 +191,7 @@ class Engine:
             f"  {age:8.3f} s ago  {slot} (exchange {epoch}, {phase}): {state}"
             for phase, slot, epoch, age, state in shown
         ]
-        log.error("rank %s, last posts:\n%s", self.world.rank, "\n".join(lines) or "  none")
+        log.error("rank %s, last posts:\n%s", self.world.name, "\n".join(lines) or "  none")
 
 
 class _Reporting:
@@ -207,9 +210,25 @@ class _Reporting:
             self.engine.report_posts()
 
 
-def _sayable(reason):
-    """A reason that UTF-8 can carry: a file's name in it may hold any bytes."""
-    return str(reason).encode(errors="backslashreplace").decode()
+class _Closed:
+    """In place of a channel that was closed."""
+
+    def __getattr__(self, name):
+        raise ExchangeError("the exchange is closed")
+
+    def broken(self):
+        """As a channel's."""
+        return "the exchange is closed"
+
+
+def encodable(text):
+    """A text that can be written in UTF-8, whatever is in it."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def described(error):
+    """What other ranks are told of an exception."""
+    return encodable(f"{type(error).__name__}: {error}")
 
 
 def _listed(moves):
@@ -219,6 +238,8 @@ def _listed(moves):
 @atexit.register
 def _close_all():
     """Threads and communicators must be gone before torch is taken down."""
+    # After an exception nobody gets what is left; otherwise a slow peer may still need it.
+    failed = getattr(sys, "last_value", None) is not None
     for engine in list(_engines):
         with contextlib.suppress(ExchangeError):
-            engine.close(EXIT_PATIENCE_S)
+            engine.close(0 if failed else None)

@@ -6,6 +6,8 @@ import zlib
 import torch
 from torch.utils._pytree import keystr, tree_flatten_with_path
 
+from ..versions import version
+
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 # An odd 64-bit number with bits all over: 2^64 over the golden ratio.
 _MIX = -7046029254386353131
@@ -42,6 +44,53 @@ def model_digest(model):
         by_device.setdefault(s.device, []).append(s)
     words = [torch.stack(group).cpu().tolist() for group in by_device.values()]
     return zlib.crc32(repr((type(model).__name__, layout, words)).encode())
+
+
+class Weights:
+    """The weights of a model since now: whether they were written, and whether some of each are as on other ranks."""
+
+    # Numbers looked at in each tensor.
+    SAMPLE = 16
+
+    def __init__(self, model):
+        self._model = model
+        self._seen = self._versions()
+
+    def _tensors(self):
+        return [*self._model.named_parameters(), *self._model.named_buffers()]
+
+    def _versions(self):
+        return [(name, id(t), version(t)) for name, t in self._tensors()]
+
+    def report(self):
+        """(True if one was written, added or taken away; digest of a sample, None where weights are elsewhere)."""
+        return self._versions() != self._seen, self._sampled()
+
+    def digest(self):
+        """See `model_digest`; None where weights are elsewhere. From now on, they are written anew."""
+        self._seen = self._versions()
+        return None if any(t.is_meta for _, t in self._tensors()) else model_digest(self._model)
+
+    def _sampled(self):
+        tensors = [t.detach() for _, t in self._tensors()]
+        if any(t.is_meta for t in tensors):
+            return None
+        sums = [s for s in (_bits(_some(t, self.SAMPLE)) for t in tensors if t.numel()) if s is not None]
+        by_device = {}
+        for s in sums:
+            by_device.setdefault(s.device, []).append(s)
+        return zlib.crc32(repr([torch.stack(group).cpu().tolist() for group in by_device.values()]).encode())
+
+
+def _some(tensor, count):
+    """Some numbers of a tensor, in a tensor of one dimension; nothing large is copied."""
+    if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
+        return tensor
+    if tensor.is_contiguous():
+        flat = tensor.view(-1)
+        return flat[:: max(1, len(flat) // count)][:count]
+    # Of the first row or channel: other layouts are not flattened.
+    return tensor[(0,) * (tensor.dim() - 1)][:count]
 
 
 def input_digests(named):

@@ -6,8 +6,10 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
+from .errors import ExchangeError
+from .rounds import LOOK_S
 from .slots import Slot, compare
-from .world import ExchangeError
+from .waiting import Helper
 
 
 class TorchExchange:
@@ -20,7 +22,7 @@ class TorchExchange:
         self.group = world.new_group()
         self._slots, self._unfrozen, self._phases, self._cursors = [], [], {}, {}
         self._tags = 0
-        self._broken = None
+        self._broken, self._helper = None, Helper()
         self.clear_stats()
 
     def slot(self, name, sends=(), recvs=(), depth=2):
@@ -103,15 +105,33 @@ class TorchExchange:
         for peer, work in slot.pending[parity]:
             try:
                 if slot_device(slot).type == "cpu":
-                    work.wait(timedelta(seconds=self.world.timeout_s))
+                    self._wait_for(work)
                 else:
                     work.wait()
                     if on_host:
                         self._poll(work)
+            except ExchangeError:
+                raise
             except RuntimeError as error:
                 self._fail(slot, [peer], error)
         if on_host or slot_device(slot).type == "cpu":
             slot.pending[parity] = []
+
+    def _wait_for(self, work):
+        """Wait for a CPU work, which hears neither signals nor of other ranks. Raises: RuntimeError; ExchangeError."""
+        limit_s = self.world.timeout_s
+        asked, ends = self._helper.ask(lambda stop: work.wait(timedelta(seconds=limit_s))), time.monotonic() + limit_s
+        while True:
+            try:
+                return asked.result(LOOK_S)
+            except TimeoutError:
+                if time.monotonic() > ends + 1:
+                    raise RuntimeError(f"not done after {limit_s:g} s") from None
+            try:
+                self.world.look()
+            except ExchangeError as error:
+                self.abort(str(error))
+                raise
 
     def _poll(self, work):
         """Let the host wait for a CUDA work, at most `timeout_s`."""
@@ -120,10 +140,12 @@ class TorchExchange:
             if time.monotonic() > deadline:
                 raise RuntimeError(f"not done after {self.world.timeout_s:g} s")
             time.sleep(1e-4)
+            self.world.look()
 
     def _fail(self, slot, peers, error):
+        named = ", ".join(str(self.world.ranks[peer]) for peer in peers)
         self.abort(
-            f"rank {self.world.rank} waited for rank {', '.join(map(str, peers))} in slot {slot.name!r} "
+            f"rank {self.world.name} waited for rank {named} in slot {slot.name!r} "
             f"(exchange {slot.epoch}) and failed: {str(error).splitlines()[0]}; that rank died or hangs: see its "
             f"log, or raise timeout_s (now {self.world.timeout_s:g})"
         )
@@ -153,7 +175,7 @@ class TorchExchange:
         self._broken = self._broken or reason
 
     def step(self):
-        """Around one call; if it raises, the peers notice when they wait in vain."""
+        """Around one call; if it raises, the peers hear of it from `World.leave`."""
         return contextlib.nullcontext()
 
     def stats(self):
@@ -177,9 +199,14 @@ class TorchExchange:
                 self.drain()
         finally:
             self._broken = self._broken or "the exchange is closed"
+            for slot in self._slots:
+                # Each work keeps its group alive, and with it threads.
+                slot.pending = [[] for _ in range(slot.depth)]
             self._slots, self._unfrozen, self._phases = [], [], {}
-            if dist.is_initialized():
-                dist.destroy_process_group(self.group)
+            self._helper.close()
+            group, self.group = self.group, None
+            if group is not None and dist.is_initialized():
+                dist.destroy_process_group(group)
 
 
 def slot_device(slot):

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .world import ExchangeError
+from .errors import ExchangeError
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def compare(world, slots, told, phase):
                 f"first at place {place}: {mine[place]} here, {theirs[place]} there" if place >= 0 else "one has more"
             )
             raise ExchangeError(
-                f"rank {world.rank} and rank {peer} list different slots for each other in {phase}: "
+                f"rank {world.name} and rank {world.ranks[peer]} list different slots for each other in {phase}: "
                 f"{len(mine)} here, {len(theirs)} there, {first}; ranks must patch the same model with the same options"
             )
     return [told for told, _ in everyone]

@@ -1,24 +1,24 @@
-"""The ranks that share one patched denoiser: what they agree on, through the store of torch.distributed.
+"""The ranks that share one patched denoiser, and what they agree on, through the store of torch.distributed.
 
-Agreement is rare (once at `patch`, once for each new plan, once per generation), so it goes through the key-value store
-and not through a process group: it works before any group exists, after one has failed, and it knows who is missing.
+Agreement is rare (a few times at `patch`, once for each new plan, once or twice a generation), so it goes through the
+key-value store and not through a process group: it works before any group exists, after one has failed, and it knows
+who is missing.
 """
 
 import itertools
 import os
-import pickle
-import queue
-import threading
+import re
 import time
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch.distributed.rendezvous import rendezvous
 
-
-class ExchangeError(RuntimeError):
-    """Another rank died, hung, or did something else than this one; the message names it."""
+from .errors import ExchangeError
+from .meeting import connect, meet
+from .passing import Passing
+from .presence import Missing
+from .rounds import Rounds
 
 
 def device():
@@ -28,26 +28,27 @@ def device():
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
 
 
-# How long the keeper of the store waits for others to have read an answer.
-READ_PATIENCE_S = 5.0
-_counters = {}
-_users = _starts = 0
-_store = None
+# In messages that name the cause.
+_KNOWN = re.compile(r"has left|its process (\d+ died|has ended)")
+# How long a rank that fails waits for what others say of it.
+EXPLAINED_S = 1.0
+# {ranks: (store, `Rounds`)}: worlds of the same ranks have the same epochs.
+_rounds = {}
+_users = 0
 
 
 def start_process_group(timeout_s):
     """Start torch.distributed from torchrun's environment if nobody has; counts one user of a group started here."""
-    global _users, _starts
+    global _users
     if dist.is_available() and not dist.is_initialized() and "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        _starts += 1
-        store = _meet(rank, size, timeout_s)
+        store = meet(rank, size, timeout_s)
         cuda = torch.cuda.is_available()
         if cuda:
             torch.cuda.set_device(device())
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         limit = timedelta(seconds=timeout_s)
-        _connect(
+        connect(
             rank,
             [r for r in range(size) if r != rank],
             timeout_s,
@@ -56,74 +57,6 @@ def start_process_group(timeout_s):
         _users = 1
     elif _users:
         _users += 1
-
-
-def _meet(rank, size, timeout_s):
-    """The store for a new group, once all ranks have come. Raises: ExchangeError that names those which have not."""
-
-    def join():
-        global _store
-        # One store for the life of the process: a second group starts while other ranks still leave the first. It is
-        # told of one rank only, so as not to wait for the others: below they are missed by name.
-        _store = _store or next(rendezvous("env://?world_size=1", timeout=timedelta(seconds=timeout_s)))[0]
-        store = dist.PrefixStore(f"start {_starts}", _store)
-        store.set(f"here/{rank}", b"")
-        return store, _answers(store, "here", [r for r in range(size) if r != rank], timeout_s)[1]
-
-    try:
-        store, missing = _within(timeout_s + 1, join)
-    except (RuntimeError, TimeoutError):
-        missing = [0]
-    if missing:
-        raise ExchangeError(
-            f"rank {rank} waited {timeout_s:g} s for rank {', '.join(map(str, missing))} to call patch(); it died, "
-            "hangs, or does not run the same script; see its log, or raise timeout_s"
-        )
-    return store
-
-
-def _connect(rank, others, timeout_s, start):
-    """What `start()` returns. Raises: ExchangeError if torch.distributed does not reach the others in time."""
-    try:
-        return _within(timeout_s + 1, start)
-    except (RuntimeError, TimeoutError) as error:
-        raise ExchangeError(
-            f"rank {rank} waited {timeout_s:g} s for rank {', '.join(map(str, others))} to connect by "
-            f"torch.distributed and failed: {str(error).splitlines()[0]}; a rank died or hangs: see its log, or raise "
-            "timeout_s"
-        ) from error
-
-
-def _within(seconds, ask):
-    """What `ask()` returns or raises, or TimeoutError. In a thread: calls of a store never end if its host stops."""
-    results = queue.SimpleQueue()
-
-    def run():
-        try:
-            results.put((ask(), None))
-        except Exception as error:
-            results.put((None, error))
-
-    threading.Thread(target=run, daemon=True).start()
-    try:
-        result, error = results.get(timeout=seconds)
-    except queue.Empty:
-        raise TimeoutError(f"no answer in {seconds:g} s") from None
-    if error is not None:
-        raise error
-    return result
-
-
-def _answers(store, prefix, peers, timeout_s):
-    """({peer: what it wrote}, peers that did not write in time)."""
-    found, missing, deadline = {}, [], time.monotonic() + timeout_s
-    for peer in peers:
-        try:
-            store.wait([f"{prefix}/{peer}"], timedelta(seconds=max(0.05, deadline - time.monotonic())))
-            found[peer] = store.get(f"{prefix}/{peer}")
-        except RuntimeError:
-            missing.append(peer)
-    return found, missing
 
 
 def stop_process_group():
@@ -136,75 +69,118 @@ def stop_process_group():
 
 
 class World:
-    """Ranks of one mesh dimension. `rank` and `size` count within it; `ranks` are torch.distributed's numbers."""
+    """Ranks that share something. `rank` and `size` count among them; `ranks` are torch.distributed's numbers.
 
-    def __init__(self, ranks, timeout_s):
+    `calls` is the number of this rank's calls in the generation under way, which the others are told at its end.
+    """
+
+    def __init__(self, ranks, timeout_s, parent=None):
         self.ranks, self.timeout_s = tuple(ranks), timeout_s
         self.size = len(self.ranks)
         self.rank = self.ranks.index(dist.get_rank()) if self.size > 1 else 0
-        self._sequence, self._groups = itertools.count(), itertools.count()
-        self._old_keys = []
-        # Without a launcher's, the first process keeps the store.
-        self._keeps_store = self.ranks[self.rank] == 0 and "TORCHELASTIC_RUN_ID" not in os.environ
-        if self.size > 1:
-            number = _counters.setdefault(self.ranks, itertools.count())
-            self._name = f"asyncdiff_fast/{'-'.join(map(str, self.ranks))}/{next(number)}"
-            self._store = dist.PrefixStore(self._name, dist.distributed_c10d._get_default_store())
+        self._whole, self._children, self._number = parent or self, itertools.count(), ""
+        self._epoch, self.calls = 0, 0
+        self._place, self._old = (0, itertools.count()), []
+        if parent is not None:
+            self._number = f"{next(parent._children)}/"
+        elif self.size > 1:
+            self._rounds = _rounds_of(self.ranks)
 
-    def gather(self, value, what):
-        """Every rank's `value`, in rank order. Collective.
+    def along(self, ranks):
+        """Some of these ranks, this one among them, which agree in the same epochs. Collective in its order."""
+        return World(ranks, self.timeout_s, self._whole)
 
-        Raises: ExchangeError that names the ranks which did not answer in time.
+    @property
+    def name(self):
+        """This rank's number in torch.distributed: what messages call it."""
+        return self.ranks[self.rank]
+
+    def begin(self, value, what):
+        """Every rank's `value`, in rank order, at the beginning of something, whatever became of what came before.
+
+        Collective. Raises: ExchangeError that names the ranks which did not answer in time, or have died or left.
         """
         if self.size == 1:
             return [value]
-        step = next(self._sequence)
-
-        peers, ends = [r for r in range(self.size) if r != self.rank], time.monotonic() + self.timeout_s
-
-        def ask():
-            self._store.set(f"{step}/{self.rank}", pickle.dumps((what, value)))
-            answers = _answers(self._store, step, peers, self.timeout_s)
-            if not answers[1]:
-                self._store.set(f"read {step}/{self.rank}", b"")
-                self._forget(f"{step}/{self.rank}", f"read {step}/{self.rank}")
-                if self._keeps_store:
-                    # This process may end now, and the store with it.
-                    _answers(self._store, f"read {step}", peers, min(READ_PATIENCE_S, ends - time.monotonic()))
-            return answers
-
+        self.calls = 0
+        began = time.monotonic()
         try:
-            found, missing = _within(self.timeout_s + 1, ask)
-        except (RuntimeError, TimeoutError):
-            # The store is lost. Without a launcher's, rank 0 keeps it.
-            found, missing = {}, [0]
-        if missing:
-            raise ExchangeError(
-                f"rank {self.rank} waited {self.timeout_s:g} s for rank {', '.join(map(str, missing))} to agree on "
-                f"{what}; it died, hangs, or does not run the same script; see its log, or raise timeout_s"
-            )
-        answers = [(what, value) if r == self.rank else pickle.loads(found[r]) for r in range(self.size)]
-        others = {w for w, _ in answers} - {what}
-        if others:
-            raise ExchangeError(
-                f"ranks are at different places: rank {self.rank} agrees on {what}, others on {', '.join(others)}"
-            )
-        return [v for _, v in answers]
+            self._epoch, found = self._rounds.begin(value, what, self.timeout_s)
+        except Missing as missing:
+            raise self._lost(missing, what, began) from missing.__cause__
+        self._forget(f"{self._epoch}/begin")
+        return found
+
+    def gather(self, value, what):
+        """Every rank's `value`, in rank order. Collective; the first is a `begin`. Raises as `begin`."""
+        if self.size == 1:
+            return [value]
+        whole = self._whole
+        if whole is self and not self._epoch:
+            return self.begin(value, what)
+        key, began = f"{whole._epoch}/{self._number}{self._next()}", time.monotonic()
+        try:
+            found = whole._rounds.gather(key, value, what, self.ranks, self.timeout_s)
+        except Missing as missing:
+            raise self._lost(missing, what, began) from missing.__cause__
+        self._forget(key)
+        return found
 
     def broadcast(self, value, what):
         """Rank 0's `value` on every rank. Collective."""
         return self.gather(value if self.rank == 0 else None, what)[0]
 
-    def _forget(self, *keys):
-        """Delete this rank's keys of two rounds ago: everybody has read them, since everybody has written later."""
-        self._old_keys.append(keys)
-        if len(self._old_keys) > 2:
-            for key in self._old_keys.pop(0):
-                self._store.delete_key(key)
+    def look(self):
+        """Raises ExchangeError if another rank has died, left or ended what is under way. For those who wait."""
+        whole = self._whole
+        if whole.size > 1 and whole._epoch:
+            whole._rounds.presence.look(whole._epoch, whole.calls, whole.ranks)
+
+    def passing(self):
+        """What these ranks tell each other in passing, in the epoch that has begun: a `Passing`."""
+        return Passing(self._rounds.store, self.name, self.ranks, self._epoch)
+
+    def leave(self, why=None):
+        """Tell the others that this rank makes no more calls in this epoch; `why` if that is a failure. Never waits."""
+        whole = self._whole
+        if whole.size > 1 and whole._epoch:
+            whole._rounds.presence.leave(whole._epoch, whole.calls if why is None else why)
+
+    def explained(self, error):
+        """An ExchangeError with what others say of it, who have failed at the same time and may know the cause."""
+        whole = self._whole
+        if whole.size < 3 or not whole._epoch or _KNOWN.search(str(error)):
+            return error
+        others = whole._rounds.presence.reasons(whole._epoch, whole.ranks, EXPLAINED_S)
+        return ExchangeError("; ".join([str(error), *others]), ended=error.ended) if others else error
+
+    def _lost(self, missing, what, began):
+        seconds = time.monotonic() - began
+        return ExchangeError(
+            f"rank {self.name} waited {seconds:.3g} s for {missing} to agree on {what}; {missing.fate}"
+        )
+
+    def _next(self):
+        """Number of the next round in this epoch."""
+        if self._place[0] != self._whole._epoch:
+            self._place = self._whole._epoch, itertools.count()
+        return next(self._place[1])
+
+    def _forget(self, key):
+        """Delete this rank's words of two rounds ago: everybody has read them, since everybody has spoken later."""
+        self._old.append(key)
+        if len(self._old) > 2:
+            self._whole._rounds.forget(self._old.pop(0))
 
     def new_store(self, name):
         """A key-value store of these ranks for one purpose; the same on every rank. Collective in its order."""
-        return dist.PrefixStore(f"{name} {next(self._groups)}", self._store)
+        return dist.PrefixStore(f"{name} {self._new_place()}", self._whole._rounds.store)
+
+    def _new_place(self):
+        """A name that these ranks use once, all of them alike."""
+        if not self._whole._epoch:
+            self._whole.begin(None, "an exchange")
+        return f"{'-'.join(map(str, self.ranks))}/{self._whole._epoch}/{self._number}{self._next()}"
 
     def new_group(self):
         """A process group of these ranks for the exchange alone, apart from everybody else's traffic. Collective."""
@@ -212,14 +188,28 @@ class World:
         limit, c10d = timedelta(seconds=2 * self.timeout_s), dist.distributed_c10d
         backend = c10d._world.pg_map[c10d._get_default_group()][0]
         # Not `new_group`: it may name a group as one destroyed before, whose addresses are still in the store.
-        name = f"{self._name}/group {next(self._groups)}"
-        group, _ = _connect(
-            self.rank,
-            [r for r in range(self.size) if r != self.rank],
+        name, store = f"asyncdiff_fast {self._new_place()}", self._whole._rounds.store
+        group, _ = connect(
+            self.name,
+            [r for r in self.ranks if r != self.name],
             self.timeout_s,
             lambda: c10d._new_process_group_helper(
-                self.size, self.rank, list(self.ranks), c10d.Backend(backend), self._store, name, timeout=limit
+                self.size, self.rank, list(self.ranks), c10d.Backend(backend), store, name, timeout=limit
             ),
         )
         c10d._world.pg_group_ranks[group] = {rank: i for i, rank in enumerate(self.ranks)}
         return group
+
+
+def _rounds_of(ranks):
+    """The `Rounds` of some ranks in today's default group."""
+    store = dist.distributed_c10d._get_default_store()
+    if ranks not in _rounds or _rounds[ranks][0] is not store:
+        # Without a launcher's, the first process keeps the store.
+        keeps = dist.get_rank() == 0 and "TORCHELASTIC_RUN_ID" not in os.environ
+        place = dist.PrefixStore(f"asyncdiff_fast/{'-'.join(map(str, ranks))}", store)
+        known = _rounds.get(ranks)
+        _rounds[ranks] = store, Rounds(place, dist.get_rank(), ranks, keeps)
+        # A user's second group may have the same store underneath.
+        _rounds[ranks][1].epoch = known[1].epoch if known else 0
+    return _rounds[ranks][1]

@@ -213,8 +213,11 @@ def rule(op, shape, facts):
 
 
 def cache_path(environment):
-    """The file of the choices on one kind of device with certain versions."""
-    folder = os.environ.get("ASYNCDIFF_FAST_CACHE") or Path.home() / ".cache" / "asyncdiff_fast"
+    """The file of the choices on one kind of device with certain versions; None where there is no home to keep it."""
+    try:
+        folder = os.environ.get("ASYNCDIFF_FAST_CACHE") or Path.home() / ".cache" / "asyncdiff_fast"
+    except RuntimeError:
+        return None
     digest = hashlib.sha256(json.dumps(environment, sort_keys=True).encode()).hexdigest()[:16]
     return Path(folder) / f"kernels-{digest}.json"
 
@@ -224,7 +227,7 @@ def _read(path):
     try:
         found = json.loads(path.read_text())
         return {text: entry for text, entry in found.items() if _holds(text, entry)}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError):
         return {}
 
 
@@ -234,10 +237,17 @@ def _holds(text, entry):
 
 def _write(path, text, entry):
     """Add one choice to a file, which other processes may do at the same time: the last one wins, whole."""
+    if path is None:
+        return
+    made = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+            made = file.name
             json.dump(_read(path) | {text: entry}, file, indent=1)
-        os.replace(file.name, path)
+        os.replace(made, path)
     except OSError as error:
+        if made is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(made)
         log.warning("the choice of kernels is not kept: %s", error)

@@ -17,8 +17,9 @@ class DeviceLayers:
 
     def __init__(self, denoiser, config, world, device_type, signature):
         patches = config.num_patches > 1
-        self.packed = PackedWeights(denoiser, active=packs(config.kernels, device_type))
+        # All that ranks tell each other comes before anything is replaced.
         self.choice = KernelChoice(config.kernels, world)
+        self.packed = PackedWeights(denoiser, active=packs(config.kernels, device_type))
         self._fusion = Fusion(denoiser, self.choice, patches)
         self.projections = Projections(denoiser, patches, self._fusion.taken_over, self.packed.forwards)
         self.graphs = Graphs(denoiser, signature) if config.graphs else None

@@ -1,12 +1,20 @@
 """Classifier-free guidance on two ranks: each computes one half, of the batch or of the two calls between two steps."""
 
 import logging
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
+from torch.utils._pytree import (
+    tree_flatten,
+    tree_leaves,
+    tree_map,
+    tree_unflatten,
+    treespec_dumps,
+    treespec_loads,
+)
 
 from ..calls.signature import device_of
+from ..exchange import wire
 from ..exchange.slots import Recv, Send
 from ..modules import own, structure
 from .cuts import fresh, silent, size_of
@@ -155,8 +163,8 @@ class Halves:
 
     def _bound(self, place, result, senders):
         """(slot, structure of a result, {half: buffers})."""
-        mine = None if result is None else tree_map(_Like.of, result)
-        spec = next(s for s in self.world.gather(mine, "the structure of a result") if s is not None)
+        mine = None if result is None else _told(tree_map(_Like.of, result))
+        spec = _heard(next(s for s in self.world.gather(mine, "the structure of a result") if s is not None))
         with torch.inference_mode(False):
             buffers = {h: [x.empty(self._device) for x in tree_leaves(spec) if isinstance(x, _Like)] for h in senders}
         sends = [Send(1 - self.half, (x,)) for x in buffers.get(self.half, ())]
@@ -167,11 +175,13 @@ class Halves:
         return slot, spec, buffers
 
 
+@wire.register
+@dataclass(frozen=True)
 class _Like:
     """Stands for a tensor of a result."""
 
-    def __init__(self, shape, dtype):
-        self.shape, self.dtype = shape, dtype
+    shape: tuple[int, ...]
+    dtype: torch.dtype
 
     @classmethod
     def of(cls, x):
@@ -181,6 +191,23 @@ class _Like:
     def empty(self, device):
         """A tensor of this kind."""
         return torch.zeros(self.shape, dtype=self.dtype, device=device)
+
+
+def _told(tree):
+    """A tree of plain leaves as ranks tell it each other: only classes that torch knows as trees come back."""
+    leaves, spec = tree_flatten(tree)
+    try:
+        return treespec_dumps(spec), leaves
+    except NotImplementedError as error:
+        raise ValueError(
+            f"cfg_parallel cannot pass on what the denoiser returns ({error}): return tensors, a tuple, a "
+            "dict or an output class of diffusers, or pass cfg_parallel=False"
+        ) from None
+
+
+def _heard(told):
+    spec, leaves = told
+    return tree_unflatten(leaves, treespec_loads(spec))
 
 
 def _filled(spec, buffers):

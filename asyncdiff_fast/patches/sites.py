@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from ..calls.signature import copied
+from ..exchange import wire
 from ..fused.projections import KeptBytes
 from .following import Called, Followed
 
@@ -49,6 +50,7 @@ _NUMBERS = {
 }  # fmt: skip
 
 
+@wire.register
 @dataclass(frozen=True)
 class Seen:
     """One watched call: shapes of its first argument (of the keys, for attention) and result, and its options."""

@@ -18,6 +18,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..calls import watch
 from ..calls.clock import Clock
+from ..exchange.engine import described
+from ..exchange.errors import ExchangeError
 from ..exchange.fingerprint import input_digests
 from .block import Block, relative_error
 from .given import TIMESTEP, Step
@@ -48,6 +50,8 @@ class StepCalls:
         self.exchange = self._shared = self._thread = None
         self.counts, self.interrupted = StepStats(), False
         self._told, self._said = told, set()
+        # Told that another rank has ended the generation: stops the pipeline, if it can be.
+        self.on_ended = lambda ended: False
         # What the denoisers returned last, by denoiser, call and shapes.
         self._placeholders = {}
         self._output_bytes = None
@@ -146,8 +150,11 @@ class StepCalls:
         try:
             with self.exchange.step():
                 return self._exact(scheduler, step) if self._block is None else self._in_block(scheduler, step)
-        except BaseException:
+        except BaseException as error:
             self.interrupted = True
+            if isinstance(error, ExchangeError) and error.ended and self.on_ended(error):
+                return step.plain()[0]
+            self.world.leave(described(error))
             raise
         finally:
             if self._block is None and self._step + 1 == self._num_steps:

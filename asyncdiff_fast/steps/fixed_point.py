@@ -14,7 +14,9 @@ import torch
 from ..config import Config
 from ..exchange import fingerprint
 from ..exchange.choice import open_exchange
-from ..exchange.world import ExchangeError, World, start_process_group, stop_process_group
+from ..exchange.engine import described
+from ..exchange.errors import ExchangeError
+from ..exchange.world import World, start_process_group, stop_process_group
 from .anderson import Anderson
 from .divided import Divided
 from .linear import linear
@@ -177,7 +179,8 @@ def _opened(world, device):
         with exchange.step():
             yield exchange
     except BaseException as error:
-        exchange.abort(f"{type(error).__name__}: {error}")
+        world.leave(described(error))
+        exchange.abort(described(error))
         with contextlib.suppress(ExchangeError):
             exchange.close()
         raise

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 import torch
@@ -228,9 +229,13 @@ def test_a_mode_that_is_refused_is_left_out_and_named(tmp_path, capsys):
 
 
 def test_where_every_mode_is_refused_the_demo_says_so_and_exits_with_2(tmp_path, capsys):
-    with pytest.raises(SystemExit) as stop:
-        demo.draw_and_compare(folder.checked(), [Config(kernels="triton")], [CAPTION], 2, tmp_path, 0)
-    assert stop.value.code == 2 and "Triton" in capsys.readouterr().err and not list(tmp_path.iterdir())
+    code = demo.draw_and_compare(folder.checked(), [Config(kernels="triton")], [CAPTION], 2, tmp_path, 0)
+    assert code == 2 and "Triton" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_drawn(capsys):
+    assert demo.draw_and_compare(folder.checked(), [Config()], [CAPTION], 10_000, Path("/proc/no/out"), 0) == 2
+    assert "--out must be a folder that can be written: /proc/no/out" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

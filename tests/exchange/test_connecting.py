@@ -35,7 +35,13 @@ def _watched(ranks, store):
     """A watch for each rank."""
 
     def world(rank):
-        return SimpleNamespace(rank=rank, size=len(ranks), new_store=lambda name: dist.PrefixStore(name, store))
+        return SimpleNamespace(
+            rank=rank,
+            name=rank,
+            look=lambda: None,
+            size=len(ranks),
+            new_store=lambda name: dist.PrefixStore(name, store),
+        )
 
     watches = [connecting._StoreWatch(world(r.rank), r.channel) for r in ranks]
     yield watches

@@ -17,6 +17,7 @@ class _World:
 
     def __init__(self, rank, size, meeting):
         self.rank, self.size, self.ranks, self.timeout_s = rank, size, tuple(range(size)), 20
+        self.name = rank
         self._barrier, self._values = meeting
 
     def gather(self, value, _):

@@ -1,5 +1,6 @@
 """Which kernel an op runs on: by times, by rank 0 for all, kept on disk; refused clearly where there is none."""
 
+import errno
 import json
 import os
 from unittest import mock
@@ -119,9 +120,12 @@ def test_measured_once_and_kept_on_disk(monkeypatch, tmp_path):
 
 
 UNKNOWN = '{"geglu (2, 8) (8, 1) float16 ()": {"launched": "torch", "captured": "cuda"}}'
+DAMAGED = ["", "{", "[]", "3", "null", "[" * 100_000, "\x00", UNKNOWN, '{"x": 1}']
+DAMAGED += ['{"": {"launched": "torch", "captured": "torch"}}', '{"geglu 1": [1]}']
+DAMAGED += ['{"geglu 1": {"launched": ["torch"], "captured": "torch"}}']
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "3", UNKNOWN, '{"x": 1}'])
+@pytest.mark.parametrize("text", DAMAGED)
 def test_a_damaged_cache_is_measured_again(monkeypatch, tmp_path, text):
     monkeypatch.setenv("ASYNCDIFF_FAST_CACHE", str(tmp_path))
     gpu = _Gpu(SLOW, FAST)
@@ -136,6 +140,27 @@ def test_a_cache_that_cannot_be_written_is_no_error(monkeypatch, tmp_path, caplo
     monkeypatch.setenv("ASYNCDIFF_FAST_CACHE", str(tmp_path / "file" / "below"))
     assert _settle(_choice(_Gpu(SLOW, FAST))) == "triton"
     assert "not kept" in caplog.text
+
+
+def test_a_full_disk_leaves_nothing_behind(monkeypatch, tmp_path):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    path = tmp_path / "kernels.json"
+    choice._write(path, "geglu 1", {"kernel": "torch", "us": {}})
+    monkeypatch.setattr(choice.json, "dump", full)
+    choice._write(path, "geglu 2", {"kernel": "torch", "us": {}})
+    assert [file.name for file in tmp_path.iterdir()] == ["kernels.json"] and list(choice._read(path)) == ["geglu 1"]
+
+
+def test_without_a_home_nothing_is_kept(monkeypatch):
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("ASYNCDIFF_FAST_CACHE", raising=False)
+    monkeypatch.setattr(choice.Path, "home", no_home)
+    assert choice.cache_path({}) is None
+    assert _settle(_choice(_Gpu(SLOW, FAST))) == "triton"
 
 
 def _two_ranks(rank, folder):

@@ -1,0 +1,184 @@
+"""Ranks that would draw different pictures are told so as the generation begins, and draw the same ones again later."""
+
+import contextlib
+import os
+import threading
+import time
+
+import diffusers
+import numpy as np
+import pytest
+import ranks
+import tiny_pipelines
+import torch
+from bare import Bare, loop
+
+import asyncdiff_fast
+from asyncdiff_fast.config import EXCHANGE_VARIABLE
+
+STEPS = 6
+
+
+def _kind(scheduler, kind, **config):
+    return kind.from_config(scheduler.config, **config)
+
+
+@contextlib.contextmanager
+def _weight(pipe, change):
+    kept = pipe.unet.conv_in.weight.detach().clone()
+    with torch.no_grad():
+        change(pipe.unet.conv_in.weight)
+    yield {}
+    with torch.no_grad():
+        pipe.unet.conv_in.weight.copy_(kept)
+
+
+@contextlib.contextmanager
+def _scheduler(pipe, other):
+    kept, pipe.scheduler = pipe.scheduler, other
+    yield {}
+    pipe.scheduler = kept
+
+
+def _one_element(weight):
+    weight.view(-1)[3] += 1e-3
+
+
+# {name: (what rank 1 does otherwise, giving arguments of its call; what the error names)}
+DIFFERENCES = {
+    "guidance": (lambda pipe: contextlib.nullcontext(dict(guidance_scale=3.0)), "guidance_scale is"),
+    "eta": (lambda pipe: contextlib.nullcontext(dict(eta=0.7)), "eta is"),
+    "scheduler": (lambda pipe: _scheduler(pipe, _kind(pipe.scheduler, diffusers.DDPMScheduler)), "scheduler is DDIM"),
+    "configuration": (
+        lambda pipe: _scheduler(pipe, _kind(pipe.scheduler, diffusers.DDIMScheduler, prediction_type="sample")),
+        "prediction_type is",
+    ),
+    "steps": (lambda pipe: contextlib.nullcontext(dict(num_inference_steps=STEPS + 1)), "differ"),
+    "one element of a weight": (lambda pipe: _weight(pipe, _one_element), "same weights"),
+    "a weight, behind torch's back": (lambda pipe: _weight(pipe, lambda w: w.data.mul_(1.1)), "same weights"),
+    "latents by a callback": (
+        lambda pipe: contextlib.nullcontext(
+            dict(callback_on_step_end=lambda p, i, t, kwargs: {"latents": kwargs["latents"] * 1.05})
+        ),
+        "latents of rank 0 and rank 1 differ",
+    ),
+}
+
+
+def _attempt(pipe, **arguments):
+    try:
+        return None, tiny_pipelines.generate(pipe, "sd15", steps=STEPS, **arguments)
+    except ValueError as error:
+        return str(error), None
+
+
+def _differ(rank, options):
+    """{difference: (error, whether the next picture is right)}; and the pictures of random numbers."""
+    pipe = tiny_pipelines.build("sd15")
+    pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config)
+    asyncdiff_fast.patch(pipe, warmup_steps=2, timeout_s=30, **options)
+    right, found = _attempt(pipe)[1], {}
+    for name, (make, _) in DIFFERENCES.items():
+        with make(pipe) if rank == 1 else contextlib.nullcontext({}) as arguments:
+            error, _ = _attempt(pipe, **arguments)
+        again, picture = _attempt(pipe)
+        found[name] = error, again is None and np.array_equal(picture, right)
+    # From torch's own generator, which something else on one rank has used before.
+    pipe.scheduler = diffusers.EulerAncestralDiscreteScheduler.from_config(pipe.scheduler.config)
+    side = 32 // pipe.vae_scale_factor
+    latents = torch.randn(1, pipe.unet.config.in_channels, side, side, generator=torch.Generator().manual_seed(0))
+    given = dict(generator=[None], latents=latents)
+    if rank == 1:
+        torch.rand(3)
+    drawn = tiny_pipelines.generate(pipe, "sd15", steps=STEPS, **given)
+
+    def preview(pipe, step, t, kwargs):
+        # And in the middle.
+        if rank == 1 and step == 2:
+            torch.rand(1)
+        time.sleep(0.1)
+        return kwargs
+
+    error = None
+    try:
+        tiny_pipelines.generate(pipe, "sd15", steps=12, callback_on_step_end=preview, **given)
+    except (ValueError, asyncdiff_fast.ExchangeError) as late:
+        error = str(late)
+    asyncdiff_fast.unpatch(pipe)
+    return found, drawn, error
+
+
+@pytest.mark.parametrize("options", [dict(num_stages=2), dict(parallel_steps=2)])
+def test_what_differs_is_named_and_the_next_picture_is_right(options):
+    mine, theirs = ranks.run(2, _differ, options)
+    for name, (_, words) in DIFFERENCES.items():
+        for error, again in (mine[0][name], theirs[0][name]):
+            assert error is not None and words in error, f"{name}: {error}"
+            assert again, f"{name}: the next picture is not right"
+    assert np.array_equal(mine[1], theirs[1])
+    assert "same random numbers" in mine[2] and "same random numbers" in theirs[2]
+
+
+OPTIONS = {
+    "stages": dict(num_stages=2),
+    "patches": dict(num_patches=2),
+    "halves": dict(cfg_parallel=True),
+    "steps": dict(parallel_steps=2),
+}
+
+
+def _stopped(rank, exchange, late):
+    """[(way, error of a picture that ranks stop at different steps, its seconds, whether the next one is right)]."""
+    os.environ[EXCHANGE_VARIABLE] = exchange
+    pipe, found = tiny_pipelines.build("sd15"), []
+
+    def draw(stop=None):
+        def callback(pipe, step, t, kwargs):
+            if step == stop:
+                pipe._interrupt = True
+            return kwargs
+
+        return tiny_pipelines.generate(pipe, "sd15", steps=12, callback_on_step_end=callback)
+
+    for name, options in OPTIONS.items():
+        asyncdiff_fast.patch(pipe, warmup_steps=2, timeout_s=20, **options)
+        right, error, began = draw(), None, time.monotonic()
+        try:
+            draw(stop=6 if rank == 0 else 6 + late)
+        except asyncdiff_fast.ExchangeError as raised:
+            error = str(raised)
+        found.append((name, error, time.monotonic() - began, np.array_equal(draw(), right)))
+        asyncdiff_fast.unpatch(pipe)
+    return found
+
+
+@pytest.mark.parametrize("exchange", ["", "torch"])
+@pytest.mark.parametrize("late", [1, 100])
+def test_a_picture_that_one_rank_stops_ends_on_all(exchange, late):
+    for rank in ranks.run(2, _stopped, exchange, late):
+        for name, error, seconds, again in rank:
+            assert error is None and seconds < 8, f"{name}: {error} after {seconds:.1f} s"
+            assert again, f"{name}: the next picture is another one"
+
+
+def _threads(rank, options):
+    """How far the latents of two threads are from what they should be."""
+    model, found = Bare(), {}
+    asyncdiff_fast.patch(model, warmup_steps=2, timeout_s=20, **options)
+    alone = {seed: loop(model, seed=seed) for seed in (0, 1)}
+
+    def work(seed):
+        time.sleep(0.3 * seed)
+        found[seed] = [float((loop(model, seed=seed) - alone[seed]).abs().max()) for _ in range(2)]
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    asyncdiff_fast.unpatch(model)
+    return found
+
+
+def test_threads_take_turns():
+    assert ranks.run(2, _threads, dict(num_stages=2)) == [{0: [0.0, 0.0], 1: [0.0, 0.0]}] * 2
