@@ -173,6 +173,9 @@ def main(argv):
                 continue
             made = row(options, pixels, patches)
             print(json.dumps(made), flush=True)
+            ms = [f"{1e3 * made[way]['median_s']:.2f}" for way in ("whole", "patch")]
+            told = f"ROW {options.model} {pixels or ''} of {patches} patches {options.options}: {ms[0]} -> {ms[1]} ms"
+            print(f"{told}, {made['speedup']:.2f}x", file=sys.stderr, flush=True)
             if options.save:
                 measure.write_row("patch_compute", made)
     return 0
