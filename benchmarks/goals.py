@@ -138,3 +138,9 @@ def lines(name, rows):
             told = f"{min(found):{goal.form}}{sign}" + ("" if min(found) >= goal.least else ", missed")
         made.append([goal.what, f"{goal.least:{goal.form}}{sign}", told])
     return made
+
+
+if __name__ == "__main__":
+    for name in GOALS:
+        for what, goal, told in lines(name, roofline.latest(name)):
+            print(f"ROW {name}, {what}: {told}; goal {goal}")

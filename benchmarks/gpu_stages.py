@@ -20,7 +20,7 @@ CLOSING_S = 8
 MARGIN_S = 5
 # Of Triton's cache, which spares the next run its compiling, if it is not larger.
 LARGEST_CACHE = 8 << 20
-SHOWN = re.compile(r"^(ROW|OK|FAIL|FAILED|ERROR|E  )|^\d+ (passed|failed)| in [\d.]+s")
+SHOWN = re.compile(r"^(ROW|OK|FAIL|FAILED|E  |\{\"part\")|^\d+ (passed|failed)| in [\d.]+s")
 
 
 class Stage(NamedTuple):
@@ -60,6 +60,7 @@ def stages(options):
         for name in (("torch",) if tiny else ("auto", "torch"))
     }
     ops = {name: run(f"bench_{name}", *on_cpu, "--quick") for name in ("group_norm", "attention", "pointwise")}
+    ops["goals"] = run("goals")
     compiled = run("single_device", *model, "--kernels", "torch", "--compile", "blocks", "--save")
     more = () if tiny else ("flux", "sd15")
     others = {f"single_{name}": run("single_device", "--model", name, "--quick", "--save") for name in more}

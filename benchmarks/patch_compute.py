@@ -19,6 +19,7 @@ import time
 import measure
 import real_models
 import torch
+from single_device import captured
 
 from asyncdiff_fast.calls.schedule import PatchMode
 from asyncdiff_fast.calls.signature import CallSignature
@@ -129,29 +130,35 @@ def row(options, pixels, patches):
     patches_of = Patches(shared, None, exchange)
     layers.choice.patches = patches_of
     layers.begin()
-    planner = LonePlanner(shared, patches_of.hooks)
-    plan, call = planner.emulate(rank, layers.during(denoiser.forward, signature.latent), (), inputs, exchange)
-    with layers.learning():
-        for mode in (PatchMode.SYNC, PatchMode.DISPLACED, PatchMode.DISPLACED):
-            call(mode)
-    exchange.sent_bytes, exchange.reflects = 0, False
-    rounds = []
-    for _ in range(options.rounds):
-        whole = seconds(lambda: plain(**inputs), options.device)
-        rounds.append((whole, seconds(lambda: call(PatchMode.DISPLACED), options.device)))
-    if options.profile:
-        show_profile(lambda: call(PatchMode.DISPLACED), lambda: plain(**inputs), options.device)
-    kernels = layers.summary()
-    patches_of.forget(released=True)
-    layers.remove()
+    try:
+        forward = layers.during(denoiser.forward, signature.latent)
+        plan, call = LonePlanner(shared, patches_of.hooks).emulate(rank, forward, (), inputs, exchange)
+        with layers.learning():
+            for mode in (PatchMode.SYNC, PatchMode.DISPLACED, PatchMode.DISPLACED):
+                call(mode)
+        exchange.sent_bytes, exchange.reflects = 0, False
+        calls = [lambda: plain(**inputs), lambda: call(PatchMode.DISPLACED)]
+        made = compared(options, calls)
+        sent_bytes = exchange.sent_bytes / options.rounds
+        if options.device == "cuda":
+            # Launched from Python a patch can be slower than its kernels are.
+            made["graph"] = compared(options, [captured(call)[0] for call in calls])
+        if options.profile:
+            show_profile(*reversed(calls), options.device)
+        sizes = {"sent_bytes": sent_bytes, "buffer_bytes": plan.memory_bytes(rank)}
+        return {**common, "kernels": layers.summary(), **made, **sizes}
+    finally:
+        patches_of.forget(released=True)
+        layers.remove()
+
+
+def compared(options, calls):
+    """Dict: times of the whole picture and of the patch, in turns."""
+    rounds = [[seconds(call, options.device) for call in calls] for _ in range(options.rounds)]
     return {
-        **common,
-        "kernels": kernels,
         "whole": measure.summary([a for a, _ in rounds]),
         "patch": measure.summary([b for _, b in rounds]),
         "speedup": statistics.median(a / b for a, b in rounds),
-        "sent_bytes": exchange.sent_bytes / options.rounds,
-        "buffer_bytes": plan.memory_bytes(rank),
     }
 
 
@@ -165,7 +172,7 @@ def show_profile(patch, whole, device):
 
 
 def main(argv):
-    options = parse(argv)
+    options, failed = parse(argv), 0
     torch.set_grad_enabled(False)
     if options.device == "cpu":
         torch.set_num_threads(1)
@@ -174,11 +181,23 @@ def main(argv):
             if measure.left_s() < LEAST_S:
                 print(f"left out: {pixels} pixels, {patches} patches", flush=True)
                 continue
-            made = row(options, pixels, patches)
+            try:
+                made = row(options, pixels, patches)
+            except Exception as error:
+                # One case that fails must not cost the others their rows.
+                failed += 1
+                told = f"FAILED {pixels} pixels, {patches} patches: {type(error).__name__}: {error}"
+                print(told[:600], file=sys.stderr, flush=True)
+                continue
             print(json.dumps(made), flush=True)
+            for mode, found in {"eager": made, "graph": made.get("graph")}.items():
+                if found:
+                    ms = [f"{1e3 * found[way]['median_s']:.2f}" for way in ("whole", "patch")]
+                    told = f"ROW {options.model} {pixels or ''} of {patches} patches {options.options} {mode}: "
+                    print(f"{told}{ms[0]} -> {ms[1]} ms, {found['speedup']:.2f}x", file=sys.stderr, flush=True)
             if options.save:
                 measure.write_row("patch_compute", made)
-    return 0
+    return min(1, failed)
 
 
 if __name__ == "__main__":

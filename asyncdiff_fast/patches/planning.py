@@ -186,13 +186,18 @@ class Planner:
         )
 
     def _seen(self, recorder, patch):
-        """(sites, whether the latent is read where it lies, {place: the sum over rows there}, a problem) of a patch."""
+        """(sites, whether the latent is read where it lies, {place: shapes of what it sums over rows}, a problem) of a patch."""
         found = mixed(recorder.calls, patch.seen.calls) if patch.seen is not None and not self.config.naive else ()
         others, problem = [str(call) for call in found if not call.sums], None
         if others:
             more = f" (and {len(others) - 1} more)" if len(others) > 1 else ""
             problem = f"{type(self.denoiser).__name__} cannot be shared out as patches: {others[0]}{more}; {WAY_OUT}"
-        return patch.found, patch.sees_latent, {call.whole.site: call.part for call in found if call.sums}, problem
+        return (
+            patch.found,
+            patch.sees_latent,
+            {call.whole.site: call.part.given for call in found if call.sums},
+            problem,
+        )
 
     def _probe(self, patch, run, args, kwargs, whole):
         """Run the denoiser on this patch alone: the numbers mean nothing yet, but all shapes are seen."""

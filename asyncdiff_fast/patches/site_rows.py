@@ -81,7 +81,7 @@ def make_sites(recorder, cutter, patches, sees_latent):
 
 
 def with_sums(sites, recorder, patches):
-    """Sites in order of execution, with those that sum over rows; `patches`: {(module, call, place): `Called`} each."""
+    """Sites in order of execution, with those that sum over rows; `patches`: {(module, call, place): shapes} each."""
     known = {(s.name, s.call, s.place): s for s in sites}
     wholes = {c.site: c for c in recorder.calls if c.site in patches[0]}
     if any(p.keys() != wholes.keys() for p in patches):
@@ -95,19 +95,19 @@ def _sum(called, parts):
 
     Args:
         called: its `Called` on the whole picture.
-        parts: those of the patches.
+        parts: shapes of what is given on the patches.
     Raises: ValueError if the patches' sums do not make the whole one.
     """
     (name, call, place), how = called.site, SUMS[called.func]
     for number, whole in enumerate(called.given):
-        shapes = [part.given[number] for part in parts]
+        shapes = [given[number] for given in parts]
         over = [d for d, n in enumerate(whole) if any(shape[d] != n for shape in shapes)]
         if len(over) > 1 or any(sum(shape[d] for shape in shapes) != whole[d] for d in over):
             raise ValueError(
                 f"{name or 'the denoiser'} sums over tokens of which the patches hold some twice (text beside the "
                 "picture, or rows that two patches share)"
             )
-    rows = [math.prod(part.given[0]) for part in parts]
+    rows = [math.prod(given[0]) for given in parts]
     shares = tuple(n / sum(rows) for n in rows) if how == "mean" else (1.0,) * len(parts)
     return Sum(name, call, place, SUM, (called.made[0],) * len(parts), called.dtype, how, shares)
 

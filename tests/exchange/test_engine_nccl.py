@@ -90,7 +90,6 @@ def test_numbers_and_signatures_are_the_header_s():
         return int(re.search(rf"\b{name}\s*=\s*(\d+)", header)[1])
 
     assert abi["ncclSuccess"] == enumerated("ncclSuccess")
-    assert abi["ncclInProgress"] == enumerated("ncclInProgress")
     assert abi["ncclInt8"] == enumerated("ncclInt8")
     assert abi["unique_id_bytes"] == int(re.search(r"#define NCCL_UNIQUE_ID_BYTES (\d+)", header)[1])
     assert abi["undefined"] == -(2**31) and "NCCL_CONFIG_UNDEF_INT INT_MIN" in header
