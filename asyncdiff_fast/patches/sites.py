@@ -27,7 +27,7 @@ KINDS = {
     F.avg_pool2d: POOL,
     F.max_pool2d: POOL,
 }
-# Functions that may sum over rows, and what they make of them. Of norms, those of order 2; of pools, those to one pixel.
+# Functions that may sum over rows, and what they make of them. Of norms, those of order 2; of pools, to one pixel.
 SUMS = {
     **dict.fromkeys((torch.sum, torch.Tensor.sum, torch.einsum, torch.bmm, torch.Tensor.bmm), "sum"),
     **dict.fromkeys((torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__), "sum"),
