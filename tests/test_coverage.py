@@ -56,6 +56,8 @@ def _cell(name, options, limit):
         raise
     except (ValueError, TypeError) as error:
         found = "refused: " + next((reason for text, reason in REASONS.items() if text in str(error)), str(error)[:60])
+    except Exception as error:
+        found = f"fails: {type(error).__name__}"
     if "_asyncdiff_fast" in vars(model):
         asyncdiff_fast.unpatch(model)
     return found
@@ -96,8 +98,8 @@ def page():
 
 INTRODUCTION = """Every UNet and transformer that diffusers exports, each tiny and random, on two processes without a
 GPU; made by `make tables`. "works": the unpatched result, at every call with the same inputs. "refused": one error on
-every rank that says why and what else to take; nothing is patched then. A cell that no test has looked at is empty.
-Steps side by side need nothing of a class, see [steps.md](steps.md)."""
+every rank that says why and what else to take; nothing is patched then. "fails": an error of the model's own. A cell
+that no test has looked at is empty. Steps side by side need nothing of a class, see [steps.md](steps.md)."""
 
 
 def test_some_classes_are_as_the_page_says():

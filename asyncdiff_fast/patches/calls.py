@@ -73,11 +73,12 @@ class Patches:
 
     def _looks_again(self, place, step):
         """True at the last exact step of a plan's first warm-up, or ever more rarely where all are: gates open late."""
-        config, patch = self.config, self._patches[place]
+        config, patch = self._pace.config, self._patches[place]
         able = patch.result_check is not None and not config.bessel and config.num_stages == 1
         if not able or step == 0 or patch.generations > (place in self._last_steps):
             return False
-        due = step > 1 and step & (step + 1) == 0 if config.exchange == "sync" else step == config.warmup_steps - 1
+        rarely = config.exchange == "sync" or self._pace.warming
+        due = step > 1 and step & (step + 1) == 0 if rarely else step == config.warmup_steps - 1
         return due and self._mode(place, step) is PatchMode.SYNC
 
     def _place(self, tick, key, args, kwargs):

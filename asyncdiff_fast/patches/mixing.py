@@ -8,6 +8,7 @@ argument has compared rows with each other; and some work along a dimension that
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 from .sites import KINDS, SUMS
 
@@ -47,10 +48,13 @@ class Mixed:
     @property
     def sums(self):
         """True if patches can add up what each of them makes."""
-        if self.how != SUMS_UP or SUMS.get(self.whole.func) != "norm":
-            return self.how == SUMS_UP and self.whole.func in SUMS
-        order = self.whole.kwargs.get("p", self.whole.kwargs.get("ord", (*self.whole.args, None, None)[1]))
-        return order in (None, 2, 2.0, "fro")
+        call = self.whole
+        if self.how != SUMS_UP or call.func not in SUMS:
+            return False
+        if call.func is F.adaptive_avg_pool2d:
+            return call.made[0][-2:] == (1, 1)
+        order = call.kwargs.get("p", call.kwargs.get("ord", (*call.args, None, None)[1]))
+        return SUMS[call.func] != "norm" or order in (None, 2, "fro")
 
     def __str__(self):
         name = getattr(self.whole.func, "__name__", str(self.whole.func)).strip("_")

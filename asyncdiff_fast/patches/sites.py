@@ -28,11 +28,11 @@ KINDS = {
     F.avg_pool2d: POOL,
     F.max_pool2d: POOL,
 }
-# Functions that may sum over rows, and what they make of them. Of norms, those of order 2.
+# Functions that may sum over rows, and what they make of them. Of norms, those of order 2; of pools, to one pixel.
 SUMS = {
     **dict.fromkeys((torch.sum, torch.Tensor.sum, torch.einsum, torch.bmm, torch.Tensor.bmm), "sum"),
     **dict.fromkeys((torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__), "sum"),
-    **dict.fromkeys((torch.mean, torch.Tensor.mean), "mean"),
+    **dict.fromkeys((torch.mean, torch.Tensor.mean, F.adaptive_avg_pool2d), "mean"),
     **dict.fromkeys((torch.amax, torch.Tensor.amax), "max"),
     **dict.fromkeys((torch.amin, torch.Tensor.amin), "min"),
     **dict.fromkeys((torch.norm, torch.Tensor.norm, torch.linalg.norm, torch.linalg.vector_norm), "norm"),

@@ -116,3 +116,7 @@ def test_a_plan_ends_in_a_clear_error_too():
         asyncdiff_fast.plan(patch_nets.AcrossRows(), inputs, num_patches=2)
     with pytest.raises(ValueError, match="works along rows of the picture"):
         asyncdiff_fast.plan(patch_nets.Cumulative(), inputs, num_patches=2)
+    # Only what patches give together shows that this one is wrong.
+    for num_patches in (2, 3):
+        with pytest.raises(ValueError, match="times what rounding explains"):
+            asyncdiff_fast.plan(patch_nets.RowNumbers(), inputs, num_patches=num_patches)

@@ -236,7 +236,8 @@ class Norm(Net):
 
     def mix(self, h, t):
         h = h / h.norm(dim=(2, 3), keepdim=True) + h / torch.linalg.vector_norm(h, dim=(2, 3), keepdim=True)
-        return h / torch.amax(h, (2, 3), keepdim=True) - h.amin((2, 3), keepdim=True)
+        h = h / torch.amax(h, (2, 3), keepdim=True) - h.amin((2, 3), keepdim=True)
+        return h * functional.adaptive_avg_pool2d(h, 1)
 
 
 class Deviation(Net):
