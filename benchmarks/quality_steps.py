@@ -1,13 +1,16 @@
 """How close steps side by side come, beside stages, patches and exact sampling with as few calls.
 
-    python benchmarks/quality_steps.py
+    python benchmarks/quality_steps.py [CONFIGURATION …]
 
-Draws by `quality.py` (ranks under torchrun; finished configurations are kept), then writes quality_steps.json, .md and
-.svg. Each picture is drawn alone, since blocks are as long as the worst picture of a batch allows, and the run itself
-counts the calls that it waits for. Each configuration is compared, picture by picture, with the exact pictures of the
-same sampler and steps; so is exact sampling with fewer steps. Stages, patches, and exact sampling beside 50 steps are
-not drawn again: the tables take them from quality_predict.json.
+Draws all configurations, or those named, by `quality.py` (ranks under torchrun; finished ones are kept), then writes
+quality_steps.json, .md and .svg; rows of what is not drawn stay as they were. Each picture is drawn alone, since blocks
+are as long as the worst picture of a batch allows, and the run itself counts the calls that it waits for. Each
+configuration is compared, picture by picture, with the exact pictures of the same sampler and steps; so is exact
+sampling with fewer steps. Stages, patches, and exact sampling beside 50 steps are not drawn again: the tables take them
+from quality_predict.json.
 """
+
+import json
 
 import measure
 import quality
@@ -48,8 +51,9 @@ def key(name, reference):
 
 
 def rows(args):
-    """{key: figures} of every configuration whose pictures are there."""
-    found = {}
+    """{key: figures}: of configurations whose pictures are there, and what was measured of the others before."""
+    wanted = [key(*pair) for pair in configurations()]
+    found = dict.fromkeys(wanted) | committed_rows(args.out)
     for name, reference, figures, facts in quality.measured(args, configurations()):
         calls = facts.get("calls") or [quality.parse_configuration(name)[1]]
         mean = sum(calls) / len(calls)
@@ -59,7 +63,12 @@ def rows(args):
             "latency_calls": mean,
             "calls": {"mean": mean, "most": max(calls)},
         }
-    return found
+    return {name: found[name] for name in wanted if found[name]}
+
+
+def committed_rows(folder):
+    path = folder / "quality_steps.json"
+    return json.loads(path.read_text())["rows"] if path.exists() else {}
 
 
 def write(args):

@@ -14,6 +14,8 @@ import quality_steps_tables
 import roofline
 import speed_tables
 
+from asyncdiff_fast.config import LATENT_TOLERANCE, STEPS_WARMUP
+
 WARMUP = re.compile(r"\bwarmup_steps=(\d+)")
 PATCHES = re.compile(r"\bnum_patches=(\d+),")
 # Benchmark → (title, our op, baselines, the ceiling that bounds it).
@@ -144,6 +146,23 @@ def quality_of_steps():
     return "\n".join([result["title"], "", *lines])
 
 
+def batch_steps():
+    """What a block would take on one device as one batch, against its steps one after the other."""
+    steps = measure.read_result("quality_steps")["rows"]
+    latest = {row["model"]: row for row in measure.read_rows("batch_steps")}
+    body = []
+    for model, row in latest.items():
+        for length in (2, 4):
+            calls = steps[f"parallel_steps={length},tolerance={LATENT_TOLERANCE:g}@50"]["calls"]["mean"]
+            cost = row["cost_in_calls"][str(length)]
+            # All calls but the exact ones are of a whole block, at most.
+            whole = STEPS_WARMUP + (calls - STEPS_WARMUP) * cost
+            body.append([f"`{model}`", length, f"{cost:.2f}", f"{calls:.1f}", f"{50 / whole:.2f}×"])
+    header = ["model", "steps in a batch", "cost, in calls of one", "calls for 50 steps", "speed-up at best"]
+    first = next(iter(latest.values()))
+    return f"{first['device']}, one thread, {first['date']}.\n\n{table(header, body)}"
+
+
 def _place_and_way(name):
     """((patches, warm-up steps), the other options) of a configuration of patches."""
     options = name.rpartition("@")[0]
@@ -228,6 +247,7 @@ MAKERS = {
     "quality patches": quality_of_patches,
     "quality predict": quality_of_predictions,
     "quality steps": quality_of_steps,
+    "batch steps": batch_steps,
     "kernels": kernels,
     "exchange": exchange,
 }
