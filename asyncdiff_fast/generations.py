@@ -72,7 +72,15 @@ class Generations:
 
     def check(self, reports):
         """Raises: ValueError on all ranks if one is to draw another picture. Collective."""
-        self._alike.check(reports)
+        try:
+            self._alike.check(reports)
+        except ValueError as error:
+            if not self._turns.is_shared:
+                raise
+            raise ValueError(
+                f"{error}; several threads share this denoiser: on every rank they must begin in the same order, one "
+                "after the other"
+            ) from None
 
     def count(self, tick, latent):
         """One more call; the first of a step is compared with the others'. Collective at the second step."""

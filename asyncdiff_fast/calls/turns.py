@@ -25,7 +25,7 @@ class Turns:
         self._owner, self._ended, self._inside = None, True, False
         self._last, self._pause = 0.0, 0.0
         # Threads whose generation was taken for ended.
-        self._clocks, self._lost = {}, set()
+        self._clocks, self._lost, self._num_waiting = {}, set(), 0
 
     @property
     def is_inside(self):
@@ -36,6 +36,11 @@ class Turns:
     def is_taken(self):
         """True if `tick` would wait."""
         return not self._is_free(threading.current_thread())
+
+    @property
+    def is_shared(self):
+        """True if more than one living thread calls the denoiser."""
+        return self._num_waiting > 0 or sum(thread.is_alive() for thread in list(self._clocks)) > 1
 
     def tick(self, timestep, key):
         """Wait for this thread's turn, and place its call, see `Clock.tick`. `leave` follows.
@@ -50,7 +55,11 @@ class Turns:
                         f"thread {me.name} waited {self._patience_s:g} s for thread {self._owner.name} to end its "
                         "generation with the same patched denoiser: one thread at a time can use it"
                     )
-                self._changed.wait(_PERIOD_S)
+                self._num_waiting += 1
+                try:
+                    self._changed.wait(_PERIOD_S)
+                finally:
+                    self._num_waiting -= 1
             new = self._owner is not me
             if new and not self._ended and self._owner is not None and self._owner.is_alive():
                 self._lost.add(self._owner)

@@ -11,7 +11,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from .errors import ExchangeError
 from .presence import Missing
-from .processes import Siblings
+from .processes import Siblings, has_launcher
 from .rounds import LOOK_S, Rounds
 from .waiting import within
 
@@ -26,7 +26,9 @@ def meet(rank, size, timeout_s):
         if _rounds is None:
             # One store for the life of the process: a second group starts while other ranks still leave the first.
             store = _store(rank, timeout_s)
-            _rounds = Rounds(dist.PrefixStore("asyncdiff_fast starts", store), rank, range(size), rank == 0)
+            _rounds = Rounds(
+                dist.PrefixStore("asyncdiff_fast starts", store), rank, range(size), rank == 0 and not has_launcher()
+            )
         left = max(0.1, timeout_s - (time.monotonic() - began))
         number, _ = _rounds.begin(size, "a process group", left)
         return dist.PrefixStore(f"start {number}", _rounds.store)
@@ -41,11 +43,11 @@ def _store(rank, timeout_s):
     ends, limit = time.monotonic() + timeout_s, timedelta(seconds=timeout_s)
     place = os.environ.get("MASTER_ADDR", "127.0.0.1"), int(os.environ.get("MASTER_PORT", 29500))
     # torch waits inside its constructor, deaf to everything; and rank 0 would hide why it cannot listen.
-    if rank == 0 and "TORCHELASTIC_RUN_ID" not in os.environ:
+    if rank == 0 and not has_launcher():
         return within(timeout_s + 1, lambda stop: _kept(place, limit))
     siblings = Siblings()
     while not _listens(place):
-        if "TORCHELASTIC_RUN_ID" not in os.environ and siblings.too_few((), 1):
+        if not has_launcher() and siblings.too_few((), 1):
             raise Missing([0], died=True)
         if time.monotonic() > ends:
             raise Missing([0])

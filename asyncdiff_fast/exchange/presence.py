@@ -2,12 +2,11 @@
 whoever waits. Where its process is, which epoch it has begun, and whether it has left that again.
 """
 
-import os
 import time
 
 from . import wire
 from .errors import ExchangeError
-from .processes import Siblings, has_ended, identity
+from .processes import Siblings, has_ended, has_launcher, identity
 from .waiting import Asked
 
 
@@ -142,7 +141,7 @@ class Presence:
     def beside(self, missing):
         """Raises: Missing if processes started beside this one have ended before they told who they are."""
         unknown = [r for r in missing if r not in self._processes and not self._store.check([f"process/{r}"])]
-        if not unknown or "TORCHELASTIC_RUN_ID" in os.environ:
+        if not unknown or has_launcher():
             return
         come = {process[2] for process in self._processes.values()}
         if self._siblings.too_few(come, len(unknown)):

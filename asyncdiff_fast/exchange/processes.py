@@ -15,6 +15,11 @@ def host():
         return "no /proc", str(os.getpid())
 
 
+def has_launcher():
+    """True if whoever started these ranks, torchrun say, keeps their store and looks after them."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
 def _stat(pid):
     """(state, parent, start time) of a process; None if it is gone."""
     try:

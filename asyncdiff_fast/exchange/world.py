@@ -18,6 +18,7 @@ from .errors import ExchangeError
 from .meeting import connect, meet
 from .passing import Passing
 from .presence import Missing
+from .processes import has_launcher
 from .rounds import Rounds
 
 
@@ -206,7 +207,7 @@ def _rounds_of(ranks):
     store = dist.distributed_c10d._get_default_store()
     if ranks not in _rounds or _rounds[ranks][0] is not store:
         # Without a launcher's, the first process keeps the store.
-        keeps = dist.get_rank() == 0 and "TORCHELASTIC_RUN_ID" not in os.environ
+        keeps = dist.get_rank() == 0 and not has_launcher()
         place = dist.PrefixStore(f"asyncdiff_fast/{'-'.join(map(str, ranks))}", store)
         known = _rounds.get(ranks)
         _rounds[ranks] = store, Rounds(place, dist.get_rank(), ranks, keeps)
