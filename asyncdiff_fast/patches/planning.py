@@ -186,7 +186,7 @@ class Planner:
         )
 
     def _seen(self, recorder, patch):
-        """(sites, whether the latent is read where it lies, {place: shapes of what it sums over rows}, a problem) of a patch."""
+        """(sites, whether the latent is read where it lies, {place: shapes that are summed}, a problem) of a patch."""
         found = mixed(recorder.calls, patch.seen.calls) if patch.seen is not None and not self.config.naive else ()
         others, problem = [str(call) for call in found if not call.sums], None
         if others:
