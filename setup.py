@@ -56,7 +56,7 @@ def missing_tool():
     return None
 
 
-WINGS = ("calls", "commands", "exchange", "fused", "patches", "prediction", "stages", "steps", "tracing")
+WINGS = ("calls", "commands", "exchange", "fused", "patches", "pipelined", "prediction", "stages", "steps", "tracing")
 
 # Named one by one: find_packages() would also take folders of the checkout that are no part of the package.
 setup(

@@ -28,6 +28,20 @@ _CHOICES = {
     "balance": ("flops", "time"),
     "kernels": ("auto", "triton", "torch"),
     "predict": ("auto", "linear", "none"),
+    "pipeline_text": ("unit", "stage", "patch"),
+}
+
+
+# What else an option may be where patches pass through the stages.
+_WITH_PIPELINE = {
+    "num_patches": (1,),
+    "parallel_steps": (1,),
+    "stride": (1,),
+    "time_shift": (False,),
+    "exchange": ("displaced",),
+    "group_norm": ("corrected", "stale", "local"),
+    "patch_axis": ("rows",),
+    "predict": ("auto", "none"),
 }
 
 
@@ -88,6 +102,8 @@ class Config:
     predict: str = "auto"
     tolerance: float | None = None
     resync: float = 0.2
+    pipeline_patches: int | tuple[int, ...] | None = None
+    pipeline_text: str = "stage"
 
     def __post_init__(self):
         if self.stages is not None:
@@ -106,6 +122,7 @@ class Config:
             self._check(getattr(self, name) in allowed, name, f"{', '.join(quoted[:-1])} or {quoted[-1]}")
         for name in ("cfg_parallel", "bessel", "time_shift"):
             self._check(isinstance(getattr(self, name), bool), name, "True or False")
+        self._check_pipeline()
         if self.predict == "auto":
             object.__setattr__(self, "predict", "linear" if self._gains_by_predictions else "none")
         self._check_patches()
@@ -124,6 +141,28 @@ class Config:
                 f"stride=2 needs num_stages of at least 2: got num_stages={self.num_stages}; pass num_stages=2 "
                 "(3 processes) or stride=1"
             )
+
+    def _check_pipeline(self):
+        """Patches that pass through the stages: their number or rows, and what does not go with them."""
+        given = self.pipeline_patches
+        if given is None:
+            return
+        rows = (given,) if isinstance(given, int) else given
+        whole = isinstance(rows, list | tuple) and rows and all(type(n) is int and n >= 1 for n in rows)
+        self._check(whole, "pipeline_patches", "an integer of at least 1, or a list of the rows of each patch")
+        if not isinstance(given, int):
+            object.__setattr__(self, "pipeline_patches", tuple(given))
+        if self.num_stages < 2:
+            raise ValueError(
+                f"pipeline_patches need stages to pass through: got pipeline_patches={self.pipeline_patches}, "
+                f"num_stages={self.num_stages}; pass num_stages of at least 2, or num_patches for patches side by side"
+            )
+        for name, only in _WITH_PIPELINE.items():
+            if getattr(self, name) not in only:
+                raise ValueError(
+                    f"pipeline_patches go with {name}={' or '.join(repr(x) for x in only)} only: got "
+                    f"pipeline_patches={self.pipeline_patches}, {name}={getattr(self, name)!r}"
+                )
 
     def _check_patches(self):
         if self.warmup_steps == 0 and not self.naive:
@@ -148,6 +187,8 @@ class Config:
     @property
     def _gains_by_predictions(self):
         """Ways to share a call whose pictures predictions bring closer, the worst ones too (docs/prediction.md)."""
+        if self.pipelined:
+            return False
         return (self.num_stages > 1) != (self.num_patches == 2) and self.num_patches <= 2
 
     def _check_steps(self):
@@ -188,6 +229,16 @@ class Config:
         """True if ranks tell each other how far predictions were from what came."""
         shared = self.predicts_patches if self.num_patches > 1 else self.num_stages > 1 and self.predict != "none"
         return shared and 1 in (self.num_stages, self.num_patches)
+
+    @property
+    def pipelined(self):
+        """True if patches pass through the stages one after another."""
+        return self.pipeline_patches is not None
+
+    @property
+    def pipeline_count(self):
+        """How many patches pass through the stages."""
+        return len(self.pipeline_patches) if isinstance(self.pipeline_patches, tuple) else self.pipeline_patches or 1
 
     @property
     def naive(self):

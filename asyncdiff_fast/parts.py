@@ -5,11 +5,13 @@ from .exchange.world import ExchangeError, World
 from .halves import Halves
 from .patches.calls import Patches
 from .patches.plan import MeshPlan
+from .pipelined.calls import PipelineCalls
 from .stages.calls import StageCalls
 
 
 class Parts:
-    """`steps`, `halves`, `patches` and `stages` of one denoiser, None where the mesh has a single rank along that axis.
+    """`steps`, `halves`, `patches` and `stages` of one denoiser, None where the mesh has a single rank along that axis;
+    `pipeline` in place of stages where patches pass through them.
 
     Iterates over those that are there. Collective to make.
 
@@ -28,7 +30,7 @@ class Parts:
 
     def __iter__(self):
         steps = self.steps if self._has_opened_steps else None
-        return (part for part in (self.halves, self.patches, self.stages, steps) if part is not None)
+        return (part for part in (self.halves, self.patches, self.stages, self.pipeline, steps) if part)
 
     def along(self, axis):
         """torch.distributed ranks that differ from this one in one axis of the mesh."""
@@ -37,8 +39,8 @@ class Parts:
     @property
     def plan(self):
         """The latest plan, None before the first call: of steps, stages or patches, or both in a `MeshPlan`."""
-        patches, stages = self.patches and self.patches.plan, self.stages and self.stages.plan
-        each = MeshPlan(patches, stages) if patches and stages else patches or stages
+        patches, stages, pipeline = (x and x.plan for x in (self.patches, self.stages, self.pipeline))
+        each = MeshPlan(patches, stages) if patches and stages else patches or stages or pipeline
         return each if self.steps is None else self.steps.plan(each)
 
     @property
@@ -49,7 +51,7 @@ class Parts:
     def stats(self):
         """Dict: the sums of what the exchanges count, and the latest errors of predictions."""
         prediction = {}
-        for part in filter(None, (self.patches, self.stages)):
+        for part in filter(None, (self.patches, self.stages, self.pipeline)):
             prediction |= part.errors()
         found = [part.exchange.stats() for part in self]
         waits = {name: wait for s in found for name, wait in s["wait_s_by_slot"].items()}
@@ -65,7 +67,7 @@ class Parts:
 
     def close(self, why=None):
         """Drop all plans and buffers, and close the exchanges; with `why` they are stopped on all ranks."""
-        parts, self.halves, self.patches, self.stages = list(self), None, None, None
+        parts, self.halves, self.patches, self.stages, self.pipeline = list(self), None, None, None, None
         self._has_opened_steps = False
         exchanges = [part.exchange for part in parts]
         for part, exchange in zip(parts, exchanges, strict=True):
@@ -89,10 +91,13 @@ class Parts:
         if self.steps is not None and self.steps.exchange is None:
             self.steps.open(open_exchange(self.steps.world, self.device_type))
             self._has_opened_steps = True
-        self.halves = self.patches = self.stages = None
+        self.halves = self.patches = self.stages = self.pipeline = None
         self.halves = self._made(Halves, halves)
         self.patches = self._shared.choice.patches = self._made(Patches, rows)
-        self.stages = self._made(StageCalls, stages)
+        if self._shared.config.pipelined:
+            self.pipeline = self._made(PipelineCalls, stages)
+        else:
+            self.stages = self._made(StageCalls, stages)
 
     def _made(self, kind, world):
         return kind(self._shared, world, open_exchange(world, self.device_type)) if world.size > 1 else None

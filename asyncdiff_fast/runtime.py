@@ -125,14 +125,15 @@ class Runtime:
     def _on_stages(self, tick, key, forward, args, kwargs):
         """This call, shared by the stages: of the whole picture, or of this rank's patch."""
         kept = self._layers.during(forward, self._signature.latent)
-        if self._parts.stages is None:
+        sharing = self._parts.stages or self._parts.pipeline
+        if sharing is None:
             result, mode = kept(*args, **kwargs), Mode.EXACT
             if self._parts.patches is not None and self._parts.patches.mode is not PatchMode.SYNC:
                 mode = Mode.COMPUTE
         else:
-            alone = self._parts.patches is None and self._parts.halves is None
+            alone = self._parts.patches is self._parts.halves is self._parts.pipeline is None
             planning = functools.partial(self._planning, forward, learning=alone)
-            result, mode = self._parts.stages.call(tick, key, planning, kept, args, kwargs)
+            result, mode = sharing.call(tick, key, planning, kept, args, kwargs)
         self._calls[mode] += 1
         return result
 

@@ -17,7 +17,9 @@ class DeviceLayers:
         self.packed = PackedWeights(denoiser, active=packs(config.kernels, device_type))
         self.choice = KernelChoice(config.kernels, world)
         self._fusion = Fusion(denoiser, self.choice, patches)
-        self.projections = Projections(denoiser, patches, self._fusion.taken_over, self.packed.forwards)
+        # Patches that pass through a rank would make them one after another.
+        again = patches or config.pipeline_count > 1
+        self.projections = Projections(denoiser, again, self._fusion.taken_over, self.packed.forwards)
 
     @property
     def keeps_weights(self):

@@ -50,14 +50,17 @@ class Cutter:
     patch: int
 
     @classmethod
-    def of(cls, recorder, latent, latent_name, config, patch, axis):
-        """The cutter for one forward on the whole picture; `axis` is -2 for rows, -1 for columns."""
+    def of(cls, recorder, latent, latent_name, config, patch, axis, split=None):
+        """The cutter for one forward on the whole picture; `axis` is -2 for rows, -1 for columns.
+
+        `split(rows of the latent, of them in one of the coarsest resolution)`: the patches' `Rows`; default: even ones.
+        """
         sequence = latent.dim() == 3
         dim = 1 if sequence else latent.dim() + axis
         size = latent.shape[dim]
         factor = site_rows.factor_of(recorder, size, axis)
         aligned = config.naive or _tiling(recorder) is not None
-        rows = layout.split(size, config.num_patches, factor, aligned)
+        rows = split(size, factor) if split else layout.split(size, config.num_patches, factor, aligned)
         levels = site_rows.levels_of(recorder, rows, axis)
         pictures = {tuple(latent.shape[-2:])} | {s.result[-2:] for s in site_rows.resamplings(recorder)}
         sizes = {} if sequence else {hw: levels[hw[axis]] for hw in pictures if hw[axis] in levels}

@@ -123,7 +123,7 @@ class Planner:
         latent = self._signature.latent(args, kwargs)
         cutter = Cutter.of(recorder, latent, self._signature.latent_name, self.config, number, axis)
         patch = Patch(self._shared, cutter, number, latent.device)
-        patch.prepare(*_beforehand(recorder, cutter, self.config.naive))
+        patch.prepare(*beforehand(recorder, cutter, self.config.naive))
         self.hooks.attach(recorder, patch)
         return patch
 
@@ -174,7 +174,7 @@ def _samples(plan, recorder):
     return {i: recorder.sites[s.name, s.call][s.place].sample for i, s in enumerate(plan.sites)}
 
 
-def _beforehand(recorder, cutter, naive):
+def beforehand(recorder, cutter, naive):
     """(sites, {key: result}, {(key, place): [(argument, tensor)]}) that follow from the whole picture alone."""
     probes = () if naive else site_rows.resampling_sites(recorder, cutter.levels)
     constants = {}

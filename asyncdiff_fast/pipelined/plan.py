@@ -1,0 +1,131 @@
+"""The plan of a call whose patches pass through the stages: micro-steps, what travels, weights. Pure."""
+
+from dataclasses import dataclass
+
+from ..patches.plan import PatchPlan, hash_of
+from ..stages import cutset
+from ..stages.division import Division
+from ..stages.graph import Graph
+from ..stages.plan import aligned, ranges
+from ..tracing.recording import TensorRef
+
+
+@dataclass(frozen=True)
+class MicroPlan:
+    """One micro-step. `outputs` are the tensors of its result."""
+
+    graph: Graph
+    transfers: tuple[cutset.Transfer, ...]
+    outputs: tuple[TensorRef, ...]
+
+    def ref(self, transfer, v):
+        """What one of a transfer's tensors looks like."""
+        return self.outputs[v] if transfer.unit < 0 else self.graph.values[v].ref
+
+
+@dataclass(frozen=True)
+class PipelinePlan:
+    """Everything that is decided before the first call of micro-steps, for one signature of inputs.
+
+    `whole`: the units of the whole picture. `patches`: rows and sites, None for one patch. `micro`: each micro-step.
+    `rowless`: the values that hold no rows. `weight_bytes`: as `Plan` of stages has them. `joints`: for each tensor of
+    the denoiser's result the dimension of rows.
+    """
+
+    config: object
+    whole: Graph
+    division: Division
+    patches: PatchPlan | None
+    micro: tuple[MicroPlan, ...]
+    rowless: frozenset[int]
+    weight_bytes: tuple[int, ...]
+    joints: tuple[int, ...]
+
+    def program(self, p, rank):
+        """The `RankProgram` of a rank in a micro-step."""
+        micro = self.micro[p]
+        return cutset.rank_program(micro.graph, self.division, self.config, micro.transfers, rank)
+
+    def sent_bytes(self):
+        """{(source, target, name): bytes} of one call of micro-steps."""
+        total = {}
+        for micro in self.micro:
+            found = cutset.bytes_per_call(micro.graph, micro.transfers, [ref.nbytes for ref in micro.outputs])
+            for key, n in found.items():
+                total[key] = total.get(key, 0) + n
+        return total
+
+    @property
+    def bytes_per_call(self):
+        """Bytes that all ranks together send in one call of micro-steps."""
+        return sum(self.sent_bytes().values())
+
+    def buffer_bytes(self, rank):
+        """Bytes of a rank's buffers of what travels, for all micro-steps."""
+        total = 0
+        for micro in self.micro:
+            for transfer in micro.transfers:
+                mine = {v for target, found in transfer.targets if target == rank for v in found}
+                mine = transfer.values if transfer.source == rank else mine
+                total += sum(micro.ref(transfer, v).nbytes for v in mine)
+        return total
+
+    def owns(self, site, stage):
+        """True if a stage runs a site: in one of its units, or in the glue."""
+        units = zip(self.whole.units, self.division.owner, strict=True)
+        inside = {s for unit, s in units if site.name == unit.name or site.name.startswith(f"{unit.name}.")}
+        return not inside or stage in inside
+
+    def kept_bytes(self, stage):
+        """Bytes of what a stage keeps of its sites: keys and values, statistics, rows around."""
+        return sum(_kept(site) for site in self.sites(stage).values())
+
+    def sites(self, stage):
+        """{place in `patches`: site} of those that a stage runs."""
+        sites = self.patches.sites if self.patches is not None else ()
+        return {i: site for i, site in enumerate(sites) if self.owns(site, stage)}
+
+    def micro_steps_per_call(self):
+        """Micro-steps from the first patch's entry to the last one's exit."""
+        return len(self.micro) + self.division.num_stages - 1
+
+    def digest(self):
+        """What ranks compare."""
+        names = [(u.key, owner) for u, owner in zip(self.whole.units, self.division.owner, strict=True)]
+        steps = [([(v.unit, v.ref.shape, v.ref.dtype) for v in m.graph.values], m.transfers) for m in self.micro]
+        patches = self.patches.digest() if self.patches is not None else None
+        return hash_of((names, steps, patches, sorted(self.rowless)))
+
+    def __str__(self):
+        total = sum(self.division.costs) or 1.0
+        count, steps = len(self.micro), self.micro_steps_per_call()
+        rows = f" of {self.patches.rows.size} rows" if self.patches is not None else ""
+        head = (
+            f"{count} patches{rows} through {self.division.num_stages} stages: {steps} micro-steps per call, of which "
+            f"each rank works in {count}; largest stage {self.division.balance:.3f} of the mean, "
+            f"{self.bytes_per_call / 1e6:.2f} MB per call, glue on every rank and in every micro-step "
+            f"{self.whole.glue_cost / total:.1%}"
+        )
+        table = [("rank", "share", "weights MB", "kept MB", "buffers MB", "units")]
+        for stage in range(self.division.num_stages):
+            weights = self.weight_bytes[stage] + self.weight_bytes[-1]
+            sizes = (weights, self.kept_bytes(stage), self.buffer_bytes(stage))
+            share = f"{self.division.costs[stage] / total:.1%}"
+            cells = (f"{n / 1e6:.1f}" for n in sizes)
+            table.append((str(stage), share, *cells, ranges(self.whole, self.division, stage)))
+        sends = [("from", "to", "MB", "tensors of")]
+        sends += [(str(s), str(t), f"{n / 1e6:.3f}", name) for (s, t, name), n in self.sent_bytes().items()]
+        return "\n".join([head, "", *aligned(table), "", *aligned(sends)])
+
+
+def _kept(site):
+    """Bytes that a rank keeps of one site."""
+    if not site.exchanges:
+        return 0
+    if hasattr(site, "tokens"):
+        tokens = site.tokens.extra + sum(site.tokens.count(p) for p in range(len(site.shapes)))
+        return tokens * site.key[0] * site.features * site.item
+    if hasattr(site, "message_shape"):
+        n, groups, numbers = site.message_shape()
+        return len(site.shapes) * n * groups * numbers * site.item
+    return sum(site.sent_bytes(p) for p in range(len(site.shapes)))
