@@ -1,8 +1,9 @@
 """asyncdiff_fast: one image or video faster, by several devices at once.
 
 `patch(pipe, parallel_steps=2)` lets the ranks of a torchrun share the steps of a pipeline, other options each call of
-its denoiser; `unpatch(pipe)` undoes it; `print(plan(pipe, num_stages=2))` shows who would do what. `sample_window` is
-for sampling loops of your own: many steps at once, by fixed-point iteration.
+its denoiser; `unpatch(pipe)` undoes it; `print(plan(pipe, num_stages=2))` shows who would do what. `load` reads a
+pipeline whose denoiser fits no device whole. `sample_window` is for sampling loops of your own: many steps at once, by
+fixed-point iteration.
 """
 
 import importlib
@@ -10,11 +11,11 @@ import importlib
 from .config import Config
 
 __version__ = "0.1.0"
-__all__ = ["Config", "ExchangeError", "__version__", "device", "patch", "plan", "sample_window", "unpatch"]
+__all__ = ["Config", "ExchangeError", "__version__", "device", "load", "patch", "plan", "sample_window", "unpatch"]
 
 # Loaded when first used: torch and diffusers take seconds to import, which `asyncdiff-fast --help` need not wait for.
 _PLACES = dict.fromkeys(("device", "patch", "plan", "unpatch"), "patching")
-_PLACES |= {"ExchangeError": "exchange.world", "sample_window": "steps.fixed_point"}
+_PLACES |= {"ExchangeError": "exchange.world", "load": "loading", "sample_window": "steps.fixed_point"}
 
 
 def __getattr__(name):

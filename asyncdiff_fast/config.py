@@ -79,8 +79,14 @@ class Config:
             parallel steps are as long as it allows. Default: 0.05 of activations, 0.014 of latents.
         resync: the next call is exact if the relative error of a prediction has come to more than this, and to several
             times what it was before, as after a change of the prompt; 0 for never. Patches of stages have neither.
+        pipeline_patches: how many patches of the picture pass through the stages one after another (PipeFusion), or
+            the rows of each; 1 keeps every call exact.
+        pipeline_text: whose values without rows, such as a text stream, the patches after the first go on with: the
+            first one's, behind every "unit" or as they come into a "stage"; or each "patch" has its own.
+        shard_weights: a rank holds the weights of its own stage and of the modules between stages only.
     Raises: ValueError that names the option, the value and the allowed values.
-    Source: AsyncDiff (Chen et al., 2024), sections 3.2 to 3.4; DistriFusion (Li et al., 2024), section 4.
+    Source: AsyncDiff (Chen et al., 2024), sections 3.2 to 3.4; DistriFusion (Li et al., 2024), section 4; PipeFusion
+        (Fang et al., 2024), section 4.
     """
 
     num_stages: int = 1
@@ -104,6 +110,7 @@ class Config:
     resync: float = 0.2
     pipeline_patches: int | tuple[int, ...] | None = None
     pipeline_text: str = "stage"
+    shard_weights: bool = False
 
     def __post_init__(self):
         if self.stages is not None:
@@ -120,7 +127,7 @@ class Config:
         for name, allowed in _CHOICES.items():
             quoted = [f'"{a}"' for a in allowed]
             self._check(getattr(self, name) in allowed, name, f"{', '.join(quoted[:-1])} or {quoted[-1]}")
-        for name in ("cfg_parallel", "bessel", "time_shift"):
+        for name in ("cfg_parallel", "bessel", "time_shift", "shard_weights"):
             self._check(isinstance(getattr(self, name), bool), name, "True or False")
         self._check_pipeline()
         if self.predict == "auto":
@@ -145,6 +152,12 @@ class Config:
     def _check_pipeline(self):
         """Patches that pass through the stages: their number or rows, and what does not go with them."""
         given = self.pipeline_patches
+        if given is None and self.shard_weights:
+            raise ValueError(
+                "shard_weights needs patches that pass through the stages, whose exact steps do so too: got "
+                f"shard_weights=True, num_stages={self.num_stages}, pipeline_patches=None; pass pipeline_patches as "
+                "well (1 keeps every call exact)"
+            )
         if given is None:
             return
         rows = (given,) if isinstance(given, int) else given

@@ -11,6 +11,7 @@ from .halves import half_of
 from .patches.hooks import Hooks
 from .patches.plan import MeshPlan
 from .patches.planning import Planner
+from .pipelined.planning import MicroPlanner
 from .shared import Shared
 from .stages.plan import make_plan
 from .steps.plan import StepPlan
@@ -55,6 +56,8 @@ def plan_call(denoiser, config, args, kwargs, guided=False):
     if config.cfg_parallel:
         latent = signature.latent(args, kwargs)
         args, kwargs = half_of(0, latent.shape[0], args, kwargs) if latent.shape[0] % 2 == 0 else (args, kwargs)
+    if config.pipelined:
+        return _pipeline_plan(denoiser, config, signature, args, kwargs)
     if config.num_patches == 1:
         return make_plan(denoiser, denoiser.forward, args, kwargs, config)
     hooks = Hooks(denoiser)
@@ -66,5 +69,14 @@ def plan_call(denoiser, config, args, kwargs, guided=False):
             return patches
         # The stages of every patch are those of the first.
         return MeshPlan(patches, planner.on_first_patch(denoiser.forward, args, kwargs, make_plan))
+    finally:
+        hooks.remove()
+
+
+def _pipeline_plan(denoiser, config, signature, args, kwargs):
+    hooks = Hooks(denoiser)
+    shared = Shared(denoiser, config, signature, PackedWeights(denoiser, active=False))
+    try:
+        return MicroPlanner(shared, None, hooks).plan(denoiser.forward, args, kwargs)[0]
     finally:
         hooks.remove()

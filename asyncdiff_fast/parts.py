@@ -3,9 +3,11 @@
 from .exchange.choice import open_exchange
 from .exchange.world import ExchangeError, World
 from .halves import Halves
+from .modules import own
 from .patches.calls import Patches
 from .patches.plan import MeshPlan
 from .pipelined.calls import PipelineCalls
+from .pipelined.shards import Shards
 from .stages.calls import StageCalls
 
 
@@ -25,6 +27,8 @@ class Parts:
     def __init__(self, shared, world, device_type, steps=None):
         self._shared, self._world = shared, world
         self._worlds = {axis: World(self.along(axis), world.timeout_s) for axis in ("half", "patch", "stage")}
+        # They outlive exchanges: what was let go does not come back with a new one.
+        self.shards = Shards(own(shared.denoiser), self._worlds["stage"]) if shared.config.shard_weights else None
         self.device_type, self.steps, self._has_opened_steps = device_type, steps, False
         self._open()
 
@@ -95,9 +99,9 @@ class Parts:
         self.halves = self._made(Halves, halves)
         self.patches = self._shared.choice.patches = self._made(Patches, rows)
         if self._shared.config.pipelined:
-            self.pipeline = self._made(PipelineCalls, stages)
+            self.pipeline = self._made(PipelineCalls, stages, self.shards)
         else:
             self.stages = self._made(StageCalls, stages)
 
-    def _made(self, kind, world):
-        return kind(self._shared, world, open_exchange(world, self.device_type)) if world.size > 1 else None
+    def _made(self, kind, world, *more):
+        return kind(self._shared, world, open_exchange(world, self.device_type), *more) if world.size > 1 else None

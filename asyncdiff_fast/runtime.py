@@ -60,7 +60,7 @@ class Runtime:
 
     @property
     def plan(self):
-        """The latest plan, None before the first call: a `Plan` of stages, a `PatchPlan`, or both in a `MeshPlan`."""
+        """The latest plan, None before the first call; `patching.plan` says of which classes."""
         return self._parts.plan
 
     @property
@@ -68,12 +68,27 @@ class Runtime:
         """How slots travel: "nccl", "shm" or "torch.distributed"; None on one device."""
         return self._parts.exchange_kind
 
+    @property
+    def is_sharded(self):
+        """True if this rank holds a part of the weights only."""
+        return self._parts.shards is not None and not self._parts.shards.complete
+
+    def gather_weights(self):
+        """Bring the weights that other ranks hold back to this one. Collective over the stages."""
+        if self.is_sharded:
+            self._parts.shards.gather()
+
     # One call of the denoiser.
 
     def _call(self, forward, args, kwargs):
         if self._inside or (self.world.size == 1 and not self._layers.keeps_weights):
             return forward(*args, **kwargs)
         if self._needs_gradients(args, kwargs):
+            if self.is_sharded:
+                raise ValueError(
+                    "calls with gradients need all weights on every rank: got shard_weights=True; call within "
+                    "torch.no_grad(), or unpatch() first"
+                )
             self._end()
             return forward(*args, **kwargs)
         key = inputs_key(args, kwargs)
@@ -156,7 +171,8 @@ class Runtime:
             with self._layers.learning() if learning else contextlib.nullcontext():
                 yield quiet
         except (ValueError, TypeError) as error:
-            if self.on_refused is not None and error is not self._forward_error:
+            # Without its weights a denoiser cannot be left as it was.
+            if self.on_refused is not None and error is not self._forward_error and not self.is_sharded:
                 self.on_refused()
             raise
 

@@ -14,7 +14,8 @@ class DeviceLayers:
 
     def __init__(self, denoiser, config, world, device_type):
         patches = config.num_patches > 1
-        self.packed = PackedWeights(denoiser, active=packs(config.kernels, device_type))
+        # Packed weights are a second copy, and weights are divided where memory is short.
+        self.packed = PackedWeights(denoiser, active=packs(config.kernels, device_type) and not config.shard_weights)
         self.choice = KernelChoice(config.kernels, world)
         self._fusion = Fusion(denoiser, self.choice, patches)
         # Patches that pass through a rank would make them one after another.

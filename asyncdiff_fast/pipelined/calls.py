@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_leaves
 from ..calls import schedule
 from ..calls.schedule import Mode, PatchMode
 from ..calls.signature import device_of
+from ..halves import half_of
 from ..modules import Attachment
 from ..patches.hooks import Hooks
 from ..patches.planning import CLOSE
@@ -26,14 +27,32 @@ from .slots import MicroSlots
 KEPT_PIPELINES = 8
 
 
+class _Passage:
+    """One route on one rank: its micro-steps and their slots. Collective to make."""
+
+    def __init__(self, route, structures, world, exchange, device, placeholders, phase):
+        self.route, self.slots = route, MicroSlots(route, world.rank, device, exchange, phase)
+        first, places = {}, range(len(route.micro))
+        self.steps = [MicroStep(route, p, world.rank, placeholders, structures[p], self.slots, first) for p in places]
+
+    def result(self, like):
+        """The denoiser's result, as `like` is built, from those of all micro-steps."""
+        parts = zip(*(step.prediction() for step in self.steps), strict=True)
+        if self.route.joints:
+            whole = [torch.cat(found, dim) for found, dim in zip(parts, self.route.joints, strict=True)]
+        else:
+            whole = [part.clone() for (part,) in parts]
+        return with_tensors(structure_of(like), whole)
+
+
 class _Pipeline:
-    """One plan on one rank: its micro-steps, and what is kept between them. Collective to make."""
+    """One plan on one rank: its routes, and what sites keep. Collective to make."""
 
     def __init__(self, plan, patches, structures, world, exchange, device, placeholders, phase):
         self.plan, self.patches, self.last_step = plan, patches, -1
-        self.slots = MicroSlots(plan, world.rank, device, exchange, phase)
-        first, places = {}, range(len(plan.micro))
-        self.steps = [MicroStep(plan, p, world.rank, placeholders, structures[p], self.slots, first) for p in places]
+        made = (world, exchange, device, placeholders)
+        self.passing = _Passage(plan.passing, structures["passing"], *made, phase)
+        self.exact = plan.exact and _Passage(plan.exact, structures["exact"], *made, f"{phase}, exact")
         self.whole = None
         if plan.patches is not None:
             with torch.inference_mode(False):
@@ -42,13 +61,21 @@ class _Pipeline:
             for patch in patches:
                 patch.bind(plan.patches, kept)
 
+    def release(self):
+        """Forget the slots."""
+        for passage in filter(None, (self.passing, self.exact)):
+            passage.slots.release()
+
 
 class PipelineCalls:
-    """`plan` is the latest plan (None before the first call)."""
+    """`plan` is the latest plan (None before the first call).
 
-    def __init__(self, shared, world, exchange):
+    `shards`: the `Shards` of the denoiser, None where every rank keeps all weights.
+    """
+
+    def __init__(self, shared, world, exchange, shards=None):
         self.denoiser, self.config, self.world, self.exchange = shared.denoiser, shared.config, world, exchange
-        self.plan, self.hooks = None, Hooks(shared.denoiser)
+        self.plan, self.hooks, self._shards = None, Hooks(shared.denoiser), shards
         self._signature, self._planner = shared.signature, MicroPlanner(shared, world, self.hooks, self._learn)
         self._pipelines, self._units, self._placeholders, self._phases = {}, {}, {}, 0
         # What the unit hooks hand calls to, or None.
@@ -71,9 +98,7 @@ class PipelineCalls:
         place = (tick.call, key)
         if place not in self._pipelines:
             with planning() as quiet:
-                current = self._planned(place, quiet, args, kwargs)
-                result = self._exact(current, quiet, args, kwargs)
-                self._verify(current, result, quiet, args, kwargs)
+                current, result = self._first(place, quiet, args, kwargs)
             current.last_step = tick.step
             return result, Mode.EXACT
         current = self._pipelines[place] = self._pipelines.pop(place)
@@ -83,9 +108,9 @@ class PipelineCalls:
             if mode is Mode.COMPUTE:
                 return self._passed_through(current, forward, args, kwargs), mode
             # Only what the next call may read is kept.
-            if tick.step < self.config.warmup_steps - 1:
-                return forward(*args, **kwargs), mode
-            return self._exact(current, forward, args, kwargs), mode
+            kept = tick.step >= self.config.warmup_steps - 1
+            exact = self._exact if current.exact is None else self._exact_in_parts
+            return exact(current, forward, args, kwargs, kept), mode
 
     def errors(self):
         """Nothing is predicted."""
@@ -94,7 +119,7 @@ class PipelineCalls:
     def forget(self, released=False):
         """Drop all plans, buffers and hooks; the slots too, unless they are `released`."""
         for current in () if released else self._pipelines.values():
-            current.slots.release()
+            current.release()
         self._pipelines.clear()
         for attachment in self._units.values():
             attachment.remove()
@@ -104,37 +129,55 @@ class PipelineCalls:
 
     # One call.
 
-    def _exact(self, current, forward, args, kwargs):
-        if current.whole is None:
+    def _exact(self, current, forward, args, kwargs, kept=True):
+        """The result of all, computed here; what later calls read is `kept`."""
+        if current.whole is None or not kept:
             return forward(*args, **kwargs)
+        current.whole.part = 0
         return self._at_sites(current.whole, PatchMode.SYNC, forward, args, kwargs)
 
-    def _passed_through(self, current, forward, args, kwargs):
-        """The result of all patches."""
-        current.slots.begin()
-        for step, patch in zip(current.steps, current.patches, strict=True):
+    def _exact_in_parts(self, current, forward, args, kwargs, kept=True):
+        """The same where every rank has its own weights only: part of the batch after part."""
+        batch, count = self._signature.latent(args, kwargs).shape[0], len(current.exact.steps)
+
+        def run(part):
+            cut = half_of(part, batch, args, kwargs) if count > 1 else (args, kwargs)
+            if current.whole is None or not kept:
+                return forward(*cut[0], **cut[1])
+            current.whole.part = part
+            return self._at_sites(current.whole, PatchMode.SYNC, forward, *cut)
+
+        return self._through(current.exact, run)
+
+    def _passed_through(self, current, forward, args, kwargs, exact=False):
+        """The result of all patches; `exact`: see `MicroPatch.begin`."""
+
+        def run(p):
+            patch = current.patches[p]
+            if patch is None:
+                return forward(*args, **kwargs)
+            return self._at_sites(patch, PatchMode.DISPLACED, forward, args, kwargs, exact)
+
+        return self._through(current.passing, run)
+
+    def _through(self, passage, run):
+        """The result of all micro-steps of a route; `run(p)` is the denoiser's in one of them."""
+        passage.slots.begin()
+        for p, step in enumerate(passage.steps):
             step.begin()
             self._active = step
             try:
-                if patch is None:
-                    result = forward(*args, **kwargs)
-                else:
-                    result = self._at_sites(patch, PatchMode.DISPLACED, forward, args, kwargs)
+                result = run(p)
             finally:
                 self._active = None
             step.end(result)
-        parts = zip(*(step.prediction() for step in current.steps), strict=True)
-        if current.plan.patches is None:
-            whole = [part.clone() for (part,) in parts]
-        else:
-            whole = [torch.cat(found, dim) for found, dim in zip(parts, current.plan.joints, strict=True)]
-        return with_tensors(structure_of(result), whole)
+        return passage.result(result)
 
-    def _at_sites(self, picture, mode, forward, args, kwargs):
+    def _at_sites(self, picture, mode, forward, args, kwargs, exact=False):
         def run(args, kwargs):
             return self.hooks.counted(forward)(*args, **kwargs)
 
-        return self.hooks.on_patch(picture, self._signature, mode, run, args, kwargs)
+        return self.hooks.on_patch(picture, self._signature, mode, run, args, kwargs, exact)
 
     def _run_unit(self, name, forward, args, kwargs):
         if self._active is None:
@@ -143,29 +186,41 @@ class PipelineCalls:
 
     # Plans.
 
-    def _planned(self, place, forward, args, kwargs):
-        plan, patches, structures = self._planner.plan(forward, args, kwargs, self._attach)
+    def _first(self, place, forward, args, kwargs):
+        """(plan on this rank, exact result) of a first call. Collective."""
+        shards, complete = self._shards, self._shards is None or self._shards.complete
+        keeping = {} if complete else {"owners": shards.owners, "hold": shards.divide}
+        plan, patches, structures = self._planner.plan(forward, args, kwargs, self._attach, **keeping)
         device = device_of(args, kwargs)
         placeholders = self._placeholders.setdefault(device, Placeholders(device))
         phase = f"call {place[0]}, micro-steps, plan {self._phases}"
         self._phases += 1
         current = _Pipeline(plan, patches, structures, self.world, self.exchange, device, placeholders, phase)
+        results = []
+        if complete:
+            results.append(self._exact(current, forward, args, kwargs))
+        with side_effects.restored(self.denoiser), torch.no_grad(), self.exchange.step():
+            if current.exact is not None:
+                results.append(self._exact_in_parts(current, forward, args, kwargs))
+            results.append(self._passed_through(current, forward, args, kwargs, exact=True))
+        self._verify(results)
+        if shards is not None:
+            shards.divide(plan.whole, plan.division)
         self._pipelines[place] = current
         if place[0] == 0 or self.plan is None:
             self.plan = plan
         for old in list(self._pipelines)[:-KEPT_PIPELINES]:
-            self._pipelines.pop(old).slots.release()
-        return current
+            self._pipelines.pop(old).release()
+        return current, results[0]
 
-    def _verify(self, current, exact, forward, args, kwargs):
+    def _verify(self, results):
         """Micro-steps of the same call must give what the exact one gave: nothing that they read is stale then."""
-        with side_effects.restored(self.denoiser), torch.no_grad(), self.exchange.step():
-            passed = self._passed_through(current, forward, args, kwargs)
         error = 0.0
-        for a, b in zip(tree_leaves(passed), tree_leaves(exact), strict=True):
-            if isinstance(b, torch.Tensor):
-                limit = CLOSE.get(b.dtype, 1e-1) * max(float(b.abs().max()), 1e-12)
-                error = max(error, float((a - b).abs().max()) / limit)
+        for other in results[1:]:
+            for a, b in zip(tree_leaves(other), tree_leaves(results[0]), strict=True):
+                if isinstance(b, torch.Tensor):
+                    limit = CLOSE.get(b.dtype, 1e-1) * max(float(b.abs().max()), 1e-12)
+                    error = max(error, float((a - b).abs().max()) / limit)
         worst = max(self.world.gather(error, "the first result of micro-steps"))
         if not worst <= 1:
             raise ValueError(

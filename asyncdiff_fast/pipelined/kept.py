@@ -25,38 +25,40 @@ class KeptRing:
         self.site, self.ring, self.parts = site, state.ring, state.parts
         # Whether tokens that are not the picture's come first; until a micro-step tells, what is to be kept waits.
         self.extra_first = None if site.tokens.extra else False
-        self.sample, self._waiting = None, None
+        self.sample, self._waiting = None, []
         places = [i for p in range(len(site.shapes)) for i in site.tokens.places(p)]
         self._places = None if places == sorted(places) else torch.tensor(places, device=device)
 
-    def fill(self, args, kwargs):
-        """Keep what attention to the whole picture is given."""
+    def fill(self, args, kwargs, part=0):
+        """Keep what attention to the whole picture is given, of one part of the batch."""
         named = dict(zip(_ATTENTION_NAMES, args, strict=False)) | kwargs
         key, value = (x.unsqueeze(1) if x.dim() == 3 else x for x in (named["key"], named["value"]))
-        if self.extra_first is None:
-            self.sample = key[(0,) * (key.dim() - 2)][:, :8].clone()
-            self._waiting = key.clone(), value.clone()
-        else:
-            self._write(key, value)
+        if self.extra_first is not None:
+            self._write(key, value, part)
+            return
+        if part == 0:
+            self.sample, self._waiting = key[(0,) * (key.dim() - 2)][:, :8].clone(), []
+        self._waiting.append((key.clone(), value.clone(), part))
 
     def settle(self, extra_first):
         """It is known now whether the others come first."""
-        self.extra_first, waiting, self._waiting = extra_first, self._waiting, None
-        if waiting is not None:
-            self._write(*waiting)
+        self.extra_first, waiting, self._waiting = extra_first, self._waiting, []
+        for given in waiting:
+            self._write(*given)
 
     def state(self, patch):
         """The site on one patch."""
         return _MicroRing(self, patch)
 
-    def _write(self, key, value):
+    def _write(self, key, value, part):
+        ring = _part(self.ring, part, len(key), 1)
         extra, count = self.site.tokens.extra, self.ring.shape[0] - self.site.tokens.extra
         keys = math.prod(self.site.key[1:])
         for x, features in ((key, slice(0, keys)), (value, slice(keys, None))):
             picture = x.narrow(-2, extra if self.extra_first else 0, count)
             picture = picture if self._places is None else picture.index_select(-2, self._places)
             others = x.narrow(-2, 0 if self.extra_first else count, extra)
-            for target, tokens in ((self.ring[:count], picture), (self.ring[count:], others)):
+            for target, tokens in ((ring[:count], picture), (ring[count:], others)):
                 target[..., features].unflatten(-1, (x.shape[1], x.shape[-1])).copy_(tokens.permute(2, 0, 1, 3))
 
 
@@ -82,11 +84,11 @@ class KeptHalo:
             for m in site.messages
         }
 
-    def fill(self, args, kwargs):
-        """Keep what a convolution of the whole picture is given."""
+    def fill(self, args, kwargs, part=0):
+        """Keep what a convolution of the whole picture is given, of one part of the batch."""
         x = args[0] if args else kwargs["input"]
         for m, buffer in self.buffers.items():
-            buffer.copy_(x.narrow(-2, m.start, m.stop - m.start))
+            _part(buffer, part, len(x)).copy_(x.narrow(-2, m.start, m.stop - m.start))
 
     def state(self, patch):
         """The site on one patch."""
@@ -107,13 +109,14 @@ class KeptNorm:
         self.parts = torch.zeros(len(site.shapes), *site.message_shape(), device=device)
         self.weights = torch.tensor(site.weights, device=device).view(-1, 1, 1)
 
-    def fill(self, args, kwargs):
-        """Keep the statistics of what a norm of the whole picture is given, patch by patch."""
+    def fill(self, args, kwargs, part=0):
+        """Keep the statistics, patch by patch, of what a norm is given: a part of the batch."""
         x = args[0] if args else kwargs["input"]
         dim = -2 if x.dim() > 3 else -1
         per_row = x.shape[dim] // self.site.rows.size
-        for part, (start, stop) in zip(self.parts, self.site.rows.owned, strict=True):
-            part.copy_(statistics(x.narrow(dim, start * per_row, (stop - start) * per_row), self.site.num_groups))
+        for known, (start, stop) in zip(self.parts, self.site.rows.owned, strict=True):
+            rows = x.narrow(dim, start * per_row, (stop - start) * per_row)
+            _part(known, part, len(x)).copy_(statistics(rows, self.site.num_groups))
 
     def state(self, patch):
         """The site on one patch."""
@@ -171,15 +174,20 @@ class _KeptNothing:
     def __init__(self, site):
         self.site = site
 
-    def fill(self, args, kwargs):
+    def fill(self, args, kwargs, part=0):
         pass
 
     def state(self, patch):
         return make_state(self.site, patch, None)
 
 
+def _part(x, part, size, dim=0):
+    """Part number `part` of the batch, of `size` samples each."""
+    return x.narrow(dim, part * size, size)
+
+
 def keep(site, device):
-    """What is kept of a site: `fill(args, kwargs)` by an exact call, `state(patch)` for micro-steps."""
+    """What is kept of a site: `fill(args, kwargs, part)` by an exact call, `state(patch)` for micro-steps."""
     if site.exchanges:
         return _KINDS[type(site)](site, device)
     return _KeptNothing(site)

@@ -8,19 +8,19 @@ from ..stages.replay import Replay
 
 
 class MicroStep:
-    """Micro-step `p` of a plan.
+    """Micro-step `p` of a `Route`.
 
     Args:
         structures: of its units' results.
         first: {value: tensor} of the text that later micro-steps read, as the first one has made it; shared by all.
     """
 
-    def __init__(self, plan, p, rank, placeholders, structures, slots, first):
-        self.plan, self.p, self.rank = plan, p, rank
-        self.program, self._slots, self._first = plan.program(p, rank), slots, first
-        self._units = Replay(plan.micro[p].graph, placeholders)
+    def __init__(self, route, p, rank, placeholders, structures, slots, first):
+        self.route, self.p, self.rank = route, p, rank
+        self.program, self._slots, self._first = route.program(p, rank), slots, first
+        self._units = Replay(route.micro[p].graph, placeholders)
         self._units.structures = structures
-        self._text = plan.config.pipeline_text
+        self._text = route.config.pipeline_text
 
     def begin(self):
         """Its forward begins."""
@@ -45,7 +45,7 @@ class MicroStep:
             known = {v: self._slots.view(self.p, number, v) for v in self._received(number)}
             if self.p and self._text != "patch":
                 # Copies: what reads it may change it.
-                mine = (v for v in self.plan.rowless if self._makes(index, v) and v in self._first)
+                mine = (v for v in self.route.rowless if self._makes(index, v) and v in self._first)
                 known |= {v: self._first[v].clone() for v in mine}
             result = self._units.result(index, args, kwargs, known, lambda: self._arrive(number))
         for number in self.program.waits.get(index + 1, ()):
@@ -56,25 +56,25 @@ class MicroStep:
         """Its forward has given this; the last stage's is the prediction, which all ranks get."""
         if self._units.missing is not None:
             self._lost(self._units.missing)
-        if self.rank == self.plan.division.num_stages - 1:
+        if self.rank == self.route.division.num_stages - 1:
             tensors = [x for x in tree_leaves(result) if isinstance(x, torch.Tensor)]
             self._slots.send(self.p, self._prediction, tensors)
         return result
 
     def prediction(self):
         """The tensors of the result, once all micro-steps are over."""
-        transfer = self.plan.micro[self.p].transfers[self._prediction]
+        transfer = self.route.micro[self.p].transfers[self._prediction]
         if self.rank != transfer.source:
             self._slots.wait(self.p, self._prediction)
         return [self._slots.view(self.p, self._prediction, v) for v in transfer.values]
 
     @property
     def _prediction(self):
-        transfers = self.plan.micro[self.p].transfers
+        transfers = self.route.micro[self.p].transfers
         return next(n for n, t in enumerate(transfers) if t.unit < 0 and t.name == PREDICTION)
 
     def _makes(self, index, v):
-        return self.plan.micro[self.p].graph.values[v].unit == index
+        return self.route.micro[self.p].graph.values[v].unit == index
 
     def _received(self, number):
         return () if number is None else self._slots.received(self.p, number)
@@ -84,19 +84,19 @@ class MicroStep:
             return
         self._slots.wait(self.p, number)
         if self.p == 0 and self._text != "patch":
-            mine = [v for v in self._received(number) if v in self.plan.rowless]
+            mine = [v for v in self._received(number) if v in self.route.rowless]
             self._first.update((v, self._slots.view(0, number, v).clone()) for v in mine)
 
     def _with_first(self, index, result, args, kwargs):
         """A unit's result, its text that of the first micro-step."""
         made = self._units.tensors(index, result, args, kwargs)
-        text = {v: x for v, x in made.items() if v in self.plan.rowless}
+        text = {v: x for v, x in made.items() if v in self.route.rowless}
         if self.p == 0:
             self._first.update((v, x.clone()) for v, x in text.items())
         if self.p == 0 or not text:
             return result
         leaves, spec = tree_flatten(result)
-        for i, leaf in enumerate(self.plan.micro[self.p].graph.units[index].leaves):
+        for i, leaf in enumerate(self.route.micro[self.p].graph.units[index].leaves):
             if leaf is not None and leaf[0] == "value" and leaf[1] in text:
                 leaves[i] = self._first[leaf[1]].clone()
         return tree_unflatten(leaves, spec)

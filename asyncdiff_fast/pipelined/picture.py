@@ -25,6 +25,11 @@ class MicroPatch(Patch):
     def release(self):
         """Nothing of it is known to an exchange."""
 
+    def begin(self, signature, mode, args, kwargs, exact=False):
+        """See `Patch.begin`; with `exact` all that is kept must be of the same call."""
+        self.group_norm = "stale" if exact else self.config.group_norm
+        return super().begin(signature, mode, args, kwargs, exact)
+
     def end(self, result):
         """This patch's result."""
         self._latent = None
@@ -49,12 +54,15 @@ class _NoSlots:
 
 
 class WholePicture:
-    """An exact call, which leaves behind what micro-steps of the next one read. In place of a `Patch` under way."""
+    """An exact call, which leaves behind what micro-steps of the next one read. In place of a `Patch` under way.
+
+    `part`: the number of the part of the batch that is computed.
+    """
 
     mode, bound = PatchMode.SYNC, True
 
     def __init__(self, plan, kept):
-        self.way = Way()
+        self.way, self.part = Way(), 0
         self._kept = {((plan.sites[i].name, plan.sites[i].call), plan.sites[i].place): x for i, x in kept.items()}
 
     def constant(self):
@@ -74,7 +82,7 @@ class WholePicture:
         if func not in JOINS:
             store = self._kept.get(self.way.at_site())
             if store is not None:
-                store.fill(args, kwargs)
+                store.fill(args, kwargs, self.part)
         return func(*args, **kwargs)
 
     def norm_before(self, names, norm, x, **added):

@@ -24,22 +24,18 @@ class MicroPlan:
 
 
 @dataclass(frozen=True)
-class PipelinePlan:
-    """Everything that is decided before the first call of micro-steps, for one signature of inputs.
+class Route:
+    """A call as micro-steps that pass through the stages.
 
-    `whole`: the units of the whole picture. `patches`: rows and sites, None for one patch. `micro`: each micro-step.
-    `rowless`: the values that hold no rows. `weight_bytes`: as `Plan` of stages has them. `joints`: for each tensor of
-    the denoiser's result the dimension of rows.
+    `rowless`: the values that hold no rows, which micro-steps after the first take from it. `joints`: for each tensor
+    of the denoiser's result the dimension in which the micro-steps' are put together; none for one micro-step.
     """
 
     config: object
-    whole: Graph
     division: Division
-    patches: PatchPlan | None
     micro: tuple[MicroPlan, ...]
-    rowless: frozenset[int]
-    weight_bytes: tuple[int, ...]
-    joints: tuple[int, ...]
+    rowless: frozenset[int] = frozenset()
+    joints: tuple[int, ...] = ()
 
     def program(self, p, rank):
         """The `RankProgram` of a rank in a micro-step."""
@@ -47,18 +43,13 @@ class PipelinePlan:
         return cutset.rank_program(micro.graph, self.division, self.config, micro.transfers, rank)
 
     def sent_bytes(self):
-        """{(source, target, name): bytes} of one call of micro-steps."""
+        """{(source, target, name): bytes} of one call."""
         total = {}
         for micro in self.micro:
             found = cutset.bytes_per_call(micro.graph, micro.transfers, [ref.nbytes for ref in micro.outputs])
             for key, n in found.items():
                 total[key] = total.get(key, 0) + n
         return total
-
-    @property
-    def bytes_per_call(self):
-        """Bytes that all ranks together send in one call of micro-steps."""
-        return sum(self.sent_bytes().values())
 
     def buffer_bytes(self, rank):
         """Bytes of a rank's buffers of what travels, for all micro-steps."""
@@ -69,6 +60,47 @@ class PipelinePlan:
                 mine = transfer.values if transfer.source == rank else mine
                 total += sum(micro.ref(transfer, v).nbytes for v in mine)
         return total
+
+    def compared(self):
+        """What ranks compare."""
+        steps = [([(v.unit, v.ref.shape, v.ref.dtype) for v in m.graph.values], m.transfers) for m in self.micro]
+        return steps, sorted(self.rowless), self.joints
+
+
+@dataclass(frozen=True)
+class PipelinePlan:
+    """Everything that is decided before the first call of micro-steps, for one signature of inputs.
+
+    `whole`: the units of the whole picture. `patches`: rows and sites, None for one patch. `passing`: the patches' way
+    through the stages. `exact`: that of an exact call where no rank has all weights, by parts of the batch; else None.
+    `weight_bytes`: as `Plan` of stages has them.
+    """
+
+    config: object
+    whole: Graph
+    division: Division
+    patches: PatchPlan | None
+    passing: Route
+    exact: Route | None
+    weight_bytes: tuple[int, ...]
+
+    def sent_bytes(self):
+        """{(source, target, name): bytes} of one call whose patches pass through."""
+        return self.passing.sent_bytes()
+
+    @property
+    def bytes_per_call(self):
+        """Bytes that all ranks together send in one call of micro-steps."""
+        return sum(self.sent_bytes().values())
+
+    def buffer_bytes(self, rank):
+        """Bytes of a rank's buffers of what travels."""
+        return sum(route.buffer_bytes(rank) for route in (self.passing, self.exact) if route is not None)
+
+    def held_bytes(self, stage):
+        """Bytes of the weights that a rank holds: its own units' and the glue's, or all."""
+        weights = self.weight_bytes
+        return weights[stage] + weights[-1] if self.config.shard_weights else sum(weights)
 
     def owns(self, site, stage):
         """True if a stage runs a site: in one of its units, or in the glue."""
@@ -87,18 +119,17 @@ class PipelinePlan:
 
     def micro_steps_per_call(self):
         """Micro-steps from the first patch's entry to the last one's exit."""
-        return len(self.micro) + self.division.num_stages - 1
+        return len(self.passing.micro) + self.division.num_stages - 1
 
     def digest(self):
         """What ranks compare."""
         names = [(u.key, owner) for u, owner in zip(self.whole.units, self.division.owner, strict=True)]
-        steps = [([(v.unit, v.ref.shape, v.ref.dtype) for v in m.graph.values], m.transfers) for m in self.micro]
-        patches = self.patches.digest() if self.patches is not None else None
-        return hash_of((names, steps, patches, sorted(self.rowless)))
+        routes = [route and route.compared() for route in (self.passing, self.exact)]
+        return hash_of((names, routes, self.patches and self.patches.digest()))
 
     def __str__(self):
         total = sum(self.division.costs) or 1.0
-        count, steps = len(self.micro), self.micro_steps_per_call()
+        count, steps = len(self.passing.micro), self.micro_steps_per_call()
         rows = f" of {self.patches.rows.size} rows" if self.patches is not None else ""
         head = (
             f"{count} patches{rows} through {self.division.num_stages} stages: {steps} micro-steps per call, of which "
@@ -108,8 +139,7 @@ class PipelinePlan:
         )
         table = [("rank", "share", "weights MB", "kept MB", "buffers MB", "units")]
         for stage in range(self.division.num_stages):
-            weights = self.weight_bytes[stage] + self.weight_bytes[-1]
-            sizes = (weights, self.kept_bytes(stage), self.buffer_bytes(stage))
+            sizes = (self.held_bytes(stage), self.kept_bytes(stage), self.buffer_bytes(stage))
             share = f"{self.division.costs[stage] / total:.1%}"
             cells = (f"{n / 1e6:.1f}" for n in sizes)
             table.append((str(stage), share, *cells, ranges(self.whole, self.division, stage)))

@@ -1,17 +1,19 @@
 """Plans a call whose patches pass through the stages: one traced forward on the whole picture, one on each patch."""
 
+import contextlib
 from dataclasses import replace
 
 from ..calls.schedule import PatchMode
+from ..halves import half_of
 from ..patches.cutting import Cutter
 from ..patches.planning import Planner, beforehand
 from ..stages import cutset, graph
-from ..stages.division import backward_reads
+from ..stages.division import backward_reads, describe
 from ..stages.plan import as_rank_0, decide, weight_bytes
 from ..tracing import trace
 from . import order
 from .picture import MicroPatch
-from .plan import MicroPlan, PipelinePlan
+from .plan import MicroPlan, PipelinePlan, Route
 
 
 class MicroPlanner(Planner):
@@ -22,49 +24,93 @@ class MicroPlanner(Planner):
     """
 
     def __init__(self, shared, world, hooks, learn=None):
-        sides = dict(num_stages=1, stages=None, pipeline_patches=None, num_patches=shared.config.pipeline_count)
-        inner = replace(shared.config, **sides, predict="none")
+        patches = dict(num_patches=shared.config.pipeline_count, pipeline_patches=None, shard_weights=False)
+        inner = replace(shared.config, **patches, num_stages=1, stages=None, predict="none")
         # Micro-steps differ from rank to rank, so no kernels are chosen in them.
         super().__init__(replace(shared, config=inner, choice=None), world, hooks)
         self._options, self._learn = shared.config, learn
 
-    def plan(self, forward, args, kwargs, attach=None):
-        """(`PipelinePlan`, its `MicroPatch`es, structures of each micro-step). Collective, if there is a world.
+    def plan(self, forward, args, kwargs, attach=None, owners=None, hold=None):
+        """(`PipelinePlan`, its patches, {route: structures of each micro-step}). Collective, if there is a world.
 
         Args:
             attach: called with the plan's units, once the hooks of patches are on their modules.
+            owners: {(unit, call): stage} of a division to keep to.
+            hold: called with the units and their division before anything but shapes is looked at.
         Raises: ValueError if the denoiser cannot be shared out so, on every rank.
         """
         recording = trace.record(self.denoiser, forward, args, kwargs)
-        whole, division = decide(self.denoiser, forward, args, kwargs, self._options, recording)
-        if self.world is not None and self.world.size > 1:
-            whole, division = as_rank_0(self.world, recording, whole, division)
+        whole, division = self._divided(recording, forward, args, kwargs, owners)
         self._check_order(whole, division)
-        outputs = _tensors(recording)
+        if hold is not None:
+            hold(whole, division)
         patches, sites = [None], None
         if self._options.pipeline_count > 1:
             sites, patches, *_ = self._planned(forward, args, kwargs)
         if attach is not None:
             attach(whole.units)
-        micro, structures, rowless, joints = [], [], frozenset(), ()
-        for p, patch in enumerate(patches):
-            traced, results, found = self._first_time(patch, whole, forward, args, kwargs)
-            self._check_same(p, whole, traced)
-            if patch is not None:
-                rowless = order.without_rows(whole, traced)
-                joints = tuple(_rows_dim(a, b) for a, b in zip(outputs, results, strict=True))
-            transfers = cutset.transfers(traced, division, self._options, len(results))
-            if p > 0:
-                transfers = order.later_transfers(transfers, rowless, self._options.pipeline_text)
-            micro.append(MicroPlan(traced, transfers, results))
-            structures.append(found)
+        outputs, structures = _tensors(recording), {}
+        cuts = [self._cut(patch, args, kwargs) for patch in patches]
+        passing, structures["passing"] = self._route(whole, division, outputs, forward, cuts)
+        exact = None
+        if self._options.shard_weights:
+            exact, structures["exact"] = self._by_batch(whole, division, outputs, forward, args, kwargs)
         weights = weight_bytes(self.denoiser, whole, division)
-        plan = PipelinePlan(self._options, whole, division, sites, tuple(micro), rowless, weights, joints)
+        plan = PipelinePlan(self._options, whole, division, sites, passing, exact, weights)
         if self.world is not None and len(set(self.world.gather(plan.digest(), "the plan of micro-steps"))) > 1:
             raise ValueError(
                 "ranks traced different models: the denoisers or their inputs differ in structure; make them equal"
             )
         return plan, patches, structures
+
+    def _divided(self, recording, forward, args, kwargs, owners):
+        """(graph, division) of the whole picture's forward."""
+        if owners is None:
+            whole, division = decide(self.denoiser, forward, args, kwargs, self._options, recording)
+        else:
+            by_name = {name: stage for (name, _), stage in owners.items()}
+            whole = graph.build_graph(recording, graph.named_nodes(recording, by_name)[0])
+            kept = tuple(owners.get(unit.key, by_name[unit.name]) for unit in whole.units)
+            if set(kept) != set(range(self._options.num_stages)):
+                raise ValueError(
+                    f"{type(self.denoiser).__name__} no longer calls all stages between which its weights are divided; "
+                    "unpatch() and patch() anew"
+                )
+            division = describe(whole, kept, self._options.num_stages)
+        if self.world is not None and self.world.size > 1:
+            return as_rank_0(self.world, recording, whole, division)
+        return whole, division
+
+    def _cut(self, patch, args, kwargs):
+        """(patch, args, kwargs) of a micro-step of one patch."""
+        cut = (args, kwargs) if patch is None else patch.begin(self._signature, PatchMode.LOCAL, args, kwargs)
+        return (patch, *cut)
+
+    def _by_batch(self, whole, division, outputs, forward, args, kwargs):
+        """The route of an exact call: half the batch after the other, if the denoiser works on half of it."""
+        batch = self._signature.latent(args, kwargs).shape[0]
+        if batch % 2 == 0:
+            halves = [(None, *half_of(i, batch, args, kwargs)) for i in range(2)]
+            with contextlib.suppress(_Differs):
+                return self._route(whole, division, outputs, forward, halves)
+        return self._route(whole, division, outputs, forward, [(None, args, kwargs)])
+
+    def _route(self, whole, division, outputs, forward, cuts):
+        """(`Route`, structures of each micro-step) of calls cut so: (patch, args, kwargs) of each."""
+        micro, structures, rowless, joints = [], [], frozenset(), ()
+        for p, (patch, args, kwargs) in enumerate(cuts):
+            traced, results, found = self._first_time(patch, whole, forward, args, kwargs)
+            self._check_same(p, whole, traced)
+            if patch is not None:
+                rowless = order.without_rows(whole, traced)
+            if len(cuts) > 1:
+                joints = tuple(_joint(a, b) for a, b in zip(outputs, results, strict=True))
+            transfers = cutset.transfers(traced, division, self._options, len(results))
+            if p > 0:
+                transfers = order.later_transfers(transfers, rowless, self._options.pipeline_text)
+            micro.append(MicroPlan(traced, transfers, results))
+            structures.append(found)
+        return Route(self._options, division, tuple(micro), rowless, joints), structures
 
     def _patch(self, recorder, args, kwargs, axis, number):
         latent = self._signature.latent(args, kwargs)
@@ -80,8 +126,6 @@ class MicroPlanner(Planner):
 
     def _first_time(self, patch, whole, forward, args, kwargs):
         """(graph, tensors of the result, structures) of one micro-step, traced."""
-        if patch is not None:
-            args, kwargs = patch.begin(self._signature, PatchMode.LOCAL, args, kwargs)
         keys = {unit.key for unit in whole.units}
 
         def run():
@@ -106,7 +150,7 @@ class MicroPlanner(Planner):
     def _check_same(self, p, whole, traced):
         mine, theirs = ([(u.key, u.leaves) for u in g.units] for g in (traced, whole))
         if mine != theirs or len(traced.values) != len(whole.values) or traced.leaks:
-            raise ValueError(
+            raise _Differs(
                 f"{type(self.denoiser).__name__} takes another way in micro-step {p} than on the whole picture: pass "
                 "pipeline_patches=1, or stages alone"
             )
@@ -116,12 +160,16 @@ def _tensors(recording):
     return tuple(ref for ref in recording.output if ref is not None)
 
 
-def _rows_dim(whole, part):
-    """The dimension of rows of a tensor of the denoiser's result."""
+class _Differs(ValueError):
+    """A micro-step is not what the whole picture's call is."""
+
+
+def _joint(whole, part):
+    """The dimension in which a tensor of the denoiser's result is a micro-step's part of the whole."""
     dims = [d for d, (a, b) in enumerate(zip(whole.shape, part.shape, strict=True)) if a != b]
     if len(dims) != 1:
-        raise ValueError(
-            f"the denoiser returns {whole.shape} for the whole picture and {part.shape} for a patch: patches need one "
-            "dimension of rows in it"
+        raise _Differs(
+            f"the denoiser returns {whole.shape} for the whole call and {part.shape} for a micro-step: they need one "
+            "dimension in which they are put together"
         )
     return dims[0]

@@ -9,17 +9,17 @@ DEPTH = 1
 
 
 class MicroSlots:
-    """Buffers and slots of a rank for one plan. Collective to make.
+    """Buffers and slots of a rank for one `Route`. Collective to make.
 
     Args:
         phase: name under which ranks compare the slots.
     """
 
-    def __init__(self, plan, rank, device, exchange, phase):
-        self.phase, self._exchange, self._plan = phase, exchange, plan
+    def __init__(self, route, rank, device, exchange, phase):
+        self.phase, self._exchange, self._micro = phase, exchange, route.micro
         self._buffers, self._slots, self._order = {}, {}, []
         numbers = []
-        for place, (p, n) in enumerate(in_order([m.transfers for m in plan.micro])):
+        for place, (p, n) in enumerate(in_order([m.transfers for m in route.micro])):
             if self._register(p, n, rank, device):
                 self._order.append((p, n))
                 numbers.append(place)
@@ -35,7 +35,7 @@ class MicroSlots:
         """Post a transfer of a micro-step; `tensors` by value."""
         slot = self._slots[p, n]
         self._exchange.acquire(slot)
-        for v in self._plan.micro[p].transfers[n].values:
+        for v in self._micro[p].transfers[n].values:
             self._buffers[p, n, v].view(0).copy_(tensors[v])
         self._exchange.post(slot)
         self._cursor += 1
@@ -58,7 +58,7 @@ class MicroSlots:
         self._exchange.release(self.phase)
 
     def _register(self, p, n, rank, device):
-        transfer, micro = self._plan.micro[p].transfers[n], self._plan.micro[p]
+        transfer, micro = self._micro[p].transfers[n], self._micro[p]
         sends = recvs = ()
         if transfer.source == rank:
             mine = transfer.values
