@@ -25,7 +25,7 @@ _CHOICES = {
     "group_norm": ("corrected", "stale", "sync", "local"),
     "patch_axis": ("rows", "columns", "alternating"),
     "stride_phase": ("warmup", "odd"),
-    "balance": ("flops", "time"),
+    "balance": ("flops", "time", "memory"),
     "kernels": ("auto", "triton", "torch"),
     "predict": ("auto", "linear", "none"),
     "pipeline_text": ("unit", "stage", "patch"),
@@ -68,7 +68,8 @@ class Config:
             own ("local").
         bessel: GroupNorm divides the variance by n - 1, as the published implementation does.
         patch_axis: naive patches are cut into "rows", "columns", or both by turns ("alternating").
-        balance: "flops" divides by counted work, the same on all GPUs and on all CPUs; "time" measures each unit once.
+        balance: "flops" divides by counted work, the same on all GPUs and on all CPUs; "time" measures each unit once;
+            "memory" divides the bytes of weights, with `shard_weights`.
         timeout_s: seconds to wait for another rank before failing.
         kernels: "auto" replaces layers by fused kernels where they were measured to be no slower, on a GPU with Triton;
             "triton" wherever they can run; "torch" nowhere.
@@ -152,6 +153,11 @@ class Config:
     def _check_pipeline(self):
         """Patches that pass through the stages: their number or rows, and what does not go with them."""
         given = self.pipeline_patches
+        if self.balance == "memory" and not self.shard_weights:
+            raise ValueError(
+                'balance="memory" divides by bytes of weights, and every rank holds all of them: got '
+                f'balance="memory", shard_weights={self.shard_weights}; pass shard_weights=True, or balance="flops"'
+            )
         if given is None and self.shard_weights:
             raise ValueError(
                 "shard_weights needs patches that pass through the stages, whose exact steps do so too: got "

@@ -15,56 +15,12 @@ from ..modules import Attachment
 from ..patches.hooks import Hooks
 from ..patches.planning import CLOSE
 from ..stages.buffers import Placeholders
-from ..stages.replay import Replay, structure_of, with_tensors
 from ..tracing import side_effects
-from .kept import keep
-from .micro import MicroStep
-from .picture import WholePicture
+from .passage import Learning, Pipeline
 from .planning import MicroPlanner
-from .slots import MicroSlots
 
 # Plans kept for inputs seen before, per denoiser.
 KEPT_PIPELINES = 8
-
-
-class _Passage:
-    """One route on one rank: its micro-steps and their slots. Collective to make."""
-
-    def __init__(self, route, structures, world, exchange, device, placeholders, phase):
-        self.route, self.slots = route, MicroSlots(route, world.rank, device, exchange, phase)
-        first, places = {}, range(len(route.micro))
-        self.steps = [MicroStep(route, p, world.rank, placeholders, structures[p], self.slots, first) for p in places]
-
-    def result(self, like):
-        """The denoiser's result, as `like` is built, from those of all micro-steps."""
-        parts = zip(*(step.prediction() for step in self.steps), strict=True)
-        if self.route.joints:
-            whole = [torch.cat(found, dim) for found, dim in zip(parts, self.route.joints, strict=True)]
-        else:
-            whole = [part.clone() for (part,) in parts]
-        return with_tensors(structure_of(like), whole)
-
-
-class _Pipeline:
-    """One plan on one rank: its routes, and what sites keep. Collective to make."""
-
-    def __init__(self, plan, patches, structures, world, exchange, device, placeholders, phase):
-        self.plan, self.patches, self.last_step = plan, patches, -1
-        made = (world, exchange, device, placeholders)
-        self.passing = _Passage(plan.passing, structures["passing"], *made, phase)
-        self.exact = plan.exact and _Passage(plan.exact, structures["exact"], *made, f"{phase}, exact")
-        self.whole = None
-        if plan.patches is not None:
-            with torch.inference_mode(False):
-                kept = {i: keep(site, device) for i, site in plan.sites(world.rank).items()}
-            self.whole = WholePicture(plan.patches, kept)
-            for patch in patches:
-                patch.bind(plan.patches, kept)
-
-    def release(self):
-        """Forget the slots."""
-        for passage in filter(None, (self.passing, self.exact)):
-            passage.slots.release()
 
 
 class PipelineCalls:
@@ -195,7 +151,7 @@ class PipelineCalls:
         placeholders = self._placeholders.setdefault(device, Placeholders(device))
         phase = f"call {place[0]}, micro-steps, plan {self._phases}"
         self._phases += 1
-        current = _Pipeline(plan, patches, structures, self.world, self.exchange, device, placeholders, phase)
+        current = Pipeline(plan, patches, structures, self.world, self.exchange, device, placeholders, phase)
         results = []
         if complete:
             results.append(self._exact(current, forward, args, kwargs))
@@ -232,7 +188,7 @@ class PipelineCalls:
 
     def _learn(self, graph, run):
         """(what `run()` returns, {unit: structure of its result} of the forward in it)."""
-        learning = self._active = _Learning(graph)
+        learning = self._active = Learning(graph)
         try:
             return run(), learning.units.structures
         finally:
@@ -247,17 +203,3 @@ class PipelineCalls:
                     return self._run_unit(name, forward, args, kwargs)
 
                 self._units[name] = Attachment(modules[name], handler)
-
-
-class _Learning:
-    """In place of a micro-step: learns what results of units look like."""
-
-    def __init__(self, graph):
-        self.units = Replay(graph, None)
-
-    def run_unit(self, name, forward, args, kwargs):
-        result = forward(*args, **kwargs)
-        index = self.units.turn(name)[0] if self.units.knows(name) else None
-        if index is not None:
-            self.units.learn(index, result)
-        return result

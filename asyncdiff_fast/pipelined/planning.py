@@ -25,7 +25,7 @@ class MicroPlanner(Planner):
 
     def __init__(self, shared, world, hooks, learn=None):
         patches = dict(num_patches=shared.config.pipeline_count, pipeline_patches=None, shard_weights=False)
-        inner = replace(shared.config, **patches, num_stages=1, stages=None, predict="none")
+        inner = replace(shared.config, **patches, num_stages=1, stages=None, balance="flops", predict="none")
         # Micro-steps differ from rank to rank, so no kernels are chosen in them.
         super().__init__(replace(shared, config=inner, choice=None), world, hooks)
         self._options, self._learn = shared.config, learn

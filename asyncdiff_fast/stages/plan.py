@@ -164,6 +164,8 @@ def decide(denoiser, forward, args, kwargs, config, recording):
         # The first two pack weights, where that is done.
         repeats = 4 if packs(config.kernels, kind) else 2
         traced = traced.with_costs(trace.measure(denoiser, forward, keys, args, kwargs, repeats))
+    if config.balance == "memory":
+        traced = traced.with_costs(_weights_of_units(denoiser, traced))
     if config.stages is not None:
         return traced, from_names(traced, config.stages)
     return _merged(recording, traced, divide(traced, config.num_stages, config.predict != "none", config.pipelined))
@@ -208,6 +210,16 @@ def as_rank_0(world, recording, traced, division):
     traced = graph.build_graph(recording, nodes).with_costs({key: cost for key, _, cost in theirs})
     owners = {key: owner for key, owner, _ in theirs}
     return traced, describe(traced, tuple(owners[u.key] for u in traced.units), division.num_stages)
+
+
+def _weights_of_units(denoiser, traced):
+    """{unit: bytes of its weights}; of those that several have, the first."""
+    modules, seen, found = dict(denoiser.named_modules()), set(), {}
+    for unit in traced.units:
+        mine = {id(p): p for p in modules[unit.name].parameters() if id(p) not in seen}
+        seen.update(mine)
+        found[unit.key] = float(sum(p.numel() * p.element_size() for p in mine.values()))
+    return found
 
 
 def weight_bytes(denoiser, traced, division):

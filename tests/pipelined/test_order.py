@@ -3,6 +3,7 @@
 import itertools
 
 import pytest
+import torch
 
 import asyncdiff_fast
 from asyncdiff_fast.pipelined.order import in_order, later_transfers, rows_of
@@ -118,6 +119,7 @@ REFUSED = [
     (dict(pipeline_patches=2, num_stages=2, warmup_steps="auto"), "warmup_steps"),
     (dict(pipeline_patches=2, num_stages=2, pipeline_text="first"), "pipeline_text must be"),
     (dict(num_stages=2, shard_weights=True), "pass pipeline_patches as well"),
+    (dict(num_stages=2, pipeline_patches=1, balance="memory"), "pass shard_weights=True"),
     (dict(shard_weights=1), "shard_weights must be True or False"),
 ]
 
@@ -127,3 +129,35 @@ def test_options_that_do_not_go_together_are_refused(options, words):
     with pytest.raises(ValueError) as error:
         asyncdiff_fast.Config.from_options(options)
     assert words in str(error.value)
+
+
+@pytest.mark.parametrize("balance", ["flops", "memory"])
+def test_weights_are_divided_evenly_where_that_is_asked_for(balance):
+    # Between the first block and the rest no work differs; the first one's weights are half of all.
+    model = Uneven()
+    options = dict(num_stages=2, pipeline_patches=1, shard_weights=True)
+    plan = asyncdiff_fast.plan(model, dict(x=torch.zeros(1, 4, 8, 8), t=1.0), balance=balance, **options)
+    largest = max(plan.weight_bytes[:2]) / sum(plan.weight_bytes[:2])
+    assert (largest < 0.65) == (balance == "memory"), plan.weight_bytes
+
+
+class Uneven(torch.nn.Module):
+    """A few blocks of equal work, the first with a table of weights that it looks into."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = torch.nn.ModuleList(Block(rows) for rows in (190, 1, 1, 1, 1, 1))
+
+    def forward(self, x, t):
+        for block in self.blocks:
+            x = block(x)
+        return x * t
+
+
+class Block(torch.nn.Module):
+    def __init__(self, rows):
+        super().__init__()
+        self.table, self.conv = torch.nn.Embedding(rows, 4), torch.nn.Conv2d(4, 4, 3, padding=1)
+
+    def forward(self, x):
+        return x + self.conv(x) + self.table.weight[:1].view(1, 4, 1, 1)
