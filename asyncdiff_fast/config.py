@@ -35,7 +35,6 @@ _CHOICES = {
 # What else an option may be where patches pass through the stages.
 _WITH_PIPELINE = {
     "num_patches": (1,),
-    "parallel_steps": (1,),
     "stride": (1,),
     "time_shift": (False,),
     "exchange": ("displaced",),
@@ -110,7 +109,7 @@ class Config:
     tolerance: float | None = None
     resync: float = 0.2
     pipeline_patches: int | tuple[int, ...] | None = None
-    pipeline_text: str = "stage"
+    pipeline_text: str = "unit"
     shard_weights: bool = False
 
     def __post_init__(self):
@@ -176,6 +175,12 @@ class Config:
                 f"pipeline_patches need stages to pass through: got pipeline_patches={self.pipeline_patches}, "
                 f"num_stages={self.num_stages}; pass num_stages of at least 2, or num_patches for patches side by side"
             )
+        if self.parallel_steps > 1 and self.pipeline_count > 1:
+            raise ValueError(
+                "under steps side by side every call must be exact, so one patch passes through: got "
+                f"parallel_steps={self.parallel_steps}, pipeline_patches={self.pipeline_patches}; pass "
+                "pipeline_patches=1, or one of them"
+            )
         for name, only in _WITH_PIPELINE.items():
             if getattr(self, name) not in only:
                 raise ValueError(
@@ -213,7 +218,7 @@ class Config:
     def _check_steps(self):
         if self.parallel_steps == 1:
             return
-        if self.num_stages > 1:
+        if self.num_stages > 1 and not self.pipelined:
             raise ValueError(
                 f"steps side by side and stages are not combined yet: got parallel_steps={self.parallel_steps}, "
                 f"num_stages={self.num_stages}; pass one of them, "

@@ -49,8 +49,8 @@ def plan_call(denoiser, config, args, kwargs, guided=False):
         latent = signature.latent(args, kwargs)
         halves = 2 if (guided or config.cfg_parallel) and latent.shape[0] % 2 == 0 else 1
         each = None
-        if config.num_patches > 1:
-            # Patches beneath have no warm-up of their own to end.
+        if config.num_patches > 1 or config.pipelined:
+            # What is beneath has no warm-up of its own to end.
             each = plan_call(denoiser, replace(config, parallel_steps=1, warmup_steps=1), args, kwargs)
         return StepPlan(config, latent.nbytes // halves, each)
     if config.cfg_parallel:

@@ -4,6 +4,8 @@ Calls begin exact, every rank computing all. From then on a call is a micro-step
 last one's prediction has come to every rank.
 """
 
+import functools
+
 import torch
 from torch.utils._pytree import tree_leaves
 
@@ -33,8 +35,8 @@ class PipelineCalls:
         self.denoiser, self.config, self.world, self.exchange = shared.denoiser, shared.config, world, exchange
         self.plan, self.hooks, self._shards = None, Hooks(shared.denoiser), shards
         self._signature, self._planner = shared.signature, MicroPlanner(shared, world, self.hooks, self._learn)
-        self._pipelines, self._units, self._placeholders, self._phases = {}, {}, {}, 0
-        # What the unit hooks hand calls to, or None.
+        self._pipelines, self._hooks, self._placeholders, self._phases = {}, {}, {}, 0
+        # What the hooks on modules hand calls to, or None.
         self._active = None
 
     def begin_generation(self):
@@ -61,7 +63,7 @@ class PipelineCalls:
         mode = schedule.mode(self.config, tick.step, current.last_step == tick.step - 1)
         current.last_step = tick.step
         with self.exchange.step():
-            if mode is Mode.COMPUTE:
+            if mode is Mode.COMPUTE and current.passing is not None:
                 return self._passed_through(current, forward, args, kwargs), mode
             # Only what the next call may read is kept.
             kept = tick.step >= self.config.warmup_steps - 1
@@ -77,9 +79,9 @@ class PipelineCalls:
         for current in () if released else self._pipelines.values():
             current.release()
         self._pipelines.clear()
-        for attachment in self._units.values():
+        for attachment in self._hooks.values():
             attachment.remove()
-        self._units.clear()
+        self._hooks.clear()
         self.hooks.remove()
         self.plan = None
 
@@ -109,10 +111,7 @@ class PipelineCalls:
         """The result of all patches; `exact`: see `MicroPatch.begin`."""
 
         def run(p):
-            patch = current.patches[p]
-            if patch is None:
-                return forward(*args, **kwargs)
-            return self._at_sites(patch, PatchMode.DISPLACED, forward, args, kwargs, exact)
+            return self._at_sites(current.patches[p], PatchMode.DISPLACED, forward, args, kwargs, exact)
 
         return self._through(current.passing, run)
 
@@ -135,10 +134,10 @@ class PipelineCalls:
 
         return self.hooks.on_patch(picture, self._signature, mode, run, args, kwargs, exact)
 
-    def _run_unit(self, name, forward, args, kwargs):
+    def _run_module(self, name, forward, args, kwargs):
         if self._active is None:
             return forward(*args, **kwargs)
-        return self._active.run_unit(name, forward, args, kwargs)
+        return self._active.run(name, forward, args, kwargs)
 
     # Plans.
 
@@ -151,6 +150,7 @@ class PipelineCalls:
         placeholders = self._placeholders.setdefault(device, Placeholders(device))
         phase = f"call {place[0]}, micro-steps, plan {self._phases}"
         self._phases += 1
+        self._attach(sorted(plan.route.spared))
         current = Pipeline(plan, patches, structures, self.world, self.exchange, device, placeholders, phase)
         results = []
         if complete:
@@ -158,8 +158,13 @@ class PipelineCalls:
         with side_effects.restored(self.denoiser), torch.no_grad(), self.exchange.step():
             if current.exact is not None:
                 results.append(self._exact_in_parts(current, forward, args, kwargs))
-            results.append(self._passed_through(current, forward, args, kwargs, exact=True))
-        self._verify(results)
+            # The next call must read what an exact one leaves in every generation, to the last bit.
+            for store in current.kept.values():
+                store.remember()
+            passed = [self._passed_through(current, forward, args, kwargs, exact=True)] if current.passing else []
+            for store in current.kept.values():
+                store.restore()
+        self._verify([*results, *passed])
         if shards is not None:
             shards.divide(plan.whole, plan.division)
         self._pipelines[place] = current
@@ -167,7 +172,7 @@ class PipelineCalls:
             self.plan = plan
         for old in list(self._pipelines)[:-KEPT_PIPELINES]:
             self._pipelines.pop(old).release()
-        return current, results[0]
+        return current, results[-1]
 
     def _verify(self, results):
         """Micro-steps of the same call must give what the exact one gave: nothing that they read is stale then."""
@@ -194,12 +199,8 @@ class PipelineCalls:
         finally:
             self._active = None
 
-    def _attach(self, units):
+    def _attach(self, names):
         modules = dict(self.denoiser.named_modules())
-        for name in dict.fromkeys(unit.name for unit in units):
-            if name not in self._units:
-
-                def handler(forward, args, kwargs, name=name):
-                    return self._run_unit(name, forward, args, kwargs)
-
-                self._units[name] = Attachment(modules[name], handler)
+        for name in names:
+            if name not in self._hooks:
+                self._hooks[name] = Attachment(modules[name], functools.partial(self._run_module, name))

@@ -25,7 +25,7 @@ class KeptRing:
         self.site, self.ring, self.parts = site, state.ring, state.parts
         # Whether tokens that are not the picture's come first; until a micro-step tells, what is to be kept waits.
         self.extra_first = None if site.tokens.extra else False
-        self.sample, self._waiting = None, []
+        self.sample, self._waiting, self._saved = None, [], None
         places = [i for p in range(len(site.shapes)) for i in site.tokens.places(p)]
         self._places = None if places == sorted(places) else torch.tensor(places, device=device)
 
@@ -42,9 +42,21 @@ class KeptRing:
 
     def settle(self, extra_first):
         """It is known now whether the others come first."""
-        self.extra_first, waiting, self._waiting = extra_first, self._waiting, []
-        for given in waiting:
+        self.extra_first = extra_first
+        for given in self._waiting:
             self._write(*given)
+
+    def remember(self):
+        """What is kept now comes back by `restore`."""
+        self._saved = self.ring.clone() if self.extra_first is not None else None
+
+    def restore(self):
+        """Keep again what was kept at `remember`."""
+        if self._saved is not None:
+            self.ring.copy_(self._saved)
+        elif self.extra_first is not None:
+            self.settle(self.extra_first)
+        self._saved, self._waiting = None, []
 
     def state(self, patch):
         """The site on one patch."""
@@ -74,7 +86,21 @@ class _MicroRing(RingState):
         return self._kept.extra_first
 
 
-class KeptHalo:
+class _Saved:
+    """What is kept in `tensors()`, put aside and back."""
+
+    def remember(self):
+        """What is kept now comes back by `restore`."""
+        self._saved = [x.clone() for x in self.tensors()]
+
+    def restore(self):
+        """Keep again what was kept at `remember`."""
+        for x, saved in zip(self.tensors(), self._saved, strict=True):
+            x.copy_(saved)
+        self._saved = None
+
+
+class KeptHalo(_Saved):
     """The rows that patches read of each other before a convolution."""
 
     def __init__(self, site, device):
@@ -83,6 +109,10 @@ class KeptHalo:
             m: torch.zeros(site.rows_shape(m.source, m.stop - m.start), dtype=site.dtype, device=device)
             for m in site.messages
         }
+
+    def tensors(self):
+        """All rows kept."""
+        return self.buffers.values()
 
     def fill(self, args, kwargs, part=0):
         """Keep what a convolution of the whole picture is given, of one part of the batch."""
@@ -101,13 +131,17 @@ class _MicroHalo(HaloState):
         self.buffers, self.received = {m: kept.buffers[m] for m in self.buffers}, []
 
 
-class KeptNorm:
+class KeptNorm(_Saved):
     """Mean and biased variance of all patches."""
 
     def __init__(self, site, device):
         self.site = site
         self.parts = torch.zeros(len(site.shapes), *site.message_shape(), device=device)
         self.weights = torch.tensor(site.weights, device=device).view(-1, 1, 1)
+
+    def tensors(self):
+        """All statistics kept."""
+        return (self.parts,)
 
     def fill(self, args, kwargs, part=0):
         """Keep the statistics, patch by patch, of what a norm is given: a part of the batch."""
@@ -168,11 +202,14 @@ def merge_in_turn(parts, weights, patch, old=None):
 _KINDS = {Ring: KeptRing, Halo: KeptHalo, Norm: KeptNorm}
 
 
-class _KeptNothing:
+class _KeptNothing(_Saved):
     """A site where a patch needs no other."""
 
     def __init__(self, site):
         self.site = site
+
+    def tensors(self):
+        return ()
 
     def fill(self, args, kwargs, part=0):
         pass

@@ -1,7 +1,7 @@
 """One micro-step on one rank: its own units run, the others' results are received or left out."""
 
 import torch
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 from ..stages.cutset import PREDICTION
 from ..stages.replay import Replay
@@ -12,7 +12,8 @@ class MicroStep:
 
     Args:
         structures: of its units' results.
-        first: {value: tensor} of the text that later micro-steps read, as the first one has made it; shared by all.
+        first: {value: tensor} of the text that later micro-steps read, as the first one has made it, and results of
+            modules that run in it alone; shared by all.
     """
 
     def __init__(self, route, p, rank, placeholders, structures, slots, first):
@@ -26,15 +27,15 @@ class MicroStep:
         """Its forward begins."""
         self._units.restart()
 
-    def run_unit(self, name, forward, args, kwargs):
-        """What a unit's hook returns."""
+    def run(self, name, forward, args, kwargs):
+        """What a module's hook returns."""
         if not self._units.knows(name):
-            return forward(*args, **kwargs)
+            return self._spared(name, forward, args, kwargs)
         index, odd = self._units.turn(name)
         if odd is not None:
             self._lost(odd)
         if index in self.program.computes:
-            result = forward(*args, **kwargs)
+            result = self._spared(name, forward, args, kwargs)
             if self._text == "unit":
                 result = self._with_first(index, result, args, kwargs)
             if index in self.program.sends:
@@ -51,6 +52,17 @@ class MicroStep:
         for number in self.program.waits.get(index + 1, ()):
             self._arrive(number)
         return result
+
+    def _spared(self, name, forward, args, kwargs):
+        """A module's result, of the first micro-step if it runs in that alone."""
+        if name not in self.route.spared:
+            return forward(*args, **kwargs)
+        if self.p == 0:
+            result = forward(*args, **kwargs)
+            self._first[name] = tree_map_only(torch.Tensor, torch.clone, result)
+            return result
+        # Copies: what reads it may change it.
+        return tree_map_only(torch.Tensor, torch.clone, self._first[name])
 
     def end(self, result):
         """Its forward has given this; the last stage's is the prediction, which all ranks get."""

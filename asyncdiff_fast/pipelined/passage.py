@@ -14,11 +14,12 @@ class Passage:
 
     def __init__(self, route, structures, world, exchange, device, placeholders, phase):
         self.route, self.slots = route, MicroSlots(route, world.rank, device, exchange, phase)
-        first, places = {}, range(len(route.micro))
-        self.steps = [MicroStep(route, p, world.rank, placeholders, structures[p], self.slots, first) for p in places]
+        self.first, shared = {}, (world.rank, placeholders)
+        self.steps = [MicroStep(route, p, *shared, found, self.slots, self.first) for p, found in enumerate(structures)]
 
     def result(self, like):
         """The denoiser's result, as `like` is built, from those of all micro-steps."""
+        self.first.clear()
         parts = zip(*(step.prediction() for step in self.steps), strict=True)
         if self.route.joints:
             whole = [torch.cat(found, dim) for found, dim in zip(parts, self.route.joints, strict=True)]
@@ -33,15 +34,15 @@ class Pipeline:
     def __init__(self, plan, patches, structures, world, exchange, device, placeholders, phase):
         self.plan, self.patches, self.last_step = plan, patches, -1
         made = (world, exchange, device, placeholders)
-        self.passing = Passage(plan.passing, structures["passing"], *made, phase)
+        self.passing = plan.passing and Passage(plan.passing, structures["passing"], *made, phase)
         self.exact = plan.exact and Passage(plan.exact, structures["exact"], *made, f"{phase}, exact")
-        self.whole = None
+        self.whole, self.kept = None, {}
         if plan.patches is not None:
             with torch.inference_mode(False):
-                kept = {i: keep(site, device) for i, site in plan.sites(world.rank).items()}
-            self.whole = WholePicture(plan.patches, kept)
+                self.kept = {i: keep(site, device) for i, site in plan.sites(world.rank).items()}
+            self.whole = WholePicture(plan.patches, self.kept)
             for patch in patches:
-                patch.bind(plan.patches, kept)
+                patch.bind(plan.patches, self.kept)
 
     def release(self):
         """Forget the slots."""
@@ -55,8 +56,8 @@ class Learning:
     def __init__(self, graph):
         self.units = Replay(graph, None)
 
-    def run_unit(self, name, forward, args, kwargs):
-        """What a unit's hook returns."""
+    def run(self, name, forward, args, kwargs):
+        """What a module's hook returns."""
         result = forward(*args, **kwargs)
         index = self.units.turn(name)[0] if self.units.knows(name) else None
         if index is not None:

@@ -29,6 +29,7 @@ class Route:
 
     `rowless`: the values that hold no rows, which micro-steps after the first take from it. `joints`: for each tensor
     of the denoiser's result the dimension in which the micro-steps' are put together; none for one micro-step.
+    `spared`: modules that run in the first micro-step only.
     """
 
     config: object
@@ -36,6 +37,7 @@ class Route:
     micro: tuple[MicroPlan, ...]
     rowless: frozenset[int] = frozenset()
     joints: tuple[int, ...] = ()
+    spared: frozenset[str] = frozenset()
 
     def program(self, p, rank):
         """The `RankProgram` of a rank in a micro-step."""
@@ -71,8 +73,9 @@ class Route:
 class PipelinePlan:
     """Everything that is decided before the first call of micro-steps, for one signature of inputs.
 
-    `whole`: the units of the whole picture. `patches`: rows and sites, None for one patch. `passing`: the patches' way
-    through the stages. `exact`: that of an exact call where no rank has all weights, by parts of the batch; else None.
+    `whole`: the units of the whole picture. `patches`: rows and sites, and `passing`: the patches' way through the
+    stages; None for one patch. `exact`: the way of the whole picture, by parts of the batch, for one patch and where no
+    rank has all weights; else None.
     `weight_bytes`: as `Plan` of stages has them.
     """
 
@@ -80,13 +83,18 @@ class PipelinePlan:
     whole: Graph
     division: Division
     patches: PatchPlan | None
-    passing: Route
+    passing: Route | None
     exact: Route | None
     weight_bytes: tuple[int, ...]
 
+    @property
+    def route(self):
+        """Of a call after the exact ones."""
+        return self.passing or self.exact
+
     def sent_bytes(self):
-        """{(source, target, name): bytes} of one call whose patches pass through."""
-        return self.passing.sent_bytes()
+        """{(source, target, name): bytes} of one call after the exact ones."""
+        return self.route.sent_bytes()
 
     @property
     def bytes_per_call(self):
@@ -118,8 +126,8 @@ class PipelinePlan:
         return {i: site for i, site in enumerate(sites) if self.owns(site, stage)}
 
     def micro_steps_per_call(self):
-        """Micro-steps from the first patch's entry to the last one's exit."""
-        return len(self.passing.micro) + self.division.num_stages - 1
+        """Micro-steps from the first one's entry to the last one's exit."""
+        return len(self.route.micro) + self.division.num_stages - 1
 
     def digest(self):
         """What ranks compare."""
@@ -129,10 +137,10 @@ class PipelinePlan:
 
     def __str__(self):
         total = sum(self.division.costs) or 1.0
-        count, steps = len(self.passing.micro), self.micro_steps_per_call()
-        rows = f" of {self.patches.rows.size} rows" if self.patches is not None else ""
+        count, steps = len(self.route.micro), self.micro_steps_per_call()
+        what = f"patches of {self.patches.rows.size} rows" if self.patches is not None else "parts of the batch"
         head = (
-            f"{count} patches{rows} through {self.division.num_stages} stages: {steps} micro-steps per call, of which "
+            f"{count} {what} through {self.division.num_stages} stages: {steps} micro-steps per call, of which "
             f"each rank works in {count}; largest stage {self.division.balance:.3f} of the mean, "
             f"{self.bytes_per_call / 1e6:.2f} MB per call, glue on every rank and in every micro-step "
             f"{self.whole.glue_cost / total:.1%}"

@@ -14,6 +14,7 @@ from ..tracing import trace
 from . import order
 from .picture import MicroPatch
 from .plan import MicroPlan, PipelinePlan, Route
+from .spared import spared
 
 
 class MicroPlanner(Planner):
@@ -34,7 +35,7 @@ class MicroPlanner(Planner):
         """(`PipelinePlan`, its patches, {route: structures of each micro-step}). Collective, if there is a world.
 
         Args:
-            attach: called with the plan's units, once the hooks of patches are on their modules.
+            attach: called with the names of the units, once the hooks of patches are on their modules.
             owners: {(unit, call): stage} of a division to keep to.
             hold: called with the units and their division before anything but shapes is looked at.
         Raises: ValueError if the denoiser cannot be shared out so, on every rank.
@@ -44,17 +45,17 @@ class MicroPlanner(Planner):
         self._check_order(whole, division)
         if hold is not None:
             hold(whole, division)
-        patches, sites = [None], None
+        patches, sites = (), None
         if self._options.pipeline_count > 1:
             sites, patches, *_ = self._planned(forward, args, kwargs)
         if attach is not None:
-            attach(whole.units)
-        outputs, structures = _tensors(recording), {}
-        cuts = [self._cut(patch, args, kwargs) for patch in patches]
-        passing, structures["passing"] = self._route(whole, division, outputs, forward, cuts)
-        exact = None
-        if self._options.shard_weights:
-            exact, structures["exact"] = self._by_batch(whole, division, outputs, forward, args, kwargs)
+            attach(dict.fromkeys(unit.name for unit in whole.units))
+        passing, exact, structures = None, None, {}
+        if patches:
+            cuts = [(p, *p.begin(self._signature, PatchMode.LOCAL, args, kwargs)) for p in patches]
+            passing, structures["passing"] = self._route(whole, division, recording, forward, cuts)
+        if self._options.shard_weights or not patches:
+            exact, structures["exact"] = self._by_batch(whole, division, recording, forward, args, kwargs)
         weights = weight_bytes(self.denoiser, whole, division)
         plan = PipelinePlan(self._options, whole, division, sites, passing, exact, weights)
         if self.world is not None and len(set(self.world.gather(plan.digest(), "the plan of micro-steps"))) > 1:
@@ -81,36 +82,34 @@ class MicroPlanner(Planner):
             return as_rank_0(self.world, recording, whole, division)
         return whole, division
 
-    def _cut(self, patch, args, kwargs):
-        """(patch, args, kwargs) of a micro-step of one patch."""
-        cut = (args, kwargs) if patch is None else patch.begin(self._signature, PatchMode.LOCAL, args, kwargs)
-        return (patch, *cut)
-
-    def _by_batch(self, whole, division, outputs, forward, args, kwargs):
+    def _by_batch(self, whole, division, recording, forward, args, kwargs):
         """The route of an exact call: half the batch after the other, if the denoiser works on half of it."""
         batch = self._signature.latent(args, kwargs).shape[0]
         if batch % 2 == 0:
             halves = [(None, *half_of(i, batch, args, kwargs)) for i in range(2)]
             with contextlib.suppress(_Differs):
-                return self._route(whole, division, outputs, forward, halves)
-        return self._route(whole, division, outputs, forward, [(None, args, kwargs)])
+                return self._route(whole, division, recording, forward, halves)
+        return self._route(whole, division, recording, forward, [(None, args, kwargs)])
 
-    def _route(self, whole, division, outputs, forward, cuts):
+    def _route(self, whole, division, recording, forward, cuts):
         """(`Route`, structures of each micro-step) of calls cut so: (patch, args, kwargs) of each."""
-        micro, structures, rowless, joints = [], [], frozenset(), ()
+        micro, structures, rowless, spare, joints = [], [], frozenset(), frozenset(), ()
+        text = self._options.pipeline_text
         for p, (patch, args, kwargs) in enumerate(cuts):
-            traced, results, found = self._first_time(patch, whole, forward, args, kwargs)
+            traced, part, found = self._first_time(patch, whole, forward, args, kwargs)
             self._check_same(p, whole, traced)
-            if patch is not None:
+            results = _tensors(part)
+            if patch is not None and p == 0:
                 rowless = order.without_rows(whole, traced)
+                spare = spared(recording, part, traced, rowless, text)
             if len(cuts) > 1:
-                joints = tuple(_joint(a, b) for a, b in zip(outputs, results, strict=True))
+                joints = tuple(_joint(a, b) for a, b in zip(_tensors(recording), results, strict=True))
             transfers = cutset.transfers(traced, division, self._options, len(results))
             if p > 0:
-                transfers = order.later_transfers(transfers, rowless, self._options.pipeline_text)
+                transfers = order.later_transfers(transfers, rowless, text)
             micro.append(MicroPlan(traced, transfers, results))
             structures.append(found)
-        return Route(self._options, division, tuple(micro), rowless, joints), structures
+        return Route(self._options, division, tuple(micro), rowless, joints, spare), structures
 
     def _patch(self, recorder, args, kwargs, axis, number):
         latent = self._signature.latent(args, kwargs)
@@ -125,7 +124,7 @@ class MicroPlanner(Planner):
         return patch
 
     def _first_time(self, patch, whole, forward, args, kwargs):
-        """(graph, tensors of the result, structures) of one micro-step, traced."""
+        """(graph, recording, structures) of one micro-step."""
         keys = {unit.key for unit in whole.units}
 
         def run():
@@ -136,7 +135,7 @@ class MicroPlanner(Planner):
                 self.hooks.active = None
 
         recording, found = (run(), {}) if self._learn is None else self._learn(whole, run)
-        return graph.build_graph(recording, graph.keyed_nodes(recording, keys)), _tensors(recording), found
+        return graph.build_graph(recording, graph.keyed_nodes(recording, keys)), recording, found
 
     def _check_order(self, whole, division):
         backward = backward_reads(whole, division)

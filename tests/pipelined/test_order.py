@@ -111,7 +111,7 @@ REFUSED = [
     (dict(pipeline_patches=[4, 0], num_stages=2), "an integer of at least 1"),
     (dict(pipeline_patches=2, num_stages=2, stride=2), "stride=1 only"),
     (dict(pipeline_patches=2, num_stages=2, num_patches=2), "num_patches=1 only"),
-    (dict(pipeline_patches=2, num_stages=2, parallel_steps=2), "parallel_steps=1 only"),
+    (dict(pipeline_patches=2, num_stages=2, parallel_steps=2), "one patch passes through"),
     (dict(pipeline_patches=2, num_stages=2, group_norm="sync"), "'corrected' or 'stale' or 'local' only"),
     (dict(pipeline_patches=2, num_stages=2, exchange="none"), "exchange='displaced' only"),
     (dict(pipeline_patches=2, num_stages=2, predict="linear"), "predict='auto' or 'none' only"),
