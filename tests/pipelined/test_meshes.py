@@ -11,10 +11,11 @@ from workers import collect
 import asyncdiff_fast
 
 CASES = {
-    # How far the pictures, 0..1, may be from exact ones: not at all but for rounding, or by what is stale or predicted.
+    # How far the pictures, 0..1, may be from exact ones: not at all but for rounding, or in the mean by what is stale
+    # or predicted.
     "halves": (dict(cfg_parallel=True, pipeline_patches=2, warmup_steps=9), 1e-3),
-    "halves, stale": (dict(cfg_parallel=True, pipeline_patches=2, warmup_steps=1), 0.25),
-    "steps": (dict(parallel_steps=2, pipeline_patches=1), 0.25),
+    "halves, stale": (dict(cfg_parallel=True, pipeline_patches=2, warmup_steps=1), 0.1),
+    "steps": (dict(parallel_steps=2, pipeline_patches=1), 0.1),
 }
 
 
@@ -43,7 +44,7 @@ def test_pictures(case):
     for rank in results():
         pictures, plain, held, stats = rank[case]
         assert all(np.array_equal(first, picture) for picture in pictures)
-        assert np.abs(first - plain).max() <= CASES[case][1]
+        assert np.abs(first - plain).mean() <= CASES[case][1]
         assert held < 0.75 * rank["whole"]
         # Side by side, a rank makes at most half of the calls after two exact steps.
         assert "steps" not in case or stats["exact_calls"] + stats["compute_calls"] < 2 * 6

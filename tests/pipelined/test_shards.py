@@ -8,7 +8,7 @@ import pytest
 import ranks
 import tiny_denoisers
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, inject_adapter_in_model
 from workers import collect
 
 import asyncdiff_fast
@@ -32,7 +32,7 @@ def _adapted(model):
     """An adapter that changes something, the same on every rank."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
-        model.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
+        inject_adapter_in_model(LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False), model)
 
 
 def _error(a, b):
