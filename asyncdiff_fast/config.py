@@ -220,9 +220,10 @@ class Config:
             return
         if self.num_stages > 1 and not self.pipelined:
             raise ValueError(
-                f"steps side by side and stages are not combined yet: got parallel_steps={self.parallel_steps}, "
-                f"num_stages={self.num_stages}; pass one of them, "
-                f"parallel_steps={self.parallel_steps * self.num_stages} for as many devices"
+                f"steps side by side and stages are not combined yet where inputs are stale: got "
+                f"parallel_steps={self.parallel_steps}, num_stages={self.num_stages}; pass one of them, "
+                f"parallel_steps={self.parallel_steps * self.num_stages} for as many devices, or pipeline_patches=1, "
+                "whose calls are exact"
             )
         if self.num_patches > 1 and self.exchange != "sync":
             raise ValueError(

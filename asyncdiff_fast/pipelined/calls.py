@@ -12,12 +12,12 @@ from torch.utils._pytree import tree_leaves
 from ..calls import schedule
 from ..calls.schedule import Mode, PatchMode
 from ..calls.signature import device_of
-from ..halves import half_of
 from ..modules import Attachment
 from ..patches.hooks import Hooks
 from ..patches.planning import CLOSE
 from ..stages.buffers import Placeholders
 from ..tracing import side_effects
+from . import batches
 from .passage import Learning, Pipeline
 from .planning import MicroPlanner
 
@@ -96,10 +96,10 @@ class PipelineCalls:
 
     def _exact_in_parts(self, current, forward, args, kwargs, kept=True):
         """The same where every rank has its own weights only: part of the batch after part."""
-        batch, count = self._signature.latent(args, kwargs).shape[0], len(current.exact.steps)
+        batch, count = batches.size_of(self._signature.latent(args, kwargs)), len(current.exact.steps)
 
         def run(part):
-            cut = half_of(part, batch, args, kwargs) if count > 1 else (args, kwargs)
+            cut = batches.cut(part, count, batch, args, kwargs)
             if current.whole is None or not kept:
                 return forward(*cut[0], **cut[1])
             current.whole.part = part

@@ -199,7 +199,8 @@ def merge_in_turn(parts, weights, patch, old=None):
     return centre + mean, torch.where(var < 0, fresh[..., 1], var)
 
 
-_KINDS = {Ring: KeptRing, Halo: KeptHalo, Norm: KeptNorm}
+# How the sites are kept that patches share.
+KINDS = {Ring: KeptRing, Halo: KeptHalo, Norm: KeptNorm}
 
 
 class _KeptNothing(_Saved):
@@ -226,5 +227,5 @@ def _part(x, part, size, dim=0):
 def keep(site, device):
     """What is kept of a site: `fill(args, kwargs, part)` by an exact call, `state(patch)` for micro-steps."""
     if site.exchanges:
-        return _KINDS[type(site)](site, device)
+        return KINDS[type(site)](site, device)
     return _KeptNothing(site)

@@ -18,13 +18,6 @@ class MicroPatch(Patch):
             site = plan.sites[index]
             self._states[(site.name, site.call), site.place] = (index, store.state(self.number))
 
-    def norm_before(self, names, norm, x, **added):
-        """Never in one pass: statistics of earlier patches are fresh."""
-        return None
-
-    def release(self):
-        """Nothing of it is known to an exchange."""
-
     def begin(self, signature, mode, args, kwargs, exact=False):
         """See `Patch.begin`; with `exact` all that is kept must be of the same call."""
         self.group_norm = "stale" if exact else self.config.group_norm
@@ -84,7 +77,3 @@ class WholePicture:
             if store is not None:
                 store.fill(args, kwargs, self.part)
         return func(*args, **kwargs)
-
-    def norm_before(self, names, norm, x, **added):
-        """Never in one pass: the norm's input is to be seen."""
-        return None

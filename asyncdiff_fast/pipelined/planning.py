@@ -4,14 +4,14 @@ import contextlib
 from dataclasses import replace
 
 from ..calls.schedule import PatchMode
-from ..halves import half_of
 from ..patches.cutting import Cutter
 from ..patches.planning import Planner, beforehand
 from ..stages import cutset, graph
 from ..stages.division import backward_reads, describe
 from ..stages.plan import as_rank_0, decide, weight_bytes
 from ..tracing import trace
-from . import order
+from . import batches, order
+from .kept import KINDS
 from .picture import MicroPatch
 from .plan import MicroPlan, PipelinePlan, Route
 from .spared import spared
@@ -48,6 +48,7 @@ class MicroPlanner(Planner):
         patches, sites = (), None
         if self._options.pipeline_count > 1:
             sites, patches, *_ = self._planned(forward, args, kwargs)
+            _check_sites(sites.sites)
         if attach is not None:
             attach(dict.fromkeys(unit.name for unit in whole.units))
         passing, exact, structures = None, None, {}
@@ -83,12 +84,13 @@ class MicroPlanner(Planner):
         return whole, division
 
     def _by_batch(self, whole, division, recording, forward, args, kwargs):
-        """The route of an exact call: half the batch after the other, if the denoiser works on half of it."""
-        batch = self._signature.latent(args, kwargs).shape[0]
-        if batch % 2 == 0:
-            halves = [(None, *half_of(i, batch, args, kwargs)) for i in range(2)]
+        """The route of an exact call: part of the batch after part, if the denoiser works on parts of it."""
+        batch = batches.size_of(self._signature.latent(args, kwargs))
+        count = batches.parts_of(batch)
+        if count > 1:
+            parts = [(None, *batches.cut(i, count, batch, args, kwargs)) for i in range(count)]
             with contextlib.suppress(_Differs):
-                return self._route(whole, division, recording, forward, halves)
+                return self._route(whole, division, recording, forward, parts)
         return self._route(whole, division, recording, forward, [(None, args, kwargs)])
 
     def _route(self, whole, division, recording, forward, cuts):
@@ -157,6 +159,16 @@ class MicroPlanner(Planner):
 
 def _tensors(recording):
     return tuple(ref for ref in recording.output if ref is not None)
+
+
+def _check_sites(sites):
+    """Raises: ValueError if patches share something in a way that has no place here."""
+    unknown = [site for site in sites if site.exchanges and type(site) not in KINDS]
+    if unknown:
+        raise ValueError(
+            f"patches that pass through stages share rows of convolutions, statistics of GroupNorms and keys and "
+            f"values: got {unknown[0].kind} in {unknown[0].label}; pass pipeline_patches=1, or num_patches"
+        )
 
 
 class _Differs(ValueError):
