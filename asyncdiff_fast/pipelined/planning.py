@@ -4,6 +4,7 @@ import contextlib
 from dataclasses import replace
 
 from ..calls.schedule import PatchMode
+from ..calls.signature import inputs_key
 from ..patches.cutting import Cutter
 from ..patches.planning import Planner, beforehand
 from ..stages import cutset, graph
@@ -96,10 +97,14 @@ class MicroPlanner(Planner):
     def _route(self, whole, division, recording, forward, cuts):
         """(`Route`, structures of each micro-step) of calls cut so: (patch, args, kwargs) of each."""
         micro, structures, rowless, spare, joints = [], [], frozenset(), frozenset(), ()
-        text = self._options.pipeline_text
+        text, known = self._options.pipeline_text, {}
         for p, (patch, args, kwargs) in enumerate(cuts):
-            traced, part, found = self._first_time(patch, whole, forward, args, kwargs)
-            self._check_same(p, whole, traced)
+            key = inputs_key(args, kwargs)
+            if key not in known:
+                known[key] = self._first_time(patch, whole, forward, args, kwargs)
+                self._check_same(p, whole, known[key][0])
+            # Those of as many rows differ in nothing that a plan is made of.
+            traced, part, found = known[key]
             results = _tensors(part)
             if patch is not None and p == 0:
                 rowless = order.without_rows(whole, traced)
