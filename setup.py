@@ -56,7 +56,10 @@ def missing_tool():
     return None
 
 
-WINGS = ("calls", "commands", "exchange", "fused", "patches", "prediction", "stages", "steps", "tracing", "workers")
+WINGS = (
+    "calls", "commands", "exchange", "fused", "halves", "patches", "pipelined", "prediction", "stages", "steps",
+    "tracing", "workers",
+)  # fmt: skip
 
 # Named one by one: find_packages() would also take folders of the checkout that are no part of the package.
 setup(

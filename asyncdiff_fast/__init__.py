@@ -2,8 +2,8 @@
 
 `patch(pipe, parallel_steps=2)` lets the ranks of a torchrun share the steps of a pipeline, other options each call of
 its denoiser; `unpatch(pipe)` undoes it; `print(plan(pipe, num_stages=2))` shows who would do what. `Workers` is for
-notebooks and servers: one process calls, others share the work. `sample_window` is for sampling loops of your own: many
-steps at once, by fixed-point iteration.
+notebooks and servers: one process calls, others share the work. `load` reads a pipeline whose denoiser fits no device
+whole. `sample_window` is for sampling loops of your own: many steps at once, by fixed-point iteration.
 """
 
 import importlib
@@ -12,13 +12,13 @@ from .config import Config
 
 __version__ = "0.1.0"
 __all__ = [
-    "Cancelled", "Config", "ExchangeError", "Workers", "__version__", "device", "patch", "plan", "sample_window",
-    "unpatch",
+    "Cancelled", "Config", "ExchangeError", "Workers", "__version__", "device", "load", "patch", "plan",
+    "sample_window", "unpatch",
 ]  # fmt: skip
 
 # Loaded when first used: torch and diffusers take seconds to import, which `asyncdiff-fast --help` need not wait for.
 _PLACES = dict.fromkeys(("device", "patch", "plan", "unpatch"), "patching")
-_PLACES |= {"ExchangeError": "exchange.errors", "sample_window": "steps.fixed_point"}
+_PLACES |= {"ExchangeError": "exchange.errors", "load": "loading", "sample_window": "steps.fixed_point"}
 _PLACES |= {"Cancelled": "workers.messages", "Workers": "workers.front"}
 
 

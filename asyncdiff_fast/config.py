@@ -25,9 +25,22 @@ _CHOICES = {
     "group_norm": ("corrected", "stale", "sync", "local"),
     "patch_axis": ("rows", "columns", "alternating"),
     "stride_phase": ("warmup", "odd"),
-    "balance": ("flops", "time"),
+    "balance": ("flops", "time", "memory"),
     "kernels": ("auto", "triton", "torch"),
     "predict": ("auto", "linear", "none"),
+    "pipeline_text": ("unit", "stage", "patch"),
+}
+
+
+# What else an option may be where patches pass through the stages.
+_WITH_PIPELINE = {
+    "num_patches": (1,),
+    "stride": (1,),
+    "time_shift": (False,),
+    "exchange": ("displaced",),
+    "group_norm": ("corrected", "stale", "local"),
+    "patch_axis": ("rows",),
+    "predict": ("auto", "none"),
 }
 
 
@@ -56,7 +69,8 @@ class Config:
         patch_axis: naive patches are cut into "rows", "columns", or both by turns ("alternating").
         cut: {name of an input: its dimensions that run with the picture's rows or tokens, () for none}, where patches
             cut an input wrongly; the plan tells how.
-        balance: "flops" divides by counted work, the same on all GPUs and on all CPUs; "time" measures each unit once.
+        balance: "flops" divides by counted work, the same on all GPUs and on all CPUs; "time" measures each unit once;
+            "memory" divides the bytes of weights, with `shard_weights`.
         timeout_s: seconds to wait for another rank before failing.
         kernels: "auto" replaces layers by fused kernels where they were measured to be no slower, on a GPU with Triton;
             "triton" wherever they can run; "torch" nowhere.
@@ -69,8 +83,14 @@ class Config:
             parallel steps are as long as it allows. Default: 0.05 of activations, 0.014 of latents.
         resync: the next call is exact if the relative error of a prediction has come to more than this, and to several
             times what it was before, as after a change of the prompt; 0 for never. Patches of stages have neither.
+        pipeline_patches: how many patches of the picture pass through the stages one after another (PipeFusion), or
+            the rows of each; 1 keeps every call exact.
+        pipeline_text: whose values without rows, such as a text stream, the patches after the first go on with: the
+            first one's, behind every "unit" or as they come into a "stage"; or each "patch" has its own.
+        shard_weights: a rank holds the weights of its own stage and of the modules between stages only.
     Raises: ValueError that names the option, the value and the allowed values.
-    Source: AsyncDiff (Chen et al., 2024), sections 3.2 to 3.4; DistriFusion (Li et al., 2024), section 4.
+    Source: AsyncDiff (Chen et al., 2024), sections 3.2 to 3.4; DistriFusion (Li et al., 2024), section 4; PipeFusion
+        (Fang et al., 2024), section 4.
     """
 
     num_stages: int = 1
@@ -94,6 +114,9 @@ class Config:
     predict: str = "auto"
     tolerance: float | None = None
     resync: float = 0.2
+    pipeline_patches: int | tuple[int, ...] | None = None
+    pipeline_text: str = "unit"
+    shard_weights: bool = False
 
     def __post_init__(self):
         if self.stages is not None:
@@ -110,8 +133,9 @@ class Config:
         for name, allowed in _CHOICES.items():
             quoted = [f'"{a}"' for a in allowed]
             self._check(getattr(self, name) in allowed, name, f"{', '.join(quoted[:-1])} or {quoted[-1]}")
-        for name in ("cfg_parallel", "bessel", "time_shift", "graphs"):
+        for name in ("cfg_parallel", "bessel", "time_shift", "graphs", "shard_weights"):
             self._check(isinstance(getattr(self, name), bool), name, "True or False")
+        self._check_pipeline()
         if self.predict == "auto":
             object.__setattr__(self, "predict", "linear" if self._gains_by_predictions else "none")
         self._check_patches()
@@ -140,6 +164,45 @@ class Config:
                 "parallel_steps or cfg_parallel in their place"
             )
 
+    def _check_pipeline(self):
+        """Patches that pass through the stages: their number or rows, and what does not go with them."""
+        given = self.pipeline_patches
+        if self.balance == "memory" and not self.shard_weights:
+            raise ValueError(
+                'balance="memory" divides by bytes of weights, and every rank holds all of them: got '
+                f'balance="memory", shard_weights={self.shard_weights}; pass shard_weights=True, or balance="flops"'
+            )
+        if given is None and self.shard_weights:
+            raise ValueError(
+                "shard_weights needs patches that pass through the stages, whose exact steps do so too: got "
+                f"shard_weights=True, num_stages={self.num_stages}, pipeline_patches=None; pass pipeline_patches as "
+                "well (1 keeps every call exact)"
+            )
+        if given is None:
+            return
+        rows = (given,) if isinstance(given, int) else given
+        whole = isinstance(rows, list | tuple) and rows and all(type(n) is int and n >= 1 for n in rows)
+        self._check(whole, "pipeline_patches", "an integer of at least 1, or a list of the rows of each patch")
+        if not isinstance(given, int):
+            object.__setattr__(self, "pipeline_patches", tuple(given))
+        if self.num_stages < 2:
+            raise ValueError(
+                f"pipeline_patches need stages to pass through: got pipeline_patches={self.pipeline_patches}, "
+                f"num_stages={self.num_stages}; pass num_stages of at least 2, or num_patches for patches side by side"
+            )
+        if self.parallel_steps > 1 and self.pipeline_count > 1:
+            raise ValueError(
+                "under steps side by side every call must be exact, so one patch passes through: got "
+                f"parallel_steps={self.parallel_steps}, pipeline_patches={self.pipeline_patches}; pass "
+                "pipeline_patches=1, or one of them"
+            )
+        for name, only in _WITH_PIPELINE.items():
+            if getattr(self, name) not in only:
+                raise ValueError(
+                    f"pipeline_patches go with {name}={' or '.join(repr(x) for x in only)} only: got "
+                    f"pipeline_patches={self.pipeline_patches}, {name}={getattr(self, name)!r}"
+                )
+
     def _check_patches(self):
         object.__setattr__(self, "cut", _checked_cut(self.cut))
         if self.warmup_steps == 0 and not self.naive:
@@ -164,16 +227,19 @@ class Config:
     @property
     def _gains_by_predictions(self):
         """Ways to share a call whose pictures predictions bring closer, the worst ones too (docs/prediction.md)."""
+        if self.pipelined:
+            return False
         return (self.num_stages > 1) != (self.num_patches == 2) and self.num_patches <= 2
 
     def _check_steps(self):
         if self.parallel_steps == 1:
             return
-        if self.num_stages > 1:
+        if self.num_stages > 1 and not self.pipelined:
             raise ValueError(
-                f"steps side by side and stages are not combined yet: got parallel_steps={self.parallel_steps}, "
-                f"num_stages={self.num_stages}; pass one of them, "
-                f"parallel_steps={self.parallel_steps * self.num_stages} for as many devices"
+                f"steps side by side and stages are not combined yet where inputs are stale: got "
+                f"parallel_steps={self.parallel_steps}, num_stages={self.num_stages}; pass one of them, "
+                f"parallel_steps={self.parallel_steps * self.num_stages} for as many devices, or pipeline_patches=1, "
+                "whose calls are exact"
             )
         if self.num_patches > 1 and self.exchange != "sync":
             raise ValueError(
@@ -204,6 +270,16 @@ class Config:
         """True if ranks tell each other how far predictions were from what came."""
         shared = self.predicts_patches if self.num_patches > 1 else self.num_stages > 1 and self.predict != "none"
         return shared and 1 in (self.num_stages, self.num_patches)
+
+    @property
+    def pipelined(self):
+        """True if patches pass through the stages one after another."""
+        return self.pipeline_patches is not None
+
+    @property
+    def pipeline_count(self):
+        """How many patches pass through the stages."""
+        return len(self.pipeline_patches) if isinstance(self.pipeline_patches, tuple) else self.pipeline_patches or 1
 
     @property
     def naive(self):

@@ -12,6 +12,7 @@ from .patches.alone import LonePlanner
 from .patches.hooks import Hooks
 from .patches.lists import stacked
 from .patches.plan import MeshPlan
+from .pipelined.planning import MicroPlanner
 from .shared import Shared
 from .stages.plan import make_plan
 from .steps.plan import StepPlan
@@ -49,8 +50,8 @@ def plan_call(denoiser, config, args, kwargs, guided=False):
         latent = signature.latent(args, kwargs)
         halves = 2 if (guided or config.cfg_parallel) and latent.shape[0] % 2 == 0 else 1
         each = None
-        if config.num_patches > 1:
-            # Patches beneath have no warm-up of their own to end.
+        if config.num_patches > 1 or config.pipelined:
+            # What is beneath has no warm-up of its own to end.
             each = plan_call(denoiser, replace(config, parallel_steps=1, warmup_steps=1), args, kwargs)
         return StepPlan(config, latent.nbytes // halves, each)
     if config.cfg_parallel:
@@ -58,6 +59,8 @@ def plan_call(denoiser, config, args, kwargs, guided=False):
         if size % 2 == 0:
             likely = guess(named, size, signature.latent(args, kwargs))
             args, kwargs = signature.as_call(likely.half(0, named), args, kwargs)
+    if config.pipelined:
+        return _pipeline_plan(denoiser, config, signature, args, kwargs)
     if config.num_patches == 1:
         return make_plan(denoiser, denoiser.forward, args, kwargs, config)
     hooks = Hooks(denoiser)
@@ -70,5 +73,14 @@ def plan_call(denoiser, config, args, kwargs, guided=False):
             return patches
         # The stages of every patch are those of the first.
         return MeshPlan(patches, planner.on_first_patch(forward, args, kwargs, make_plan))
+    finally:
+        hooks.remove()
+
+
+def _pipeline_plan(denoiser, config, signature, args, kwargs):
+    hooks = Hooks(denoiser)
+    shared = Shared(denoiser, config, signature, PackedWeights(denoiser, active=False))
+    try:
+        return MicroPlanner(shared, None, hooks).plan(denoiser.forward, args, kwargs)[0]
     finally:
         hooks.remove()

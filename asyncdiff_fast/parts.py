@@ -6,13 +6,17 @@ from .exchange.choice import open_exchange
 from .exchange.engine import described
 from .exchange.errors import ExchangeError
 from .halves.calls import Halves
+from .modules import own
 from .patches.calls import Patches
 from .patches.plan import MeshPlan
+from .pipelined.calls import PipelineCalls
+from .pipelined.shards import Shards
 from .stages.calls import StageCalls
 
 
 class Parts:
-    """`steps`, `halves`, `patches` and `stages` of one denoiser, None where the mesh has a single rank along that axis.
+    """`steps`, `halves`, `patches` and `stages` of one denoiser, None where the mesh has a single rank along that axis;
+    `pipeline` in place of stages where patches pass through them.
 
     Iterates over those that are there. Collective to make.
 
@@ -26,8 +30,10 @@ class Parts:
     def __init__(self, shared, world, device, steps=None):
         self._shared, self._world = shared, world
         self._worlds = {axis: world.along(self.along(axis)) for axis in ("half", "patch", "stage")}
+        # They outlive exchanges: what was let go does not come back with a new one.
+        self.shards = Shards(own(shared.denoiser), self._worlds["stage"]) if shared.config.shard_weights else None
         self.device, self.steps, self._has_opened_steps = device, steps, False
-        self.halves = self.patches = self.stages = None
+        self.halves = self.patches = self.stages = self.pipeline = None
         try:
             self._open()
         except BaseException as error:
@@ -37,7 +43,7 @@ class Parts:
 
     def __iter__(self):
         steps = self.steps if self._has_opened_steps else None
-        return (part for part in (self.halves, self.patches, self.stages, steps) if part is not None)
+        return (part for part in (self.halves, self.patches, self.stages, self.pipeline, steps) if part)
 
     def along(self, axis):
         """torch.distributed ranks that differ from this one in one axis of the mesh."""
@@ -46,8 +52,8 @@ class Parts:
     @property
     def plan(self):
         """The latest plan, None before the first call: of steps, stages or patches, or both in a `MeshPlan`."""
-        patches, stages = self.patches and self.patches.plan, self.stages and self.stages.plan
-        each = MeshPlan(patches, stages) if patches and stages else patches or stages
+        patches, stages, pipeline = (x and x.plan for x in (self.patches, self.stages, self.pipeline))
+        each = MeshPlan(patches, stages) if patches and stages else patches or stages or pipeline
         return each if self.steps is None else self.steps.plan(each)
 
     @property
@@ -58,7 +64,7 @@ class Parts:
     def stats(self):
         """Dict: the sums of what the exchanges count, and the latest errors of predictions."""
         prediction = {}
-        for part in filter(None, (self.patches, self.stages)):
+        for part in filter(None, (self.patches, self.stages, self.pipeline)):
             prediction |= part.errors()
         found = [part.exchange.stats() for part in self]
         waits = {name: wait for s in found for name, wait in s["wait_s_by_slot"].items()}
@@ -74,7 +80,7 @@ class Parts:
 
     def close(self, why=None):
         """Drop all plans and buffers, and close the exchanges; with `why` they are stopped on all ranks."""
-        parts, self.halves, self.patches, self.stages = list(self), None, None, None
+        parts, self.halves, self.patches, self.stages, self.pipeline = list(self), None, None, None, None
         # Patches know of the choice as well: buffers of theirs must not wait for a garbage collection.
         self._has_opened_steps, self._shared.choice.patches = False, None
         exchanges = [part.exchange for part in parts]
@@ -102,7 +108,10 @@ class Parts:
             self._has_opened_steps = True
         self.halves = self._made(Halves, halves)
         self.patches = self._shared.choice.patches = self._made(Patches, rows)
-        self.stages = self._made(StageCalls, stages)
+        if self._shared.config.pipelined:
+            self.pipeline = self._made(PipelineCalls, stages, self.shards)
+        else:
+            self.stages = self._made(StageCalls, stages)
 
-    def _made(self, kind, world):
-        return kind(self._shared, world, open_exchange(world, self.device)) if world.size > 1 else None
+    def _made(self, kind, world, *more):
+        return kind(self._shared, world, open_exchange(world, self.device), *more) if world.size > 1 else None

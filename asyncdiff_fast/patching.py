@@ -65,13 +65,18 @@ def patch(target, *, mesh=None, scheduler=None, **options):
 def unpatch(target):
     """Undo `patch`: forwards, hooks and buffers are as before, and a process group that `patch` started is destroyed.
 
-    Raises: ValueError if the target is not patched.
+    With `shard_weights` every rank gets all weights back, so then it is collective.
+
+    Raises: ValueError if the target is not patched; ExchangeError if a rank that holds weights is gone.
     """
     found = [d for d in denoisers(target) if is_patched(d)]
     if not found:
         raise ValueError(
             f"{type(target).__name__} is not patched: call patch() first, or unpatch the object that was patched"
         )
+    for denoiser in found:
+        # Before anything is undone: where a rank is missing, the others stay patched.
+        getattr(modules.own(denoiser), _ATTRIBUTE).gather_weights()
     for denoiser in found:
         _release(denoiser)
 
@@ -83,7 +88,7 @@ def plan(target, inputs=None, **options):
         target: as for `patch`; needs no process group. A denoiser may lie on the meta device.
         inputs: dict of arguments: of the pipeline's call (default: a prompt), or of the denoiser's forward.
         options: see `Config`.
-    Returns: `StepPlan` of steps side by side, `Plan` of stages, `PatchPlan`, or both in a `MeshPlan`.
+    Returns: `StepPlan` of steps side by side, `Plan` of stages, `PatchPlan`, both in a `MeshPlan`, or `PipelinePlan`.
     """
     config = Config.from_options(options)
     denoiser = denoisers(target)[0]

@@ -61,13 +61,23 @@ class Runtime:
 
     @property
     def plan(self):
-        """The latest plan, None before the first call: a `Plan` of stages, a `PatchPlan`, or both in a `MeshPlan`."""
+        """The latest plan, None before the first call; `patching.plan` says of which classes."""
         return self._parts.plan
 
     @property
     def exchange_kind(self):
         """How slots travel: "nccl", "shm" or "torch.distributed"; None on one device."""
         return self._parts.exchange_kind
+
+    @property
+    def is_sharded(self):
+        """True if this rank holds a part of the weights only."""
+        return self._parts.shards is not None and not self._parts.shards.complete
+
+    def gather_weights(self):
+        """Bring the weights that other ranks hold back to this one. Collective over the stages."""
+        if self.is_sharded:
+            self._parts.shards.gather()
 
     # One call of the denoiser.
 
@@ -76,6 +86,11 @@ class Runtime:
         if self._generations.is_inside or (alone and (not self._layers.keeps or self._generations.is_taken)):
             return forward(*args, **kwargs)
         if self._needs_gradients(args, kwargs):
+            if self.is_sharded:
+                raise ValueError(
+                    "calls with gradients need all weights on every rank: got shard_weights=True; call within "
+                    "torch.no_grad(), or unpatch() first"
+                )
             self._end()
             return forward(*args, **kwargs)
         key = inputs_key(args, kwargs)
@@ -133,14 +148,15 @@ class Runtime:
     def _on_stages(self, tick, key, forward, args, kwargs):
         """This call, shared by the stages: of the whole picture, or of this rank's patch."""
         kept = self._layers.during(forward, self._signature.latent)
-        if self._parts.stages is None:
+        sharing = self._parts.stages or self._parts.pipeline
+        if sharing is None:
             result, mode = kept(*args, **kwargs), Mode.EXACT
             if self._parts.patches is not None and self._parts.patches.mode is not PatchMode.SYNC:
                 mode = Mode.COMPUTE
         else:
-            alone = self._parts.patches is None and self._parts.halves is None
+            alone = self._parts.patches is self._parts.halves is self._parts.pipeline is None
             planning = functools.partial(self._planning, forward, learning=alone)
-            result, mode = self._parts.stages.call(tick, key, planning, kept, args, kwargs)
+            result, mode = sharing.call(tick, key, planning, kept, args, kwargs)
         self._calls[mode] += 1
         return result
 
@@ -165,7 +181,8 @@ class Runtime:
                 yield quiet
         except (ValueError, TypeError) as error:
             refused = error is not self._forward_error and not isinstance(error, Unguided)
-            if self.on_refused is not None and refused:
+            # Without its weights a denoiser cannot be left as it was.
+            if self.on_refused is not None and refused and not self.is_sharded:
                 self.on_refused()
             raise
 

@@ -33,7 +33,7 @@ def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--nproc", type=int, default=2)
-    parser.add_argument("--model", choices=("sd15_width", *real_models.MODELS), default="sd15_width")
+    parser.add_argument("--model", choices=("sd15_width", "sd3_width", *real_models.MODELS), default="sd15_width")
     parser.add_argument("--options", default="balance=time", help="options of patch(), such as num_patches=2")
     parser.add_argument("--beside", help="options of a second patched denoiser, timed in turn with the first")
     parser.add_argument("--warmup-steps", type=int, default=1)
@@ -51,8 +51,8 @@ def parse(argv):
 
 def load(name, device):
     """(denoiser, its inputs)."""
-    if name == "sd15_width":
-        denoiser, inputs = real_models.sd15_width()
+    if name in ("sd15_width", "sd3_width"):
+        denoiser, inputs = getattr(real_models, name)()
     else:
         denoiser = real_models.build(name, device=device)
         inputs = real_models.inputs(name, denoiser, device=device)

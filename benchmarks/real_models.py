@@ -262,3 +262,18 @@ def tiny(device="cpu", dtype=torch.float32):
     for name in ("sample", "encoder_hidden_states"):
         found[name] = found[name].to(dtype)
     return unet.requires_grad_(False).eval(), found
+
+
+def sd3_width(num_layers=4, dtype=torch.float32):
+    """Four blocks of SD3-medium on the CPU with seeded random weights, and inputs for 512x512 pixels: latent
+    (2, 16, 64, 64), text (2, 333, 4096).
+    """
+    # Its table of positions does not depend on how many blocks there are.
+    whole = diffusers.SD3Transformer2DModel(**_SD3 | dict(num_layers=1))
+    positions = whole.pos_embed.pos_embed.clone()
+    with _defaults("meta", dtype):
+        dit = diffusers.SD3Transformer2DModel(**_SD3 | dict(num_layers=num_layers))
+    dit = dit.to_empty(device="cpu").requires_grad_(False)
+    _fill(dit, dtype)
+    dit.pos_embed.pos_embed.copy_(positions)
+    return dit.eval(), inputs("sd3", dit, device="cpu", height=512, width=512)

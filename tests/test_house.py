@@ -54,14 +54,14 @@ def test_an_import_upwards_is_seen(checkout, file, line):
 
 def test_public_names_stay():
     names = [
-        "Cancelled", "Config", "ExchangeError", "Workers", "__version__", "device", "patch", "plan", "sample_window",
-        "unpatch",
+        "Cancelled", "Config", "ExchangeError", "Workers", "__version__", "device", "load", "patch", "plan",
+        "sample_window", "unpatch",
     ]  # fmt: skip
     assert sorted(asyncdiff_fast.__all__) == names
     assert all(getattr(asyncdiff_fast, name) is not None for name in names)
     fields = {
         "num_stages", "stride", "warmup_steps", "time_shift", "num_patches", "cfg_parallel", "exchange", "group_norm",
         "bessel", "patch_axis", "stages", "stride_phase", "balance", "timeout_s", "kernels", "predict", "tolerance",
-        "resync",
+        "resync", "pipeline_patches", "pipeline_text", "shard_weights",
     }  # fmt: skip
     assert fields <= set(asyncdiff_fast.Config.__dataclass_fields__)

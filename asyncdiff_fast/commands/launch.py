@@ -7,7 +7,9 @@ import sys
 
 # Options that say how a call is shared, or how stages share it.
 _WAYS = {"num_stages", "stages", "num_patches", "parallel_steps"}
-_OF_STAGES = {"stride", "stride_phase", "time_shift", "balance", "predict"}
+_OF_STAGES = {
+    "stride", "stride_phase", "time_shift", "balance", "predict", "pipeline_patches", "pipeline_text", "shard_weights",
+}  # fmt: skip
 
 
 class UsageError(Exception):

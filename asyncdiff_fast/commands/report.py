@@ -26,6 +26,7 @@ def name(options):
         "two halves of guidance": options["cfg_parallel"],
         f"{options['num_patches']} patches": options["num_patches"] > 1,
         f"{options['num_stages']} stages{stride}": options["num_stages"] > 1,
+        "patches that pass through them": options["pipeline_patches"] is not None,
     }
     return ", ".join(way for way, used in ways.items() if used) or "one process"
 

@@ -18,7 +18,8 @@ def _bits(tensor):
 
     The sums of all rows and all columns, each times a factor of its own: two values that change places change it.
     """
-    if tensor.is_meta or tensor.numel() == 0:
+    if tensor.is_meta or tensor.numel() == 0 or 0 in tensor.stride():
+        # The last: one number that stands for weights that are elsewhere.
         return None
     try:
         tensor = torch.view_as_real(tensor) if tensor.is_complex() else tensor

@@ -19,9 +19,12 @@ class DeviceLayers:
         patches = config.num_patches > 1
         # All that ranks tell each other comes before anything is replaced.
         self.choice = KernelChoice(config.kernels, world)
-        self.packed = PackedWeights(denoiser, active=packs(config.kernels, device_type))
+        # Packed weights are a second copy, and weights are divided where memory is short.
+        self.packed = PackedWeights(denoiser, active=packs(config.kernels, device_type) and not config.shard_weights)
         self._fusion = Fusion(denoiser, self.choice, patches)
-        self.projections = Projections(denoiser, patches, self._fusion.taken_over, self.packed.forwards)
+        # Patches that pass through a rank would make them one after another.
+        again = patches or config.pipeline_count > 1
+        self.projections = Projections(denoiser, again, self._fusion.taken_over, self.packed.forwards)
         self.graphs = Graphs(denoiser, signature) if config.graphs else None
 
     @property

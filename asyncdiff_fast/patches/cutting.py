@@ -57,8 +57,11 @@ class Cutter:
     given: dict
 
     @classmethod
-    def of(cls, recorder, latent, latent_name, config, patch, axis, other=()):
-        """The cutter for one forward on the whole picture; `axis` is -2 for rows, -1 for columns."""
+    def of(cls, recorder, latent, latent_name, config, patch, axis, other=(), split=None):
+        """The cutter for one forward on the whole picture; `axis` is -2 for rows, -1 for columns.
+
+        `split(rows of the latent, of them in one of the coarsest resolution)`: the patches' `Rows`; default: even ones.
+        """
         sequence = latent.dim() == 3
         dim = 1 if sequence else latent.dim() + axis
         size = latent.shape[dim]
@@ -66,7 +69,7 @@ class Cutter:
         if order is not None:
             factor = max(factor, size // order.rows)
         aligned = config.naive or order is not None or _tiling(recorder) is not None
-        rows = layout.split(size, config.num_patches, factor, aligned)
+        rows = split(size, factor) if split else layout.split(size, config.num_patches, factor, aligned)
         levels = site_rows.levels_of(recorder, rows, axis)
         pictures = {tuple(latent.shape[-2:])} | {s.result[-2:] for s in site_rows.resamplings(recorder)}
         sizes = {} if sequence else {hw: levels[hw[axis]] for hw in pictures if hw[axis] in levels}

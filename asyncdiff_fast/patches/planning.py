@@ -166,7 +166,7 @@ class Planner:
         inputs.check_masks(cutter, self._signature.named(args, kwargs))
         patch = Patch(self._shared, cutter, number, latent.device)
         patch.reads = tuple(recorder.reads)
-        patch.prepare(*_beforehand(recorder, cutter, self.config.naive))
+        patch.prepare(*beforehand(recorder, cutter, self.config.naive))
         self.hooks.attach(recorder, patch)
         return patch
 
@@ -225,7 +225,7 @@ def samples_of(plan, recorder):
     return {i: recorder.sites[s.name, s.call][s.place].sample for i, s in found.items()}
 
 
-def _beforehand(recorder, cutter, naive):
+def beforehand(recorder, cutter, naive):
     """(sites, {key: result}, {(key, place): [(argument, tensor)]}) that follow from the whole picture alone."""
     probes = () if naive else site_rows.resampling_sites(recorder, cutter.levels)
     constants = {}

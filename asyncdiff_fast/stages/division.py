@@ -174,11 +174,12 @@ def _balance_bound(costs, labels, rows):
     return BALANCE_WEIGHT * np.maximum(stage.max(1) / mean - 1 - TOLERANCE, 0)
 
 
-def divide(graph, num_stages, predicts=False):
+def divide(graph, num_stages, predicts=False, contiguous=False):
     """Search a division of the units into `num_stages` stages.
 
     Args:
         predicts: stale values will be predicted, not reused.
+        contiguous: only stages that follow one another are wanted.
     Returns: `Division`.
     Raises: ValueError if there are fewer units than stages.
     """
@@ -191,7 +192,7 @@ def divide(graph, num_stages, predicts=False):
     if num_stages == 1:
         return describe(graph, (0,) * num_units, 1)
     costs, found = _Costs(graph, num_stages), []
-    for labels in _patterns(num_stages):
+    for labels in list(_patterns(num_stages))[: 1 if contiguous else None]:
         if len(labels) > num_units:
             continue
         hop_factor = 1 + HOP_WEIGHT * (len(labels) - 1)
@@ -207,6 +208,15 @@ def divide(graph, num_stages, predicts=False):
     # Without any cost to go by, no start gives every stage a unit: then as many units to each.
     even = tuple(i * num_stages // num_units for i in range(num_units))
     return describe(graph, min(found)[1] if found else even, num_stages)
+
+
+def backward_reads(graph, division):
+    """[(unit, unit of a later stage that it reads)]: none where one forward can pass through the stages in order."""
+    found = []
+    for i, unit in enumerate(graph.units):
+        producers = {graph.values[v].unit for v in unit.reads}
+        found += [(unit, graph.units[p]) for p in sorted(producers) if division.owner[p] > division.owner[i]]
+    return found
 
 
 def from_names(graph, stages):

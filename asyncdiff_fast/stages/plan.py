@@ -84,24 +84,26 @@ class Plan:
             stage = stage_of(self.config, rank)
             share = f"{self.division.costs[stage] / total:.1%}"
             sizes = (f"{n / 1e6:.1f}" for n in (self.weight_bytes[stage], self.buffer_bytes(rank)))
-            rows.append((str(rank), str(stage), share, *sizes, self._ranges(stage)))
+            rows.append((str(rank), str(stage), share, *sizes, ranges(self.graph, self.division, stage)))
         sends = [("from", "to", "MB", "tensors of")]
         sends += [(str(s), str(t), f"{n / 1e6:.3f}", name) for (s, t, name), n in self.sent_bytes().items()]
-        return "\n".join([head, "", *_aligned(rows), "", *_aligned(sends)])
-
-    def _ranges(self, stage):
-        """Names of a stage's units, runs of consecutive ones as `first … last`."""
-        runs, previous = [], None
-        for i, (unit, owner) in enumerate(zip(self.graph.units, self.division.owner, strict=True)):
-            if owner == stage:
-                runs[-1:] = (
-                    [(runs[-1][0], unit.name)] if previous == i - 1 and runs else [*runs[-1:], (unit.name, unit.name)]
-                )
-                previous = i
-        return ", ".join(a if a == b else f"{a} … {b}" for a, b in runs)
+        return "\n".join([head, "", *aligned(rows), "", *aligned(sends)])
 
 
-def _aligned(rows):
+def ranges(graph, division, stage):
+    """Names of a stage's units, runs of consecutive ones as `first … last`."""
+    runs, previous = [], None
+    for i, (unit, owner) in enumerate(zip(graph.units, division.owner, strict=True)):
+        if owner == stage:
+            runs[-1:] = (
+                [(runs[-1][0], unit.name)] if previous == i - 1 and runs else [*runs[-1:], (unit.name, unit.name)]
+            )
+            previous = i
+    return ", ".join(a if a == b else f"{a} … {b}" for a, b in runs)
+
+
+def aligned(rows):
+    """Lines of a table, from rows of cells."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
     return ["  ".join([cell.ljust(w) for cell, w in zip(row, [*widths, 0], strict=True)]).rstrip() for row in rows]
 
@@ -123,14 +125,14 @@ def make_plan(denoiser, forward, args, kwargs, config, world=None, stage_of_unit
         if traced.units and not traced.leaks and traced.glue_cost <= KEPT_GLUE * sum(u.cost for u in traced.units):
             division = describe(traced, tuple(stage_of_unit[u.key] for u in traced.units), config.num_stages)
     if division is None:
-        traced, division = _decide(denoiser, forward, args, kwargs, config, recording)
+        traced, division = decide(denoiser, forward, args, kwargs, config, recording)
     outputs = tuple(ref for ref in recording.output if ref is not None)
     if config.checks:
         outputs += (WORST_ERROR,)
     if world is not None and world.size > 1:
-        traced, division = _as_rank_0(world, recording, traced, division)
+        traced, division = as_rank_0(world, recording, traced, division)
     transfers = cutset.transfers(traced, division, config, len(outputs))
-    plan = Plan(config, traced, division, transfers, outputs, _weight_bytes(denoiser, traced, division))
+    plan = Plan(config, traced, division, transfers, outputs, weight_bytes(denoiser, traced, division))
     if world is not None and len(set(world.gather(plan.digest(), "the plan"))) > 1:
         raise ValueError(
             "ranks traced different models: the denoisers or their inputs differ in structure; make them equal"
@@ -138,8 +140,11 @@ def make_plan(denoiser, forward, args, kwargs, config, world=None, stage_of_unit
     return plan
 
 
-def _decide(denoiser, forward, args, kwargs, config, recording):
-    """(graph, division) of a recording, by the options or by search."""
+def decide(denoiser, forward, args, kwargs, config, recording):
+    """(graph, division) of a recording, by the options or by search.
+
+    Raises: ValueError if the denoiser cannot be divided so.
+    """
     nodes = _units(denoiser, recording, config)
     traced = graph.build_graph(recording, nodes)
     if traced.remembers:
@@ -160,9 +165,11 @@ def _decide(denoiser, forward, args, kwargs, config, recording):
         # The first two pack weights, where that is done.
         repeats = 4 if packs(config.kernels, kind) else 2
         traced = traced.with_costs(trace.measure(denoiser, forward, keys, args, kwargs, repeats))
+    if config.balance == "memory":
+        traced = traced.with_costs(_weights_of_units(denoiser, traced))
     if config.stages is not None:
         return traced, from_names(traced, config.stages)
-    return _merged(recording, traced, divide(traced, config.num_stages, config.predict != "none"))
+    return _merged(recording, traced, divide(traced, config.num_stages, config.predict != "none", config.pipelined))
 
 
 def _units(denoiser, recording, config):
@@ -196,7 +203,7 @@ def _merged(recording, traced, division):
     return merged, result
 
 
-def _as_rank_0(world, recording, traced, division):
+def as_rank_0(world, recording, traced, division):
     """Graph and division by rank 0's units, owners and costs."""
     mine = [(u.key, owner, u.cost) for u, owner in zip(traced.units, division.owner, strict=True)]
     theirs = world.broadcast(mine, "the division into stages")
@@ -206,7 +213,18 @@ def _as_rank_0(world, recording, traced, division):
     return traced, describe(traced, tuple(owners[u.key] for u in traced.units), division.num_stages)
 
 
-def _weight_bytes(denoiser, traced, division):
+def _weights_of_units(denoiser, traced):
+    """{unit: bytes of its weights}; of those that several have, the first."""
+    modules, seen, found = dict(denoiser.named_modules()), set(), {}
+    for unit in traced.units:
+        mine = {id(p): p for p in modules[unit.name].parameters() if id(p) not in seen}
+        seen.update(mine)
+        found[unit.key] = float(sum(p.numel() * p.element_size() for p in mine.values()))
+    return found
+
+
+def weight_bytes(denoiser, traced, division):
+    """Bytes of the parameters of each stage's units, and last of those of the glue."""
     modules, seen = dict(denoiser.named_modules()), set()
     totals = [0] * (division.num_stages + 1)
     owners = [(modules[u.name], s) for u, s in zip(traced.units, division.owner, strict=True)]

@@ -172,22 +172,26 @@ class _View(TorchFunctionMode):
             start, stop = rule.held_at(size)[self.patch]
             moments = _moments(x[..., start:stop, :], num_groups)
         else:
-            parts = list(rule.memory[site][1])
-            if rule.group_norm == "sync":
-                self.meet()
-                parts = [view.made[site][1][p] for p, view in enumerate(rule.views)]
-            before = parts[self.patch]
-            if rule.group_norm == "stale":
-                parts[self.patch] = own
-            moments = sum(w * part for w, part in zip(rule.weights(size), parts, strict=True))
-            if rule.group_norm == "corrected":
-                moments = moments + own - before
+            moments = self._moments(site, size, fresh)
         mean, var = moments[0], moments[1] - moments[0] ** 2
         if rule.group_norm == "corrected":
             var = torch.where(var < 0, own[1] - own[0] ** 2, var)
         groups = x.double().reshape(len(x), num_groups, -1)
         y = ((groups - mean[..., None]) / (var[..., None] + eps).sqrt()).reshape(x.shape)
         return (y * weight.view(1, -1, 1, 1) + bias.view(1, -1, 1, 1)).to(x.dtype)
+
+    def _moments(self, site, size, fresh):
+        """Those of the whole picture, as this patch takes them to be."""
+        rule, own = self.simulation, fresh[self.patch]
+        parts = list(rule.memory[site][1])
+        if rule.group_norm == "sync":
+            self.meet()
+            parts = [view.made[site][1][p] for p, view in enumerate(rule.views)]
+        before = parts[self.patch]
+        if rule.group_norm == "stale":
+            parts[self.patch] = own
+        moments = sum(w * part for w, part in zip(rule.weights(size), parts, strict=True))
+        return moments + own - before if rule.group_norm == "corrected" else moments
 
 
 def _moments(x, num_groups):

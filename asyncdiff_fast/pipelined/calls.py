@@ -1,0 +1,206 @@
+"""The patches that pass through one rank's stage: plans them at the first call, then carries out each call.
+
+Calls begin exact, every rank computing all. From then on a call is a micro-step for each patch, and is over when the
+last one's prediction has come to every rank.
+"""
+
+import functools
+
+import torch
+from torch.utils._pytree import tree_leaves
+
+from ..calls import schedule
+from ..calls.schedule import Mode, PatchMode
+from ..calls.signature import device_of
+from ..modules import Attachment
+from ..patches.hooks import Hooks
+from ..patches.planning import CLOSE
+from ..stages.buffers import Placeholders
+from ..tracing import side_effects
+from . import batches
+from .passage import Learning, Pipeline
+from .planning import MicroPlanner
+
+# Plans kept for inputs seen before, per denoiser.
+KEPT_PIPELINES = 8
+
+
+class PipelineCalls:
+    """`plan` is the latest plan (None before the first call).
+
+    `shards`: the `Shards` of the denoiser, None where every rank keeps all weights.
+    """
+
+    def __init__(self, shared, world, exchange, shards=None):
+        self.denoiser, self.config, self.world, self.exchange = shared.denoiser, shared.config, world, exchange
+        self.plan, self.hooks, self._shards = None, Hooks(shared.denoiser), shards
+        self._signature, self._planner = shared.signature, MicroPlanner(shared, world, self.hooks, self._learn)
+        self._pipelines, self._hooks, self._placeholders, self._phases = {}, {}, {}, 0
+        # What the hooks on modules hand calls to, or None.
+        self._active = None
+
+    def begin_generation(self):
+        """What an earlier generation left behind is not read again."""
+        for current in self._pipelines.values():
+            current.last_step = -1
+
+    def call(self, tick, key, planning, forward, args, kwargs):
+        """(the denoiser's result, how it was computed: a `Mode`). Collective over the stages.
+
+        Args:
+            tick: the call's place in time.
+            key: changes with the inputs' shapes.
+            planning: a context for what refuses a denoiser: its value is the forward to plan with.
+            forward: the denoiser's own.
+        """
+        place = (tick.call, key)
+        if place not in self._pipelines:
+            with planning() as quiet:
+                current, result = self._first(place, quiet, args, kwargs)
+            current.last_step = tick.step
+            return result, Mode.EXACT
+        current = self._pipelines[place] = self._pipelines.pop(place)
+        mode = schedule.mode(self.config, tick.step, current.last_step == tick.step - 1)
+        current.last_step = tick.step
+        with self.exchange.step():
+            if mode is Mode.COMPUTE and current.passing is not None:
+                return self._passed_through(current, forward, args, kwargs), mode
+            # Only what the next call may read is kept.
+            kept = tick.step >= self.config.warmup_steps - 1
+            exact = self._exact if current.exact is None else self._exact_in_parts
+            return exact(current, forward, args, kwargs, kept), mode
+
+    def errors(self):
+        """Nothing is predicted."""
+        return {}
+
+    def forget(self, released=False):
+        """Drop all plans, buffers and hooks; the slots too, unless they are `released`."""
+        for current in () if released else self._pipelines.values():
+            current.release()
+        self._pipelines.clear()
+        for attachment in self._hooks.values():
+            attachment.remove()
+        self._hooks.clear()
+        self.hooks.remove()
+        self.plan = None
+
+    # One call.
+
+    def _exact(self, current, forward, args, kwargs, kept=True):
+        """The result of all, computed here; what later calls read is `kept`."""
+        if current.whole is None or not kept:
+            return forward(*args, **kwargs)
+        current.whole.part = 0
+        return self._at_sites(current.whole, PatchMode.SYNC, forward, args, kwargs)
+
+    def _exact_in_parts(self, current, forward, args, kwargs, kept=True):
+        """The same where every rank has its own weights only: part of the batch after part."""
+        batch, count = batches.size_of(self._signature.latent(args, kwargs)), len(current.exact.steps)
+
+        def run(part):
+            cut = batches.cut(part, count, batch, args, kwargs)
+            if current.whole is None or not kept:
+                return forward(*cut[0], **cut[1])
+            current.whole.part = part
+            return self._at_sites(current.whole, PatchMode.SYNC, forward, *cut)
+
+        return self._through(current.exact, run)
+
+    def _passed_through(self, current, forward, args, kwargs, exact=False):
+        """The result of all patches; `exact`: see `MicroPatch.begin`."""
+
+        def run(p):
+            return self._at_sites(current.patches[p], PatchMode.DISPLACED, forward, args, kwargs, exact)
+
+        return self._through(current.passing, run)
+
+    def _through(self, passage, run):
+        """The result of all micro-steps of a route; `run(p)` is the denoiser's in one of them."""
+        passage.slots.begin()
+        for p, step in enumerate(passage.steps):
+            step.begin()
+            self._active = step
+            try:
+                result = run(p)
+            finally:
+                self._active = None
+            step.end(result)
+        return passage.result(result)
+
+    def _at_sites(self, picture, mode, forward, args, kwargs, exact=False):
+        def run(args, kwargs):
+            return self.hooks.counted(forward)(*args, **kwargs)
+
+        return self.hooks.on_patch(picture, self._signature, mode, run, args, kwargs, exact)
+
+    def _run_module(self, name, forward, args, kwargs):
+        if self._active is None:
+            return forward(*args, **kwargs)
+        return self._active.run(name, forward, args, kwargs)
+
+    # Plans.
+
+    def _first(self, place, forward, args, kwargs):
+        """(plan on this rank, exact result) of a first call. Collective."""
+        shards, complete = self._shards, self._shards is None or self._shards.complete
+        keeping = {} if complete else {"owners": shards.owners, "hold": shards.divide}
+        plan, patches, structures = self._planner.plan(forward, args, kwargs, self._attach, **keeping)
+        device = device_of(args, kwargs)
+        placeholders = self._placeholders.setdefault(device, Placeholders(device))
+        phase = f"call {place[0]}, micro-steps, plan {self._phases}"
+        self._phases += 1
+        self._attach(sorted(plan.route.spared))
+        current = Pipeline(plan, patches, structures, self.world, self.exchange, device, placeholders, phase)
+        results = []
+        if complete:
+            results.append(self._exact(current, forward, args, kwargs))
+        with side_effects.restored(self.denoiser), torch.no_grad(), self.exchange.step():
+            if current.exact is not None:
+                results.append(self._exact_in_parts(current, forward, args, kwargs))
+            # The next call must read what an exact one leaves in every generation, to the last bit.
+            for store in current.kept.values():
+                store.remember()
+            passed = [self._passed_through(current, forward, args, kwargs, exact=True)] if current.passing else []
+            for store in current.kept.values():
+                store.restore()
+        self._verify([*results, *passed])
+        if shards is not None:
+            shards.divide(plan.whole, plan.division)
+        self._pipelines[place] = current
+        if place[0] == 0 or self.plan is None:
+            self.plan = plan
+        for old in list(self._pipelines)[:-KEPT_PIPELINES]:
+            self._pipelines.pop(old).release()
+        return current, results[-1]
+
+    def _verify(self, results):
+        """Micro-steps of the same call must give what the exact one gave: nothing that they read is stale then."""
+        error = 0.0
+        for other in results[1:]:
+            for a, b in zip(tree_leaves(other), tree_leaves(results[0]), strict=True):
+                if isinstance(b, torch.Tensor):
+                    limit = CLOSE.get(b.dtype, 1e-1) * max(float(b.abs().max()), 1e-12)
+                    error = max(error, float((a - b).abs().max()) / limit)
+        worst = max(self.world.gather(error, "the first result of micro-steps"))
+        if not worst <= 1:
+            raise ValueError(
+                f"{type(self.denoiser).__name__} does not work with pipeline_patches={self.config.pipeline_patches}: "
+                f"together they differ from the whole picture by {worst:.3g} times what rounding explains, so "
+                "something in it mixes rows in a way that is neither a convolution, a GroupNorm nor "
+                "scaled_dot_product_attention; pass pipeline_patches=1, or stages alone"
+            )
+
+    def _learn(self, graph, run):
+        """(what `run()` returns, {unit: structure of its result} of the forward in it)."""
+        learning = self._active = Learning(graph)
+        try:
+            return run(), learning.units.structures
+        finally:
+            self._active = None
+
+    def _attach(self, names):
+        modules = dict(self.denoiser.named_modules())
+        for name in names:
+            if name not in self._hooks:
+                self._hooks[name] = Attachment(modules[name], functools.partial(self._run_module, name))

@@ -1,0 +1,79 @@
+"""What a forward meets at its sites, on one patch that passes through or on the whole picture."""
+
+from ..calls.schedule import PatchMode
+from ..patches.patch import Patch
+from ..patches.sites import JOINS
+from ..patches.way import Way
+
+
+class MicroPatch(Patch):
+    """One patch of those that pass through this rank; what its sites keep is shared with the others."""
+
+    def bind(self, plan, kept):
+        """Take the states of the sites that are kept here, `kept`: {place of a site in the plan: what is kept}."""
+        self.plan, self.found, self._slots = plan, {}, _NoSlots()
+        self.probing, self.bound = False, True
+        self._order, self._states = plan.sites, {}
+        for index, store in kept.items():
+            site = plan.sites[index]
+            self._states[(site.name, site.call), site.place] = (index, store.state(self.number))
+
+    def begin(self, signature, mode, args, kwargs, exact=False):
+        """See `Patch.begin`; with `exact` all that is kept must be of the same call."""
+        self.group_norm = "stale" if exact else self.config.group_norm
+        return super().begin(signature, mode, args, kwargs, exact)
+
+    def end(self, result):
+        """This patch's result."""
+        self._latent = None
+        if self.way.displaced is None:
+            self.way.displaced = tuple(self.way.met)
+        else:
+            self.way.end(self.way.displaced)
+        return result
+
+
+class _NoSlots:
+    """Of a patch whose neighbours are on the same rank."""
+
+    def settle(self):
+        pass
+
+    def before(self, index):
+        pass
+
+    def after(self, index):
+        pass
+
+
+class WholePicture:
+    """An exact call, which leaves behind what micro-steps of the next one read. In place of a `Patch` under way.
+
+    `part`: the number of the part of the batch that is computed.
+    """
+
+    mode, bound = PatchMode.SYNC, True
+
+    def __init__(self, plan, kept):
+        self.way, self.part = Way(), 0
+        self._kept = {((plan.sites[i].name, plan.sites[i].call), plan.sites[i].place): x for i, x in kept.items()}
+
+    def constant(self):
+        """Nothing is put in place of a module's result."""
+        return None
+
+    def begin(self, signature, mode, args, kwargs, exact=False):
+        """The call as it is."""
+        return args, kwargs
+
+    def end(self, result):
+        """The result as it is."""
+        return result
+
+    def meet(self, func, args, kwargs):
+        """The result of a watched function call."""
+        if func not in JOINS:
+            store = self._kept.get(self.way.at_site())
+            if store is not None:
+                store.fill(args, kwargs, self.part)
+        return func(*args, **kwargs)
