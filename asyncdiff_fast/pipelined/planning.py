@@ -5,8 +5,10 @@ from dataclasses import replace
 
 from ..calls.schedule import PatchMode
 from ..calls.signature import inputs_key
+from ..patches import inputs
+from ..patches.alone import LonePlanner
 from ..patches.cutting import Cutter
-from ..patches.planning import Planner, beforehand
+from ..patches.planning import beforehand
 from ..stages import cutset, graph
 from ..stages.division import backward_reads, describe
 from ..stages.plan import as_rank_0, decide, weight_bytes
@@ -18,7 +20,7 @@ from .plan import MicroPlan, PipelinePlan, Route
 from .spared import spared
 
 
-class MicroPlanner(Planner):
+class MicroPlanner(LonePlanner):
     """Makes the plans of one denoiser. `world`: the stages, None where one process plans alone; `hooks`: its `Hooks`.
 
     `learn(graph, run)`: runs a micro-step for the first time, such that the structures of its units' results are
@@ -29,8 +31,8 @@ class MicroPlanner(Planner):
         patches = dict(num_patches=shared.config.pipeline_count, pipeline_patches=None, shard_weights=False)
         inner = replace(shared.config, **patches, num_stages=1, stages=None, balance="flops", predict="none")
         # Micro-steps differ from rank to rank, so no kernels are chosen in them.
-        super().__init__(replace(shared, config=inner, choice=None), world, hooks)
-        self._options, self._learn = shared.config, learn
+        super().__init__(replace(shared, config=inner, choice=None), hooks)
+        self.world, self._options, self._learn = world, shared.config, learn
 
     def plan(self, forward, args, kwargs, attach=None, owners=None, hold=None):
         """(`PipelinePlan`, its patches, {route: structures of each micro-step}). Collective, if there is a world.
@@ -118,14 +120,16 @@ class MicroPlanner(Planner):
             structures.append(found)
         return Route(self._options, division, tuple(micro), rowless, joints, spare), structures
 
-    def _patch(self, recorder, args, kwargs, axis, number):
+    def _patch(self, recorder, args, kwargs, axis, number, other=()):
         latent = self._signature.latent(args, kwargs)
 
         def split(size, factor):
             return order.rows_of(self._options.pipeline_patches, size, factor)
 
-        cutter = Cutter.of(recorder, latent, self._signature.latent_name, self.config, number, axis, split)
+        cutter = Cutter.of(recorder, latent, self._signature.latent_name, self.config, number, axis, other, split)
+        inputs.check_masks(cutter, self._signature.named(args, kwargs))
         patch = MicroPatch(self._shared, cutter, number, latent.device)
+        patch.reads = tuple(recorder.reads)
         patch.prepare(*beforehand(recorder, cutter, False))
         self.hooks.attach(recorder, patch)
         return patch
