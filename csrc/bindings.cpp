@@ -73,7 +73,11 @@ py::dict nccl_info(const NcclTransport& t) {
 
 // Signals are heard while a thread waits without the GIL, and so is what `pause()` raises, if there is one.
 std::function<void()> pausing(py::object pause) {
-  auto held = std::make_shared<py::object>(std::move(pause));
+  // Whoever ends a channel may do so without the GIL.
+  const std::shared_ptr<py::object> held(new py::object(std::move(pause)), [](py::object* last) {
+    py::gil_scoped_acquire locked;
+    delete last;
+  });
   return [held] {
     py::gil_scoped_acquire locked;
     if (PyErr_CheckSignals() != 0) throw py::error_already_set();
