@@ -7,6 +7,7 @@ import os
 import secrets
 import threading
 import time
+import weakref
 
 import torch
 
@@ -47,7 +48,15 @@ def open_engine(world, kind, device):
 
 
 def _channel(world, transport, pids):
-    return engine._C.Channel(transport, world.timeout_s, pids, ranks=world.ranks, pause=world.look)
+    # Python's garbage collection does not see what the channel holds.
+    look = weakref.WeakMethod(world.look)
+
+    def pause():
+        alive = look()
+        if alive is not None:
+            alive()
+
+    return engine._C.Channel(transport, world.timeout_s, pids, ranks=world.ranks, pause=pause)
 
 
 def _transport(world, token):

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import secrets
 import time
 import weakref
 from multiprocessing.connection import wait
@@ -21,6 +22,8 @@ class Team:
         import torch.distributed as dist
         from torch import multiprocessing
 
+        from ..exchange import wire
+
         context = multiprocessing.get_context("spawn")
         # Where the workers find each other; kept here, as torchrun's agent keeps it, so that no port is lost to others.
         self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -29,6 +32,8 @@ class Team:
         self._busy = False
         self._pipes, self._processes = [], []
         self._finalizer = weakref.finalize(self, _end, self._pipes, self._processes)
+        # The store listens to others too; what workers read there they have written.
+        secret = os.environ.get(wire.SECRET_VARIABLE) or secrets.token_hex(16)
         for rank in range(size):
             here, there = context.Pipe()
             environment = {
@@ -39,6 +44,7 @@ class Team:
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": str(self._store.port),
                 "TORCHELASTIC_USE_AGENT_STORE": "True",
+                wire.SECRET_VARIABLE: secret,
                 "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
             }
             arguments = (there, rank, environment, loader, options, self._stop_at)
@@ -116,7 +122,7 @@ class Team:
             return self._death(rank)
 
     def _death(self, rank):
-        from ..exchange.world import ExchangeError
+        from ..exchange.errors import ExchangeError
 
         worker = self._processes[rank]
         worker.join(PATIENCE_S)
@@ -129,7 +135,7 @@ class Team:
 
 def _values(answers):
     """What workers answered. Raises: a worker's own exception rather than what others say about it."""
-    from ..exchange.world import ExchangeError
+    from ..exchange.errors import ExchangeError
 
     failed = [answer for answer in answers if isinstance(answer, Failed)]
     if failed:

@@ -242,7 +242,7 @@ def _raises(rank):
 def test_an_error_on_one_rank_reaches_the_others_at_once():
     (other, seconds), (own, _) = ranks.run(2, _raises)
     assert own == ("ZeroDivisionError", "division by zero")
-    assert other[0] == "ExchangeError" and "rank 1, which has left the exchange: ZeroDivisionError" in other[1]
+    assert other[0] == "ExchangeError" and "rank 1" in other[1] and "ZeroDivisionError" in other[1]
     assert seconds < 20
 
 

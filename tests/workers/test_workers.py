@@ -18,7 +18,7 @@ import torch
 import asyncdiff_fast
 from asyncdiff_fast.workers.process import NEVER, WANTED, Bar
 
-STEPS = 6
+STEPS, SIZE = 6, dict(height=32, width=32)
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def workers():
 
 def draw(pipe, **kwargs):
     generator = torch.Generator().manual_seed(7)
-    made = pipe("a red star", num_inference_steps=STEPS, generator=generator, output_type="np", **kwargs)
+    made = pipe("a red star", num_inference_steps=STEPS, generator=generator, output_type="np", **SIZE, **kwargs)
     return made.images[0]
 
 
@@ -62,7 +62,7 @@ def test_a_call_gives_the_picture_and_shows_its_steps(workers):
 
 def test_an_exception_of_the_pipeline_comes_back(workers):
     with pytest.raises(ValueError, match="has to be of type `str` or `list`") as caught:
-        workers(3, num_inference_steps=STEPS)
+        workers(3, num_inference_steps=STEPS, **SIZE)
     assert "pipeline_stable_diffusion.py" in str(caught.value.__cause__)
     np.testing.assert_allclose(draw(workers), alone(), atol=1e-5)
 
@@ -117,7 +117,7 @@ def test_threads_take_turns(workers):
 
 def test_fifty_calls_leave_nothing_behind(workers):
     for _ in range(50):
-        workers("a red star", num_inference_steps=2, output_type="latent", progress=False)
+        workers("a red star", num_inference_steps=2, output_type="latent", progress=False, **SIZE)
     assert len(os.listdir(f"/proc/{workers._team._processes[0].pid}/fd")) < 100
     assert threading.active_count() < 10
 
