@@ -14,7 +14,6 @@ from ..calls.schedule import Mode, PatchMode
 from ..calls.signature import device_of
 from ..modules import Attachment
 from ..patches.hooks import Hooks
-from ..patches.planning import CLOSE
 from ..stages.buffers import Placeholders
 from ..tracing import side_effects
 from . import batches
@@ -23,6 +22,8 @@ from .planning import MicroPlanner
 
 # Plans kept for inputs seen before, per denoiser.
 KEPT_PIPELINES = 8
+# How far patches together may be from the whole picture, of its largest element.
+CLOSE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
 class PipelineCalls:
