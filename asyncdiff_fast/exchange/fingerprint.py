@@ -70,17 +70,22 @@ class Weights:
     def digest(self):
         """See `model_digest`; None where weights are elsewhere. From now on, they are written anew."""
         self._seen = self._versions()
-        return None if any(t.is_meta for _, t in self._tensors()) else model_digest(self._model)
+        return None if any(_is_elsewhere(t) for _, t in self._tensors()) else model_digest(self._model)
 
     def _sampled(self):
         tensors = [t.detach() for _, t in self._tensors()]
-        if any(t.is_meta for t in tensors):
+        if any(map(_is_elsewhere, tensors)):
             return None
         sums = [s for s in (_bits(_some(t, self.SAMPLE)) for t in tensors if t.numel()) if s is not None]
         by_device = {}
         for s in sums:
             by_device.setdefault(s.device, []).append(s)
         return zlib.crc32(repr([torch.stack(group).cpu().tolist() for group in by_device.values()]).encode())
+
+
+def _is_elsewhere(tensor):
+    """True for a meta tensor, and for one number that stands for many: another rank, or the disk, holds the others."""
+    return tensor.is_meta or (tensor.numel() > 1 and tensor.layout is torch.strided and not any(tensor.stride()))
 
 
 def _some(tensor, count):

@@ -1,5 +1,7 @@
 """What a forward meets at its sites, on one patch that passes through or on the whole picture."""
 
+import contextlib
+
 from ..calls.schedule import PatchMode
 from ..patches.patch import Patch
 from ..patches.sites import JOINS
@@ -57,6 +59,10 @@ class WholePicture:
     def __init__(self, plan, kept):
         self.way, self.part = Way(), 0
         self._kept = {((plan.sites[i].name, plan.sites[i].call), plan.sites[i].place): x for i, x in kept.items()}
+
+    def following(self, latent):
+        """Nothing is noted."""
+        return contextlib.nullcontext()
 
     def constant(self):
         """Nothing is put in place of a module's result."""
