@@ -50,8 +50,7 @@ class MicroPlanner(LonePlanner):
             hold(whole, division)
         patches, sites = (), None
         if self._options.pipeline_count > 1:
-            sites, patches, *_ = self._planned(forward, args, kwargs)
-            _check_sites(sites.sites)
+            sites, patches = self._sites(forward, args, kwargs)
         if attach is not None:
             attach(dict.fromkeys(unit.name for unit in whole.units))
         passing, exact, structures = None, None, {}
@@ -67,6 +66,18 @@ class MicroPlanner(LonePlanner):
                 "ranks traced different models: the denoisers or their inputs differ in structure; make them equal"
             )
         return plan, patches, structures
+
+    def _sites(self, forward, args, kwargs):
+        """(`PatchPlan`, its patches). Raises: ValueError if the denoiser does not run on patches."""
+        try:
+            sites, patches, *_ = self._planned(forward, args, kwargs)
+            _check_sites(sites.sites)
+        except Exception as error:
+            raise ValueError(
+                f"{type(self.denoiser).__name__} does not run with pipeline_patches={self._options.pipeline_patches}: "
+                f"{error}; pass pipeline_patches=1, which keeps the picture whole"
+            ) from error
+        return sites, patches
 
     def _divided(self, recording, forward, args, kwargs, owners):
         """(graph, division) of the whole picture's forward."""
@@ -176,7 +187,7 @@ def _check_sites(sites):
     if unknown:
         raise ValueError(
             f"patches that pass through stages share rows of convolutions, statistics of GroupNorms and keys and "
-            f"values: got {unknown[0].kind} in {unknown[0].label}; pass pipeline_patches=1, or num_patches"
+            f"values, not what {unknown[0].label} does ({unknown[0].kind})"
         )
 
 
