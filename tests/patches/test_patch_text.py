@@ -71,6 +71,8 @@ def _texts(rank, name, options):
     found = {}
     model, plain = MODELS[name][0](), MODELS[name][0]()
     asyncdiff_fast.patch(model, timeout_s=60, **options)
+    # In a plan's first generation the whole picture is drawn beside the patches once more.
+    _generate(name, model, CHANGES["the same"], True)
     made, layers, undo = _count(model)
     for key, change in CHANGES.items():
         for guided in (True, False):
