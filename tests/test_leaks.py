@@ -68,7 +68,7 @@ def test_turns_of_patch_and_unpatch_leave_nothing(kind, exchange):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_hundred_turns_leave_nothing(kind, exchange):
     size, options = KINDS[kind]
-    _assert_steady(ranks.run(size, _turns, options, exchange, 100, 2, True), 16 << 20)
+    _assert_steady(ranks.run(size, _turns, options, exchange, 100, 2, True), 32 << 20)
 
 
 def _generations(rank, options, number):

@@ -79,9 +79,9 @@ def _kept(place, limit):
             f"rank 0 cannot listen on {host}, port {port}: {error}; another job uses it, or has left it behind: set "
             "MASTER_PORT to a free port for all ranks"
         ) from error
-    return dist.TCPStore(
-        host, port, None, True, limit, wait_for_workers=False, master_listen_fd=listener.detach(), use_libuv=True
-    )
+    # Whoever starts torch.distributed in this process later has the same address, and gets the same server.
+    own = dict(wait_for_workers=False, multi_tenant=True, master_listen_fd=listener.detach(), use_libuv=True)
+    return dist.TCPStore(host, port, None, True, limit, **own)
 
 
 def _listener(host, port):
