@@ -4,7 +4,7 @@ import contextlib
 
 from ..calls.schedule import PatchMode
 from ..patches.patch import Patch
-from ..patches.sites import JOINS
+from ..patches.sites import KINDS
 from ..patches.way import Way
 
 
@@ -78,7 +78,7 @@ class WholePicture:
 
     def meet(self, func, args, kwargs):
         """The result of a watched function call."""
-        if func not in JOINS:
+        if func in KINDS:
             store = self._kept.get(self.way.at_site())
             if store is not None:
                 store.fill(args, kwargs, self.part)
