@@ -4,6 +4,7 @@ import dataclasses
 import os
 from dataclasses import dataclass
 
+from . import combinations
 from .mesh import Mesh
 
 EXCHANGE_VARIABLE = "ASYNCDIFF_FAST_EXCHANGE"
@@ -29,18 +30,6 @@ _CHOICES = {
     "kernels": ("auto", "triton", "torch"),
     "predict": ("auto", "linear", "none"),
     "pipeline_text": ("unit", "stage", "patch"),
-}
-
-
-# What else an option may be where patches pass through the stages.
-_WITH_PIPELINE = {
-    "num_patches": (1,),
-    "stride": (1,),
-    "time_shift": (False,),
-    "exchange": ("displaced",),
-    "group_norm": ("corrected", "stale", "local"),
-    "patch_axis": ("rows",),
-    "predict": ("auto", "none"),
 }
 
 
@@ -120,14 +109,13 @@ class Config:
 
     def __post_init__(self):
         if self.stages is not None:
-            object.__setattr__(self, "stages", _checked_stages(self.stages))
+            self._set("stages", combinations.checked_stages(self.stages))
             if self.num_stages == 1:
-                object.__setattr__(self, "num_stages", len(self.stages))
-        self._check_integer("num_stages", 1)
-        self._check_integer("num_patches", 1)
-        self._check_integer("parallel_steps", 1)
+                self._set("num_stages", len(self.stages))
+        for name in ("num_stages", "num_patches", "parallel_steps"):
+            self._check_integer(name, 1)
         if self.warmup_steps is None:
-            object.__setattr__(self, "warmup_steps", WARMUP_STEPS if self.parallel_steps == 1 else STEPS_WARMUP)
+            self._set("warmup_steps", WARMUP_STEPS if self.parallel_steps == 1 else STEPS_WARMUP)
         if self.warmup_steps != "auto":
             self._check_integer("warmup_steps", 0)
         for name, allowed in _CHOICES.items():
@@ -135,94 +123,35 @@ class Config:
             self._check(getattr(self, name) in allowed, name, f"{', '.join(quoted[:-1])} or {quoted[-1]}")
         for name in ("cfg_parallel", "bessel", "time_shift", "graphs", "shard_weights"):
             self._check(isinstance(getattr(self, name), bool), name, "True or False")
-        self._check_pipeline()
-        if self.predict == "auto":
-            object.__setattr__(self, "predict", "linear" if self._gains_by_predictions else "none")
-        self._check_patches()
-        self._check_steps()
-        self._check_predictions()
         self._check(type(self.stride) is int and self.stride in (1, 2), "stride", "1 or 2")
-        number = isinstance(self.timeout_s, int | float) and not isinstance(self.timeout_s, bool)
-        self._check(number and 0 < self.timeout_s < 1e9, "timeout_s", "a positive number of seconds")
-        if self.stages is not None and len(self.stages) != self.num_stages:
-            raise ValueError(
-                f"stages must have num_stages lists: got {len(self.stages)} lists, num_stages={self.num_stages}; "
-                "leave num_stages out or make them equal"
-            )
-        self._check_graphs()
-        if self.stride == 2 and self.num_stages < 2:
-            raise ValueError(
-                f"stride=2 needs num_stages of at least 2: got num_stages={self.num_stages}; pass num_stages=2 "
-                "(3 processes) or stride=1"
-            )
+        self._check(_is_number(self.timeout_s) and self.timeout_s > 0, "timeout_s", "a positive number of seconds")
+        for name in ("tolerance", "resync"):
+            value = getattr(self, name)
+            allowed = (name == "tolerance" and value is None) or (_is_number(value) and value >= 0)
+            self._check(allowed, name, "a number of at least 0")
+        self._check_pipeline_patches()
+        combinations.check_pipeline(self)
+        if self.predict == "auto":
+            self._set("predict", "linear" if self._gains_by_predictions else "none")
+        self._set("cut", combinations.checked_cut(self.cut))
+        combinations.check_patches(self)
+        if self.exchange == "sync":
+            self._set("group_norm", "sync")
+        combinations.check_all(self)
+        if self.tolerance is None:
+            self._set("tolerance", LATENT_TOLERANCE if self.parallel_steps > 1 else ACTIVATION_TOLERANCE)
 
-    def _check_graphs(self):
-        if self.graphs and (self.num_stages > 1 or self.num_patches > 1):
-            raise ValueError(
-                "calls that ranks share are not captured, whole ones only: got graphs=True, "
-                f"num_stages={self.num_stages}, num_patches={self.num_patches}; pass graphs=False, or "
-                "parallel_steps or cfg_parallel in their place"
-            )
+    def _set(self, name, value):
+        object.__setattr__(self, name, value)
 
-    def _check_pipeline(self):
-        """Patches that pass through the stages: their number or rows, and what does not go with them."""
+    def _check_pipeline_patches(self):
         given = self.pipeline_patches
-        if self.balance == "memory" and not self.shard_weights:
-            raise ValueError(
-                'balance="memory" divides by bytes of weights, and every rank holds all of them: got '
-                f'balance="memory", shard_weights={self.shard_weights}; pass shard_weights=True, or balance="flops"'
-            )
-        if given is None and self.shard_weights:
-            raise ValueError(
-                "shard_weights needs patches that pass through the stages, whose exact steps do so too: got "
-                f"shard_weights=True, num_stages={self.num_stages}, pipeline_patches=None; pass pipeline_patches as "
-                "well (1 keeps every call exact)"
-            )
-        if given is None:
-            return
         rows = (given,) if isinstance(given, int) else given
         whole = isinstance(rows, list | tuple) and rows and all(type(n) is int and n >= 1 for n in rows)
-        self._check(whole, "pipeline_patches", "an integer of at least 1, or a list of the rows of each patch")
-        if not isinstance(given, int):
-            object.__setattr__(self, "pipeline_patches", tuple(given))
-        if self.num_stages < 2:
-            raise ValueError(
-                f"pipeline_patches need stages to pass through: got pipeline_patches={self.pipeline_patches}, "
-                f"num_stages={self.num_stages}; pass num_stages of at least 2, or num_patches for patches side by side"
-            )
-        if self.parallel_steps > 1 and self.pipeline_count > 1:
-            raise ValueError(
-                "under steps side by side every call must be exact, so one patch passes through: got "
-                f"parallel_steps={self.parallel_steps}, pipeline_patches={self.pipeline_patches}; pass "
-                "pipeline_patches=1, or one of them"
-            )
-        for name, only in _WITH_PIPELINE.items():
-            if getattr(self, name) not in only:
-                raise ValueError(
-                    f"pipeline_patches go with {name}={' or '.join(repr(x) for x in only)} only: got "
-                    f"pipeline_patches={self.pipeline_patches}, {name}={getattr(self, name)!r}"
-                )
-
-    def _check_patches(self):
-        object.__setattr__(self, "cut", _checked_cut(self.cut))
-        if self.warmup_steps == 0 and not self.naive:
-            raise ValueError(
-                "warmup_steps must be an integer of at least 1: got warmup_steps=0; only naive patches (num_patches of "
-                'at least 2, exchange="none") work without an exact step'
-            )
-        if self.patch_axis != "rows" and not self.naive:
-            raise ValueError(
-                f'patch_axis must be "rows" unless patches are naive: got patch_axis={self.patch_axis!r}; pass '
-                'exchange="none", warmup_steps=0'
-            )
-        if self.exchange == "sync":
-            object.__setattr__(self, "group_norm", "sync")
-        if self.num_patches > 1 and self.num_stages > 1 and self.group_norm == "sync":
-            raise ValueError(
-                f"patches of stages cannot wait for each other: got num_stages={self.num_stages}, "
-                f'num_patches={self.num_patches}, exchange={self.exchange!r}, group_norm="sync"; pass '
-                'exchange="displaced" with group_norm "corrected", "stale" or "local", or num_stages=1'
-            )
+        allowed = "an integer of at least 1, or a list of the rows of each patch"
+        self._check(given is None or whole, "pipeline_patches", allowed)
+        if isinstance(given, list):
+            self._set("pipeline_patches", tuple(given))
 
     @property
     def _gains_by_predictions(self):
@@ -230,40 +159,6 @@ class Config:
         if self.pipelined:
             return False
         return (self.num_stages > 1) != (self.num_patches == 2) and self.num_patches <= 2
-
-    def _check_steps(self):
-        if self.parallel_steps == 1:
-            return
-        if self.num_stages > 1 and not self.pipelined:
-            raise ValueError(
-                f"steps side by side and stages are not combined yet where inputs are stale: got "
-                f"parallel_steps={self.parallel_steps}, num_stages={self.num_stages}; pass one of them, "
-                f"parallel_steps={self.parallel_steps * self.num_stages} for as many devices, or pipeline_patches=1, "
-                "whose calls are exact"
-            )
-        if self.num_patches > 1 and self.exchange != "sync":
-            raise ValueError(
-                "of patches only exact ones run under steps side by side: got "
-                f"parallel_steps={self.parallel_steps}, num_patches={self.num_patches}, exchange={self.exchange!r}; "
-                'pass exchange="sync", or num_patches=1'
-            )
-
-    def _check_predictions(self):
-        for name in ("tolerance", "resync"):
-            value = getattr(self, name)
-            if name == "tolerance" and value is None:
-                continue
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            self._check(number and 0 <= value < 1e9, name, "a number of at least 0")
-        if self.warmup_steps == "auto" and not self.checks and self.parallel_steps == 1:
-            raise ValueError(
-                f'warmup_steps="auto" needs predictions to judge by: got num_stages={self.num_stages}, '
-                f"num_patches={self.num_patches}, exchange={self.exchange!r}, predict={self.predict!r}; pass a number, "
-                'or predict="linear" with either stages or displaced patches, or parallel_steps'
-            )
-        if self.tolerance is None:
-            default = LATENT_TOLERANCE if self.parallel_steps > 1 else ACTIVATION_TOLERANCE
-            object.__setattr__(self, "tolerance", default)
 
     @property
     def checks(self):
@@ -330,6 +225,10 @@ class Config:
         return cls(**options)
 
 
+def _is_number(value):
+    return isinstance(value, int | float) and not isinstance(value, bool) and value < 1e9
+
+
 def environment_options():
     """The options in the variable ASYNCDIFF_FAST, a list such as `num_stages=2,warmup_steps=3`."""
     return parse_options(os.environ.get("ASYNCDIFF_FAST", ""))
@@ -358,48 +257,3 @@ def _parsed(text):
         except ValueError:
             continue
     return text
-
-
-def _checked_cut(cut):
-    """What inputs are cut by as ((name, dimensions), ...)."""
-    pairs = cut.items() if isinstance(cut, dict) else cut or ()
-    pairs = tuple((name, (dims,) if isinstance(dims, int) else tuple(dims or ())) for name, dims in pairs)
-    if not all(isinstance(n, str) and all(isinstance(d, int) for d in dims) for n, dims in pairs):
-        raise ValueError(
-            f"cut must be a dict of names of inputs and their dimensions, such as {{'mask': 1}}: got {cut!r}"
-        )
-    return pairs
-
-
-def _checked_stages(stages):
-    """Stages as tuples of names, each name once and none inside another."""
-    if (
-        not isinstance(stages, list | tuple)
-        or not stages
-        or not all(isinstance(names, list | tuple) for names in stages)
-    ):
-        raise ValueError(f"stages must be a list of lists of module names: got {stages!r}")
-    stages = tuple(tuple(names) for names in stages)
-    seen = {}
-    for s, names in enumerate(stages):
-        if not names:
-            raise ValueError(
-                f"every stage must name at least one module: stage {s} is empty; remove it or name its modules"
-            )
-        for name in names:
-            if not isinstance(name, str) or not name:
-                raise ValueError(f"stages must be a list of lists of module names: got {name!r} in stage {s}")
-            if name in seen:
-                raise ValueError(
-                    f"a module belongs to one stage: {name!r} is listed in stages {seen[name]} and {s}; keep one"
-                )
-            seen[name] = s
-    for name in seen:
-        parts = name.split(".")
-        for outer in (".".join(parts[:i]) for i in range(1, len(parts))):
-            if outer in seen:
-                raise ValueError(
-                    f"a stage's modules must not contain each other: {name!r} (stage {seen[name]}) lies "
-                    f"inside {outer!r} (stage {seen[outer]}); list one of them"
-                )
-    return stages
