@@ -141,12 +141,9 @@ class Forwards:
 
     def replace(self, module, forward):
         """Give a module another forward until `restore`; if its class is replaced meanwhile, it runs that one's own."""
-        kind = type(module)
-
-        @functools.wraps(module.forward)
-        def run(*args, **kwargs):
-            return forward(*args, **kwargs) if type(module) is kind else type(module).forward(module, *args, **kwargs)
-
+        # No closure: a copy of the module has a forward of its own.
+        run = functools.partial(_replaced, module, type(module), forward)
+        functools.update_wrapper(run, module.forward)
         self._before[module] = vars(module).get("forward")
         self.replaced[module] = module.forward = run
 
@@ -162,6 +159,10 @@ class Forwards:
                 module._old_forward = types.MethodType(type(module).forward, module) if before is None else before
         self.replaced.clear()
         self._before.clear()
+
+
+def _replaced(module, kind, forward, *args, **kwargs):
+    return forward(*args, **kwargs) if type(module) is kind else type(module).forward(module, *args, **kwargs)
 
 
 class Watch(TorchFunctionMode):
