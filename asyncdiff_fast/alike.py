@@ -59,9 +59,10 @@ class Alike:
                 )
         for rank, theirs in zip(names, reports, strict=True):
             _refuse_settings(first["settings"], theirs["settings"], names[0], rank)
-            # The pipeline that was patched may be gone on one rank, and not yet on another: another one calls.
-            if first["told"] is not None and theirs["told"] is not None:
-                _refuse_settings(first["told"], theirs["told"], names[0], rank)
+            # Another pipeline may call, and the one that was patched be gone on one rank, or never have been called.
+            both = first["told"].keys() & theirs["told"].keys()
+            told = [{name: report["told"][name] for name in both} for report in (first, theirs)]
+            _refuse_settings(*told, names[0], rank)
         self._check_weights([report["weights"] for report in reports])
         if any(report["random"] != first["random"] for report in reports):
             log.info("torch's own random numbers differed between ranks: all go on with those of rank %s", names[0])
@@ -133,12 +134,10 @@ def _plain(value):
 
 
 def _settings(pipe):
-    """{name: text} of what a call of the pipeline was told, such as its guidance scale; None without a pipeline."""
-    if pipe is None:
-        return None
+    """{name: text} of what a call of the pipeline was told, such as its guidance scale."""
     return {
         name[1:]: repr(value)
-        for name, value in vars(pipe).items()
+        for name, value in (vars(pipe) if pipe is not None else {}).items()
         if name.startswith("_") and name not in _NO_SETTINGS and _plain(value)
     }
 
