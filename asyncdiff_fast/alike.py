@@ -40,7 +40,8 @@ class Alike:
         """What this rank tells at the first call, of which `named` are the arguments."""
         return {
             "inputs": fingerprint.input_digests(named),
-            "settings": _settings(self._pipeline()) | _of_scheduler(self._scheduler or last_scheduler()),
+            "settings": _of_scheduler(self._scheduler or last_scheduler()),
+            "told": _settings(self._pipeline()),
             "weights": self._weights.report(),
             "random": [zlib.crc32(state) for state in random_states()],
         }
@@ -58,6 +59,10 @@ class Alike:
                 )
         for rank, theirs in zip(names, reports, strict=True):
             _refuse_settings(first["settings"], theirs["settings"], names[0], rank)
+            # Another pipeline may call, and the one that was patched be gone on one rank, or never have been called.
+            both = first["told"].keys() & theirs["told"].keys()
+            told = [{name: report["told"][name] for name in both} for report in (first, theirs)]
+            _refuse_settings(*told, names[0], rank)
         self._check_weights([report["weights"] for report in reports])
         if any(report["random"] != first["random"] for report in reports):
             log.info("torch's own random numbers differed between ranks: all go on with those of rank %s", names[0])
@@ -130,10 +135,9 @@ def _plain(value):
 
 def _settings(pipe):
     """{name: text} of what a call of the pipeline was told, such as its guidance scale."""
-    found = vars(pipe) if pipe is not None else {}
     return {
         name[1:]: repr(value)
-        for name, value in found.items()
+        for name, value in (vars(pipe) if pipe is not None else {}).items()
         if name.startswith("_") and name not in _NO_SETTINGS and _plain(value)
     }
 

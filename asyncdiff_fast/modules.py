@@ -138,17 +138,18 @@ class Forwards:
 
     def __init__(self):
         self.replaced, self._before = {}, {}
+        # {(function, class): what modules run}: one for all, so that torch.compile compiles it once.
+        self._runs = {}
 
-    def replace(self, module, forward):
-        """Give a module another forward until `restore`; if its class is replaced meanwhile, it runs that one's own."""
-        kind = type(module)
+    def replace(self, module, function, *bound):
+        """Let a module run `function(module, *bound, …)` until `restore`; if its class is replaced, that one's forward.
 
-        @functools.wraps(module.forward)
-        def run(*args, **kwargs):
-            return forward(*args, **kwargs) if type(module) is kind else type(module).forward(module, *args, **kwargs)
-
+        A copy of the module runs it on itself: nothing but the arguments of `functools.partial` knows the module.
+        """
+        key = function, type(module)
+        run = self._runs[key] = self._runs.get(key) or _run(function, type(module), len(bound))
         self._before[module] = vars(module).get("forward")
-        self.replaced[module] = module.forward = run
+        self.replaced[module] = module.forward = functools.partial(run, module, *bound)
 
     def restore(self):
         """Give the modules back what they had; a forward that somebody's hook lies upon stays."""
@@ -162,6 +163,18 @@ class Forwards:
                 module._old_forward = types.MethodType(type(module).forward, module) if before is None else before
         self.replaced.clear()
         self._before.clear()
+        self._runs.clear()
+
+
+def _run(function, kind, num_bound):
+    def run(module, *args, **kwargs):
+        if type(module) is kind:
+            return function(module, *args, **kwargs)
+        return type(module).forward(module, *args[num_bound:], **kwargs)
+
+    # What torch.compile has compiled it counts by code.
+    run.__code__ = run.__code__.replace(co_name=f"run_{kind.__name__}")
+    return run
 
 
 class Watch(TorchFunctionMode):

@@ -171,9 +171,9 @@ def show_profile(patch, whole, device):
         print(profile.key_averages().table(sort_by=key, row_limit=18, max_name_column_width=50), file=sys.stderr)
 
 
+@torch.no_grad()
 def main(argv):
     options, failed = parse(argv), 0
-    torch.set_grad_enabled(False)
     if options.device == "cpu":
         torch.set_num_threads(1)
     for pixels in options.pixels or [None]:

@@ -18,6 +18,7 @@ import real_models
 import torch
 
 import asyncdiff_fast
+from asyncdiff_fast.stages.plan import ranges
 
 NUM_STAGES = (2, 3, 4)
 COLUMNS = {
@@ -59,7 +60,7 @@ def measured(plan, name, split):
         "tensors": len(crossing),
         "hops": list(plan.division.hops),
         "stage_units": [owner.count(s) for s in range(plan.config.num_stages)],
-        "ranges": [plan._ranges(s) for s in range(plan.config.num_stages)],
+        "ranges": [ranges(plan.graph, plan.division, s) for s in range(plan.config.num_stages)],
     }
 
 

@@ -32,8 +32,8 @@ OPS = {
 }  # fmt: skip
 ROOT = pathlib.Path(__file__).parents[1]
 MARK = re.compile(r"<!-- (\w[\w ]*) -->\n.*?<!-- /\1 -->", re.DOTALL)
-# What no benchmark measures: tests/steps/test_samplers_page.py holds the page to what is tested.
-NOT_OURS = {"samplers"}
+# What no benchmark measures: tests hold those pages to what is tested.
+NOT_OURS = {"compatibility", "samplers"}
 
 
 def table(header, rows):

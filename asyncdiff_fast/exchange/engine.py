@@ -124,6 +124,8 @@ class Engine:
             raise
 
     def _leave(self, reason):
+        if not self._open:
+            return
         self._channel.leave(encodable(reason))
         if self._watch is not None:
             self._watch.leave()

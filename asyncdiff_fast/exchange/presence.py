@@ -101,7 +101,7 @@ class Presence:
             places = {rank: f"left/{epoch}/{rank}" for rank in ranks if rank != self._me}
             while not stop.is_set():
                 told = [rank for rank, place in places.items() if self._store.check([place])]
-                if len(told) >= len(places) - 1 or time.monotonic() > ends:
+                if len(told) >= max(len(places) - 1, 1) or time.monotonic() > ends:
                     texts = {rank: self._read(rank, places[rank]) for rank in told}
                     return [f"rank {rank}: {text!s:.1000}" for rank, text in texts.items() if isinstance(text, str)]
                 stop.wait(0.02)

@@ -150,7 +150,7 @@ class World:
     def explained(self, error):
         """An ExchangeError with what others say of it, who have failed at the same time and may know the cause."""
         whole = self._whole
-        if whole.size < 3 or not whole._epoch or _KNOWN.search(str(error)):
+        if whole.size < 2 or not whole._epoch or _KNOWN.search(str(error)):
             return error
         others = whole._rounds.presence.reasons(whole._epoch, whole.ranks, EXPLAINED_S)
         return ExchangeError("; ".join([str(error), *others]), ended=error.ended) if others else error

@@ -7,7 +7,6 @@ adapters, fused projections, quantised weights and offloading go on working; onl
 each only while it is plain (`fused_layers.plain`). With gradients or autocast the module's own forward runs.
 """
 
-import functools
 import inspect
 import logging
 from collections import Counter
@@ -36,7 +35,7 @@ class Fusion:
         self._forwards = Forwards()
         rows = (PATCH_ROWS if patches else ROWS) if choice.active else {}
         for module, row in _fitting(denoiser, rows, self.taken_over):
-            self._forwards.replace(module, functools.partial(row.run, module, choice))
+            self._forwards.replace(module, row.run, choice)
         if self._forwards.replaced:
             log.info("kernels=%s in %s: %s", choice.mode, type(denoiser).__name__, self.layers())
 

@@ -31,7 +31,7 @@ class PackedWeights:
         self.active = active
         self._copies, self._generation, self._forwards = {}, 0, Forwards()
         for module in filter(_may_pay, denoiser.modules() if self.active else ()):
-            self._forwards.replace(module, functools.partial(self._forward, module))
+            self._forwards.replace(module, self._forward)
 
     @property
     def forwards(self):

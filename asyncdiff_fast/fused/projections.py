@@ -39,7 +39,7 @@ class Projections:
         for module in denoiser.modules() if active else ():
             own = vars(module).get("forward")
             if type(module) in FUNCTIONS and id(module) not in taken and own is (beneath or {}).get(module):
-                self._forwards.replace(module, functools.partial(self._forward, module, own))
+                self._forwards.replace(module, self._forward, own)
 
     def begin(self):
         """A generation begins: everything is made anew."""

@@ -91,6 +91,7 @@ class LonePlanner(Planner):
         self.hooks.active = self._patch(recorder, args, kwargs, schedule.patch_axis(self.config, 0), 0)
         cut_args, cut_kwargs = self.hooks.active.begin(self._signature, PatchMode.LOCAL, args, kwargs)
         try:
-            return make_plan(self.denoiser, self.hooks.counted(forward), cut_args, cut_kwargs, self.config)
+            with self.hooks.active.following(self._signature.latent(cut_args, cut_kwargs)):
+                return make_plan(self.denoiser, self.hooks.counted(forward), cut_args, cut_kwargs, self.config)
         finally:
             self.hooks.active = None

@@ -130,7 +130,11 @@ class StepCalls:
         """Steps run side by side only where all ranks' samplers do the same. Collective, once a generation."""
         named = {**self._latest.named, "result": self._results[0]}
         states = [g.get_state() for g in tree_leaves(named) if isinstance(g, torch.Generator)]
-        everyone = self.world.gather(input_digests({**named, "generator": states}), "the sampler's steps")
+        try:
+            everyone = self.world.gather(input_digests({**named, "generator": states}), "the sampler's steps")
+        except ExchangeError as error:
+            # Of failures within calls of the denoiser, whoever carries them out says why.
+            raise self.world.explained(error) from error
         different = {n for theirs in everyone for n in {*theirs, *everyone[0]} if theirs.get(n) != everyone[0].get(n)}
         self._alike = not different
         if different:

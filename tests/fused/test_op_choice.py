@@ -147,9 +147,9 @@ def test_a_full_disk_leaves_nothing_behind(monkeypatch, tmp_path):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     path = tmp_path / "kernels.json"
-    choice._write(path, "geglu 1", {"kernel": "torch", "us": {}})
+    choice._write(path, "geglu 1", {"launched": "torch", "captured": "torch", "us": {}})
     monkeypatch.setattr(choice.json, "dump", full)
-    choice._write(path, "geglu 2", {"kernel": "torch", "us": {}})
+    choice._write(path, "geglu 2", {"launched": "torch", "captured": "torch", "us": {}})
     assert [file.name for file in tmp_path.iterdir()] == ["kernels.json"] and list(choice._read(path)) == ["geglu 1"]
 
 

@@ -87,7 +87,7 @@ def displaced(build, kernels, patch, patches, group_norm, watch=None):
         if watch is not None:
             with watch:
                 call(PatchMode.DISPLACED)
-    shared.forget(released=True)
+    choice.patches.forget(released=True)
     fusion.remove()
     return results, [x.clone() for x in exchange.sent]
 

@@ -14,6 +14,7 @@ from asyncdiff_fast.calls.schedule import PatchMode
 from asyncdiff_fast.calls.signature import CallSignature
 from asyncdiff_fast.config import Config
 from asyncdiff_fast.fused.packed import PackedWeights
+from asyncdiff_fast.patches.alone import LonePlanner
 from asyncdiff_fast.patches.calls import Patches
 from asyncdiff_fast.shared import Shared
 
@@ -23,7 +24,7 @@ def test_usual_modules_are_watched_without_a_mode():
     unet, inputs = real_models.tiny()
     shared = Shared(unet, Config(num_patches=2), CallSignature(unet), PackedWeights(unet, active=False))
     patches, seen = Patches(shared, None, Mirror()), []
-    _, call = patches.planner.emulate(0, unet.forward, (), inputs, patches.exchange)
+    _, call = LonePlanner(shared, patches.hooks).emulate(0, unet.forward, (), inputs, patches.exchange)
     watch = patches.hooks._watch
 
     class Counting(type(watch)):

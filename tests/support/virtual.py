@@ -3,6 +3,8 @@
 import contextlib
 import threading
 
+from asyncdiff_fast.exchange.world import World
+
 PATIENCE_S = 120
 
 
@@ -34,6 +36,7 @@ class VirtualWorld:
 
     def __init__(self, hub, rank):
         self.hub, self.rank, self.size, self.ranks = hub, rank, hub.size, tuple(range(hub.size))
+        self.name, self.calls = rank, 0
 
     def gather(self, value, what):
         everyone = self.hub.gather(self.rank, (what, value))
@@ -42,6 +45,33 @@ class VirtualWorld:
 
     def broadcast(self, value, what):
         return self.gather(value, what)[0]
+
+    begin = gather
+
+    def passing(self):
+        """Threads have one generator of torch's own: there is nothing to tell."""
+        return _Silent()
+
+    def leave(self, why=None):
+        """Whoever fails breaks the hub's barrier."""
+
+    def explained(self, error):
+        return error
+
+    def along(self, ranks):
+        """These threads, or one of them alone."""
+        return self if len(ranks) == self.size else World(ranks, self.timeout_s)
+
+
+class _Silent:
+    def tell(self, number, value):
+        pass
+
+    def look(self):
+        return None
+
+    def forget(self):
+        pass
 
 
 class VirtualSlot:

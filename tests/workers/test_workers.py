@@ -83,10 +83,15 @@ def test_a_call_is_cancelled_and_the_next_one_is_right(workers):
 
 
 def test_ctrl_c_stops_a_call_and_leaves_the_workers(workers):
+    # A worker of pytest-xdist ignores it otherwise.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     pids = [worker.pid for worker in workers._team._processes]
     _, call = seen_by(workers, at=2, act=lambda: signal.raise_signal(signal.SIGINT))
-    with pytest.raises(KeyboardInterrupt):
-        call()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            call()
+    finally:
+        signal.signal(signal.SIGINT, before)
     np.testing.assert_allclose(draw(workers), alone(), atol=1e-5)
     assert [worker.pid for worker in workers._team._processes] == pids
 
