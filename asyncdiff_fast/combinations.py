@@ -1,0 +1,169 @@
+"""Which options of `patch` go together: each rule as one error that names it, the values and the way out."""
+
+# What else an option may be where patches pass through the stages.
+_WITH_PIPELINE = {
+    "num_patches": (1,),
+    "stride": (1,),
+    "time_shift": (False,),
+    "exchange": ("displaced",),
+    "group_norm": ("corrected", "stale", "local"),
+    "patch_axis": ("rows",),
+    "predict": ("auto", "none"),
+}
+
+
+def check_pipeline(config):
+    """Patches that pass through the stages: what does not go with them. Raises: ValueError."""
+    given = config.pipeline_patches
+    if config.balance == "memory" and not config.shard_weights:
+        raise ValueError(
+            'balance="memory" divides by bytes of weights, and every rank holds all of them: got '
+            f'balance="memory", shard_weights={config.shard_weights}; pass shard_weights=True, or balance="flops"'
+        )
+    if given is None and config.shard_weights:
+        raise ValueError(
+            "shard_weights needs patches that pass through the stages, whose exact steps do so too: got "
+            f"shard_weights=True, num_stages={config.num_stages}, pipeline_patches=None; pass pipeline_patches as "
+            "well (1 keeps every call exact)"
+        )
+    if given is None:
+        return
+    if config.num_stages < 2:
+        raise ValueError(
+            f"pipeline_patches need stages to pass through: got pipeline_patches={config.pipeline_patches}, "
+            f"num_stages={config.num_stages}; pass num_stages of at least 2, or num_patches for patches side by side"
+        )
+    if config.parallel_steps > 1 and config.pipeline_count > 1:
+        raise ValueError(
+            "under steps side by side every call must be exact, so one patch passes through: got "
+            f"parallel_steps={config.parallel_steps}, pipeline_patches={config.pipeline_patches}; pass "
+            "pipeline_patches=1, or one of them"
+        )
+    for name, only in _WITH_PIPELINE.items():
+        if getattr(config, name) not in only:
+            raise ValueError(
+                f"pipeline_patches go with {name}={' or '.join(repr(x) for x in only)} only: got "
+                f"pipeline_patches={config.pipeline_patches}, {name}={getattr(config, name)!r}"
+            )
+
+
+def check_patches(config):
+    """Patches side by side. Raises: ValueError."""
+    if config.warmup_steps == 0 and not config.naive:
+        raise ValueError(
+            "warmup_steps must be an integer of at least 1: got warmup_steps=0; only naive patches (num_patches of "
+            'at least 2, exchange="none") work without an exact step'
+        )
+    if config.patch_axis != "rows" and not config.naive:
+        raise ValueError(
+            f'patch_axis must be "rows" unless patches are naive: got patch_axis={config.patch_axis!r}; pass '
+            'exchange="none", warmup_steps=0'
+        )
+
+
+def check_all(config):
+    """All that is left, once every option has its value. Raises: ValueError."""
+    _check_stages(config)
+    _check_steps(config)
+    _check_predictions(config)
+    _check_graphs(config)
+
+
+def _check_stages(config):
+    if config.stages is not None and len(config.stages) != config.num_stages:
+        raise ValueError(
+            f"stages must have num_stages lists: got {len(config.stages)} lists, num_stages={config.num_stages}; "
+            "leave num_stages out or make them equal"
+        )
+    if config.stride == 2 and config.num_stages < 2:
+        raise ValueError(
+            f"stride=2 needs num_stages of at least 2: got num_stages={config.num_stages}; pass num_stages=2 "
+            "(3 processes) or stride=1"
+        )
+    if config.num_patches > 1 and config.num_stages > 1 and config.group_norm == "sync":
+        raise ValueError(
+            f"patches of stages cannot wait for each other: got num_stages={config.num_stages}, "
+            f'num_patches={config.num_patches}, exchange={config.exchange!r}, group_norm="sync"; pass '
+            'exchange="displaced" with group_norm "corrected", "stale" or "local", or num_stages=1'
+        )
+
+
+def _check_steps(config):
+    if config.parallel_steps == 1:
+        return
+    if config.num_stages > 1 and not config.pipelined:
+        raise ValueError(
+            f"steps side by side and stages are not combined yet where inputs are stale: got "
+            f"parallel_steps={config.parallel_steps}, num_stages={config.num_stages}; pass one of them, "
+            f"parallel_steps={config.parallel_steps * config.num_stages} for as many devices, or pipeline_patches=1, "
+            "whose calls are exact"
+        )
+    if config.num_patches > 1 and config.exchange != "sync":
+        raise ValueError(
+            "of patches only exact ones run under steps side by side: got "
+            f"parallel_steps={config.parallel_steps}, num_patches={config.num_patches}, exchange={config.exchange!r}; "
+            'pass exchange="sync", or num_patches=1'
+        )
+
+
+def _check_predictions(config):
+    if config.warmup_steps == "auto" and not config.checks and config.parallel_steps == 1:
+        raise ValueError(
+            f'warmup_steps="auto" needs predictions to judge by: got num_stages={config.num_stages}, '
+            f"num_patches={config.num_patches}, exchange={config.exchange!r}, predict={config.predict!r}; pass a "
+            'number, or predict="linear" with either stages or displaced patches, or parallel_steps'
+        )
+
+
+def _check_graphs(config):
+    if config.graphs and (config.num_stages > 1 or config.num_patches > 1):
+        raise ValueError(
+            "calls that ranks share are not captured, whole ones only: got graphs=True, "
+            f"num_stages={config.num_stages}, num_patches={config.num_patches}; pass graphs=False, or "
+            "parallel_steps or cfg_parallel in their place"
+        )
+
+
+def checked_cut(cut):
+    """What inputs are cut by as ((name, dimensions), ...)."""
+    pairs = cut.items() if isinstance(cut, dict) else cut or ()
+    pairs = tuple((name, (dims,) if isinstance(dims, int) else tuple(dims or ())) for name, dims in pairs)
+    if not all(isinstance(n, str) and all(isinstance(d, int) for d in dims) for n, dims in pairs):
+        raise ValueError(
+            f"cut must be a dict of names of inputs and their dimensions, such as {{'mask': 1}}: got {cut!r}"
+        )
+    return pairs
+
+
+def checked_stages(stages):
+    """Stages as tuples of names, each name once and none inside another."""
+    if (
+        not isinstance(stages, list | tuple)
+        or not stages
+        or not all(isinstance(names, list | tuple) for names in stages)
+    ):
+        raise ValueError(f"stages must be a list of lists of module names: got {stages!r}")
+    stages = tuple(tuple(names) for names in stages)
+    seen = {}
+    for s, names in enumerate(stages):
+        if not names:
+            raise ValueError(
+                f"every stage must name at least one module: stage {s} is empty; remove it or name its modules"
+            )
+        for name in names:
+            if not isinstance(name, str) or not name:
+                raise ValueError(f"stages must be a list of lists of module names: got {name!r} in stage {s}")
+            if name in seen:
+                raise ValueError(
+                    f"a module belongs to one stage: {name!r} is listed in stages {seen[name]} and {s}; keep one"
+                )
+            seen[name] = s
+    for name in seen:
+        parts = name.split(".")
+        for outer in (".".join(parts[:i]) for i in range(1, len(parts))):
+            if outer in seen:
+                raise ValueError(
+                    f"a stage's modules must not contain each other: {name!r} (stage {seen[name]}) lies "
+                    f"inside {outer!r} (stage {seen[outer]}); list one of them"
+                )
+    return stages
