@@ -27,7 +27,7 @@ MODES = {
 }
 REASONS = {
     "cannot be shared out as patches": "rows are combined",
-    "does not run on patch": "does not run on a band",
+    "does not run on patch": "does not run on a patch",
     "needs a latent": "latents in a list",
     "gives another result on half": "halves differ",
     "leads": "rows change by slices or filters",
