@@ -35,9 +35,9 @@ def _bits(tensor):
         return None
 
 
-def model_digest(model):
-    """One number for names, shapes, dtypes and every bit of a model's parameters and buffers."""
-    tensors = list(model.named_parameters()) + list(model.named_buffers())
+def model_digest(model, buffers=True):
+    """One number for names, shapes, dtypes and every bit of a model's parameters, and of its buffers."""
+    tensors = list(model.named_parameters()) + (list(model.named_buffers()) if buffers else [])
     layout = [(name, tuple(t.shape), str(t.dtype)) for name, t in tensors]
     sums = [s for s in (_bits(t) for _, t in tensors) if s is not None]
     by_device = {}
@@ -48,7 +48,10 @@ def model_digest(model):
 
 
 class Weights:
-    """The weights of a model since now: whether they were written, and whether some of each are as on other ranks."""
+    """The weights of a model since now: whether they were written, and whether some of each are as on other ranks.
+
+    Its parameters, that is: what a forward keeps in buffers may be of this rank's part of the picture.
+    """
 
     # Numbers looked at in each tensor.
     SAMPLE = 16
@@ -58,7 +61,7 @@ class Weights:
         self._seen = self._versions()
 
     def _tensors(self):
-        return [*self._model.named_parameters(), *self._model.named_buffers()]
+        return list(self._model.named_parameters())
 
     def _versions(self):
         return [(name, id(t), version(t)) for name, t in self._tensors()]
@@ -70,7 +73,7 @@ class Weights:
     def digest(self):
         """See `model_digest`; None where weights are elsewhere. From now on, they are written anew."""
         self._seen = self._versions()
-        return None if any(_is_elsewhere(t) for _, t in self._tensors()) else model_digest(self._model)
+        return None if any(_is_elsewhere(t) for _, t in self._tensors()) else model_digest(self._model, buffers=False)
 
     def _sampled(self):
         tensors = [t.detach() for _, t in self._tensors()]
