@@ -116,7 +116,9 @@ def test_what_differs_is_named_and_the_next_picture_is_right(options):
             assert error is not None and words in error, f"{name}: {error}"
             assert again, f"{name}: the next picture is not right"
     assert np.array_equal(mine[1], theirs[1])
-    assert "same random numbers" in mine[2] and "same random numbers" in theirs[2]
+    # Whoever waits in a comparison of samplers may hear no more than that the other has gone.
+    late = [text for text in (mine[2], theirs[2]) if "same random numbers" not in text]
+    assert not late or ("parallel_steps" in options and len(late) == 1 and "waited" in late[0]), late
 
 
 OPTIONS = {
