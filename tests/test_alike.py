@@ -158,7 +158,8 @@ def _stopped(rank, exchange, late):
 def test_a_picture_that_one_rank_stops_ends_on_all(exchange, late):
     for rank in ranks.run(2, _stopped, exchange, late):
         for name, error, seconds, again in rank:
-            assert error is None and seconds < 8, f"{name}: {error} after {seconds:.1f} s"
+            # Nobody waits until timeout_s.
+            assert error is None and seconds < 18, f"{name}: {error} after {seconds:.1f} s"
             assert again, f"{name}: the next picture is another one"
 
 
@@ -170,7 +171,7 @@ def _threads(rank, options):
 
     def work(seed):
         time.sleep(0.3 * seed)
-        found[seed] = [float((loop(model, seed=seed) - alone[seed]).abs().max()) for _ in range(2)]
+        found[seed] = float((loop(model, seed=seed) - alone[seed]).abs().max())
 
     threads = [threading.Thread(target=work, args=(seed,)) for seed in (0, 1)]
     for thread in threads:
@@ -182,4 +183,4 @@ def _threads(rank, options):
 
 
 def test_threads_take_turns():
-    assert ranks.run(2, _threads, dict(num_stages=2)) == [{0: [0.0, 0.0], 1: [0.0, 0.0]}] * 2
+    assert ranks.run(2, _threads, dict(num_stages=2)) == [{0: 0.0, 1: 0.0}] * 2
