@@ -4,9 +4,10 @@
 
 Segments may be a ring's view, text and image tokens, a rank's own part and its peers': nothing is concatenated. One
 flat loop runs over the whole key blocks of all segments and picks a block's segment by scalar select, so the software
-pipeline never drains where a segment ends; what is left over of each segment follows in a second, masked loop.
-Scores, softmax and sums are fp32; probabilities are rounded to the dtype of `v` for the second product, as in
-FlashAttention-2 (Dao, 2023, algorithm 1), whose online softmax this is.
+pipeline never drains where a segment ends; what is left over of each segment follows in a second, masked loop, or, for
+heads in two pieces, in the first, which is then masked as a whole. Scores, softmax and sums are fp32; probabilities are
+rounded to the dtype of `v` for the second product, as in FlashAttention-2 (Dao, 2023, algorithm 1), whose online
+softmax this is.
 
 A head size that is no power of two is cut into two that are, 80 = 64 + 16 and 160 = 128 + 32, so that little is padded.
 With few queries the keys are divided between programs too (split-KV), and `attention_merge` adds the results in fixed
@@ -122,8 +123,8 @@ def _attention_kernel(
     q_ptrs, out_ptrs, k_ptrs, v_ptrs, partial_ptr, lse_ptr, q_strides, out_strides, k_strides, v_strides,
     q_sizes, sizes, first_blocks, num_heads, num_blocks, num_tails, blocks_per_split, scale_log2,
     NUM_QUERIES: tl.constexpr, NUM_SEGMENTS: tl.constexpr, HEAD_SIZE: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, SPLIT: tl.constexpr, WRITE_LSE: tl.constexpr,
-    UNIT: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, MASKED: tl.constexpr, SPLIT: tl.constexpr,
+    WRITE_LSE: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     batch = (tl.program_id(1) // num_heads).to(tl.int64)
     head = (tl.program_id(1) % num_heads).to(tl.int64)
@@ -160,17 +161,18 @@ def _attention_kernel(
         )  # fmt: skip
         acc0, acc1, row_max, row_sum = _fold_keys(
             q0, q1, acc0, acc1, row_max, row_sum, k_ptr, v_ptr, stride_ks, stride_vs, num_keys, scale_log2,
-            D0, D1, HEAD_SIZE, BLOCK_M, BLOCK_N, False, PRECISION,
+            D0, D1, HEAD_SIZE, BLOCK_M, BLOCK_N, MASKED, PRECISION,
         )  # fmt: skip
-    for block in tl.range(tl.maximum(begin, num_blocks), end, num_stages=1):
-        k_ptr, v_ptr, stride_ks, stride_vs, num_keys = _block_of_keys(
-            block - num_blocks, batch, head, k_ptrs, v_ptrs, k_strides, v_strides, sizes, first_blocks,
-            NUM_SEGMENTS, BLOCK_N, True, UNIT,
-        )  # fmt: skip
-        acc0, acc1, row_max, row_sum = _fold_keys(
-            q0, q1, acc0, acc1, row_max, row_sum, k_ptr, v_ptr, stride_ks, stride_vs, num_keys, scale_log2,
-            D0, D1, HEAD_SIZE, BLOCK_M, BLOCK_N, True, PRECISION,
-        )  # fmt: skip
+    if D1 == 0:
+        for block in tl.range(tl.maximum(begin, num_blocks), end, num_stages=1):
+            k_ptr, v_ptr, stride_ks, stride_vs, num_keys = _block_of_keys(
+                block - num_blocks, batch, head, k_ptrs, v_ptrs, k_strides, v_strides, sizes, first_blocks,
+                NUM_SEGMENTS, BLOCK_N, True, UNIT,
+            )  # fmt: skip
+            acc0, acc1, row_max, row_sum = _fold_keys(
+                q0, q1, acc0, acc1, row_max, row_sum, k_ptr, v_ptr, stride_ks, stride_vs, num_keys, scale_log2,
+                D0, D1, HEAD_SIZE, BLOCK_M, BLOCK_N, True, PRECISION,
+            )  # fmt: skip
 
     # A split whose only blocks are left-overs of nothing has no key: out 0, lse −inf.
     row_sum = tl.where(row_sum > 0, row_sum, 1.0)
@@ -244,9 +246,13 @@ def _launch(queries, segments, outs, scale, num_splits, settings, return_lse):
     keys, values = zip(*segments, strict=True)
     q_sizes = tuple(q.shape[1] for q in queries)
     sizes = tuple(key.shape[1] for key in keys)
-    whole = [size // settings.block_n for size in sizes]
-    num_tails = len(sizes) if any(size % settings.block_n for size in sizes) else 0
-    num_blocks = sum(whole) + num_tails
+    d0, d1 = pieces(head_size)
+    left_over = any(size % settings.block_n for size in sizes)
+    # A second loop over left-overs needs so many descriptors that ptxas (12.8) mixes those of a head in two pieces up.
+    masked = left_over and d1 > 0
+    blocks = [triton.cdiv(size, settings.block_n) if masked else size // settings.block_n for size in sizes]
+    num_tails = len(sizes) if left_over and not masked else 0
+    num_blocks = sum(blocks) + num_tails
     blocks_per_split = triton.cdiv(num_blocks, num_splits)
     num_splits = triton.cdiv(num_blocks, blocks_per_split)
     rows = (num_splits, batch, num_heads, sum(q_sizes))
@@ -255,15 +261,14 @@ def _launch(queries, segments, outs, scale, num_splits, settings, return_lse):
     lse = torch.empty(rows, device=device) if num_splits > 1 or return_lse else None
     unit = stride_unit((*queries, *keys, *values, *outs))
     all_strides = (tuple(s // unit for s in strides(tensors)) for tensors in (queries, outs, keys, values))
-    d0, d1 = pieces(head_size)
     num_tiles = sum(triton.cdiv(size, settings.block_m) for size in q_sizes)
     if num_tiles:
         _attention_kernel[(num_tiles, batch * num_heads, num_splits)](
             queries, outs, keys, values, partial, lse, *all_strides,
-            q_sizes, sizes, tuple(itertools.accumulate(whole[:-1], initial=0)), num_heads, sum(whole), num_tails,
+            q_sizes, sizes, tuple(itertools.accumulate(blocks[:-1], initial=0)), num_heads, sum(blocks), num_tails,
             blocks_per_split, scale * LOG2_E,
             NUM_QUERIES=len(queries), NUM_SEGMENTS=len(sizes), HEAD_SIZE=head_size, D0=d0, D1=d1,
-            BLOCK_M=settings.block_m, BLOCK_N=settings.block_n, STAGES=settings.num_stages,
+            BLOCK_M=settings.block_m, BLOCK_N=settings.block_n, STAGES=settings.num_stages, MASKED=masked,
             SPLIT=num_splits > 1, WRITE_LSE=lse is not None, UNIT=unit,
             PRECISION=_precision(queries[0].dtype),
             num_warps=settings.num_warps, num_stages=settings.num_stages,

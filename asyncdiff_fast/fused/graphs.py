@@ -83,7 +83,7 @@ class Graphs:
         if kind is None or kind.refused:
             return forward(*args, **kwargs)
         for held, given in zip(kind.inputs, (x for x in leaves if isinstance(x, torch.Tensor)), strict=True):
-            held.copy_(given)
+            _once(held).copy_(_once(given))
         if kind.replay is None:
             args_held, kwargs_held = tree_unflatten(_put_in(leaves, kind.inputs), tree)
             try:
@@ -156,8 +156,7 @@ class Graphs:
             return _Kind([], refused=True)
         # Ordinary tensors, whatever mode this call runs in: they are written in later ones too.
         with torch.inference_mode(False):
-            return _Kind([torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
-                          for x in leaves if isinstance(x, torch.Tensor)])  # fmt: skip
+            return _Kind([_like(x) for x in leaves if isinstance(x, torch.Tensor)])
 
     def _check(self, result):
         """Raises: TypeError if there is anything in a result but tensors and plain values."""
@@ -173,6 +172,19 @@ class Graphs:
         if why not in self._told:
             self._told.add(why)
             log.warning("graphs=True: %s is launched kernel by kernel: %s", type(self._denoiser).__name__, why)
+
+
+def _once(x):
+    """A view of a tensor in which what is repeated (a number that was expanded to a batch, say) comes once."""
+    for dim, (size, stride) in enumerate(zip(x.shape, x.stride(), strict=True)):
+        x = x.narrow(dim, 0, 1) if stride == 0 and size > 1 else x
+    return x
+
+
+def _like(x):
+    """A new tensor of a tensor's shape and strides."""
+    once = _once(x)
+    return torch.empty_strided(once.shape, once.stride(), dtype=x.dtype, device=x.device).expand(x.shape)
 
 
 def _put_in(leaves, tensors):

@@ -70,7 +70,12 @@ def _equal(got, want):
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
-@pytest.mark.parametrize("number", [int, float, torch.tensor])
+def _expanded(number):
+    """A timestep as many pipelines give it: one number, seen once for each picture."""
+    return torch.tensor(number).expand(2)
+
+
+@pytest.mark.parametrize("number", [int, float, torch.tensor, _expanded])
 def test_replayed_calls_give_what_launched_ones_give(captures, number):
     unet = fused_checks.unet()
     want = [_calls(unet, 8, 0, number=number), _calls(unet, 8, 1, number=number), _calls(unet, 16, 0, number=number)]

@@ -44,6 +44,8 @@ def faults(row, target):
         yield "accesses not wide: " + ", ".join(f"{row[key]} {key}" for key in row if "loads" in key or "stores" in key)
     if row["must_use_tensor_core"] and not row["tensor_core"]:
         yield "no tensor-core instruction"
+    if row["misread"]:
+        yield f"products that read by no descriptor, at {', '.join(map(hex, row['misread']))}"
 
 
 def _check(result, target):

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 
+import descriptors
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
@@ -83,6 +84,7 @@ def inspected(kernel):
             file.write(kernel.asm["cubin"])
             file.flush()
             usage, sass = _output("cuobjdump", "-res-usage", file.name), _output("nvdisasm", "-c", file.name)
+            misread = descriptors.misread(_output("cuobjdump", "-sass", file.name))
         registers, stack, local = re.search(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", usage).groups()
         spills = len(re.findall(r"\b(?:LDL|STL)\b", sass))
         access = re.findall(r"\b(?:LDG|STG|LDGSTS)\.[\w.]+", sass)
@@ -96,6 +98,7 @@ def inspected(kernel):
             "narrow_loads": sum(op.startswith("LD") for op in narrow),
             "narrow_stores": sum(op.startswith("ST") for op in narrow),
             "tensor_core": len(re.findall(TENSOR_CORE[kernel.metadata.target.arch], sass)),
+            "misread": misread,
         }
     text = kernel.asm["amdgcn"]
     return facts | {
@@ -108,6 +111,7 @@ def inspected(kernel):
         "narrow_loads": 0,
         "narrow_stores": 0,
         "tensor_core": len(re.findall(r"\bv_mfma_", text)),
+        "misread": [],
     }
 
 

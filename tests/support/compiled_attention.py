@@ -36,6 +36,12 @@ VARIANTS = [
     Variant(
         "head 64, eight segments, joint", partial(launch, 64, **JOINT | {"keys": (333, *[512] * 7)}), KERNEL, KERNEL
     ),
+    # Left-overs of two and three segments, where a head is in two pieces.
+    *(
+        Variant(f"head {d}, left-overs of {len(keys)}", partial(launch, d, keys=keys), (), KERNEL, NO_GFX942)
+        for d in (40, 80, 96, 160)
+        for keys in ((77, 200), (333, 129, 77))
+    ),
     Variant("head 40, ones", partial(launch, 40, **ONE), (), KERNEL),
     Variant("head 64, float32", partial(launch, 64, torch.float32), KERNEL, (), NO_GFX942),
 ]
