@@ -89,12 +89,13 @@ class Graphs:
     def call(self, forward, *args, **kwargs):
         """What `forward(*args, **kwargs)` returns, in new tensors."""
         leaves, tree = self._leaves(args, kwargs)
+        launched = self._projections.during(forward, self._signature.latent)
         refusal = self._why_not(leaves)
         if refusal:
-            return self._launched(refusal, forward, args, kwargs)
+            return self._launched(refusal, launched, args, kwargs)
         kind, known = self._kind(tree, leaves)
         if kind.refused:
-            return forward(*args, **kwargs)
+            return launched(*args, **kwargs)
         given = [x for x in leaves if isinstance(x, torch.Tensor)]
         for held, x in zip(kind.inputs, given, strict=True):
             held.copy_(x)
@@ -106,7 +107,7 @@ class Graphs:
                 self._capture(kind, call)
             except Exception as error:
                 vars(kind).update(vars(_Kind([], refused=True)))
-                return self._launched(f"{type(error).__name__}: {error}".splitlines()[0], forward, args, kwargs)
+                return self._launched(f"{type(error).__name__}: {error}".splitlines()[0], launched, args, kwargs)
         if kind.make is not None and not kind.pinned.is_of(kind.inputs, given):
             kind.make()
         kind.replay()
