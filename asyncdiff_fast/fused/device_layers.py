@@ -27,9 +27,10 @@ class DeviceLayers:
         whole = self.choice.alone and self.choice.active and device_type == "cuda"
         self._format = ChannelsLast(denoiser, whole and config.graphs)
         self.choice.joined = self._joined = Joined(denoiser, whole and config.kernels == "auto")
-        # Patches that pass through a rank would make them one after another; a whole call that is replayed, each time.
-        alone = world.size == 1 and config.kernels != "torch" and (config.graphs or device_type == "cuda")
-        again = patches or config.pipeline_count > 1 or alone
+        # Patches that pass through a rank would make them one after another. Replayed, they cost the device's time;
+        # launched on one device, as much of the host's as finding out that they are the same.
+        replayed = self.choice.alone and config.graphs and config.kernels != "torch"
+        again = patches or config.pipeline_count > 1 or replayed
         self.projections = Projections(
             denoiser, again, self._fusion.taken_over | self._joined.layers, self.packed.forwards
         )
@@ -38,7 +39,7 @@ class DeviceLayers:
     @property
     def keeps(self):
         """Whether anything is kept from call to call, so that `begin` must come at each generation."""
-        return self.packed.active or self.projections.active or self.graphs is not None
+        return self.packed.active or self.graphs is not None
 
     def begin(self):
         """A generation begins: weights may have changed since the last."""
