@@ -4,6 +4,7 @@ import copy
 
 import fused_checks
 import pytest
+import safetensors.torch
 import torch
 from diffusers.models.attention_processor import Attention
 from torch import nn
@@ -40,7 +41,8 @@ def test_one_product_makes_all_three(options):
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
     assert torch.equal(module(x), want)
     assert module.state_dict().keys() == state.keys()
-    assert all(torch.equal(value, state[name]) for name, value in module.state_dict().items())
+    saved = safetensors.torch.load(safetensors.torch.save(module.state_dict()))
+    assert all(torch.equal(value, state[name]) for name, value in saved.items())
     module.to_k.weight.mul_(2)
     changed = F.linear(x, module.to_k.weight, module.to_k.bias)
     torch.testing.assert_close(weights(x, "joined")[1], changed, rtol=1e-5, atol=1e-6)
