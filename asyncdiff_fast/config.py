@@ -63,8 +63,9 @@ class Config:
         timeout_s: seconds to wait for another rank before failing.
         kernels: "auto" replaces layers by fused kernels where they were measured to be no slower, on a GPU with Triton;
             "triton" wherever they can run; "torch" nowhere.
-        graphs: calls are captured as CUDA graphs and replayed, one for each kind of call; what cannot be captured is
-            launched, and logged once. For one device, steps side by side and the halves of guidance.
+        graphs: calls are captured as CUDA graphs and replayed, one for each kind of call, a UNet's convolutions with
+            weights in channels_last; what cannot be captured is launched, and logged once. For one device, steps side
+            by side and the halves of guidance.
         predict: what another rank's values of the step before stand for: "linear" carries their last change forward by
             the sampler's intervals; "none" takes them as they are, as published; "auto" is "linear" where that was
             measured to be no worse in the mean and in the worst picture: for stages, and for two patches.

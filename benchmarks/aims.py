@@ -37,7 +37,10 @@ BOTH = ("num_stages=2,stride=1", "num_stages=3,stride=1", "num_stages=4,stride=1
 # The closeness of the default `tolerance`, and of `predict="auto"`: "linear" for stages and two patches, "none" for
 # more patches.
 AIMS = (
-    Aim("one device", "none needed", "on CPU, weights of layers with few pixels are kept twice", ALONE, ALONE, EXACT),
+    Aim(
+        "one device", "none needed",
+        "on a GPU pass `graphs=True`; on CPU, weights of layers with few pixels are kept twice", ALONE, ALONE, EXACT,
+    ),
     Aim("two devices on one host, guidance", "cfg_parallel=True", "needs guidance", HALVES, HALVES, EXACT),
     Aim(
         "two devices on one host", "parallel_steps=2", "predicted latents: more calls where they turn", STEPS, STEPS,

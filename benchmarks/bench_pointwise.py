@@ -34,6 +34,11 @@ def gate_residual_adaln(tokens, columns, made):
     return (*(made(1, tokens, columns) for _ in range(2)), *(made(1, columns) for _ in range(3)), 1e-6), 4
 
 
+def add_layer_norm(tokens, columns, made):
+    """A branch of SDXL's transformers: residual sum and the next norm."""
+    return (*(made(1, tokens, columns) for _ in range(2)), *(made(columns) for _ in range(2)), 1e-5), 4
+
+
 def gelu_beside(tokens, columns, made):
     """FLUX's single block: GELU of four times the columns beside the attention's result."""
     return (made(1, tokens, columns), made(1, tokens, 4 * columns), "tanh"), 10
@@ -50,7 +55,12 @@ def joint_qk_norm_rope(tokens, columns, made, head_size, text, rope):
 
 # What each model has: op, columns, factor between pixels and tokens, tokens of text among them.
 LAYERS = {
-    "sdxl": ((geglu, 2560, 16, 0), (geglu, 5120, 32, 0)),
+    "sdxl": (
+        (geglu, 2560, 16, 0),
+        (geglu, 5120, 32, 0),
+        (add_layer_norm, 640, 16, 0),
+        (add_layer_norm, 1280, 32, 0),
+    ),
     "sd3": (
         (adaln, 1536, 16, 0),
         (gate_residual_adaln, 1536, 16, 0),
@@ -68,6 +78,7 @@ TINY = {
         (geglu, 40, 16, 0),
         (adaln, 48, 16, 0),
         (gate_residual_adaln, 48, 16, 0),
+        (add_layer_norm, 48, 16, 0),
         (gelu_beside, 24, 16, 3),
         (functools.partial(joint_qk_norm_rope, head_size=16, text=3, rope=True), 48, 16, 3),
     )

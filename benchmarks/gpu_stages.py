@@ -52,7 +52,7 @@ def stages(options):
     exchange_tests = tests("tests/exchange/test_gpu_exchange.py")
     model = ["--tiny", *on_cpu] if tiny else ["--model", "sdxl", "--rounds", "5", "--calls", "4"]
     kernels = ["--kernels", "torch"] if tiny else ["--kernels", "torch", "auto", "triton"]
-    single = run("single_device", *model, *kernels, "--attention", "default", "cudnn", "--save")
+    single = run("single_device", *model, *kernels, "--save")
     sizes = ["--model", "tiny", "--patches", "2", "--rounds", "1"] if tiny else ["--model", "sdxl"]
     sizes += [] if tiny else ["--pixels", "1024", "3840", "--patches", "2", "8"]
     patches = {
@@ -62,6 +62,7 @@ def stages(options):
     ops = {name: run(f"bench_{name}", *on_cpu, "--quick") for name in ("group_norm", "attention", "pointwise")}
     ops["goals"] = run("goals")
     compiled = run("single_device", *model, "--kernels", "torch", "--compile", "blocks", "--save")
+    left_out = ["--without", "text", "joined", "add_layer_norm", "channels_last"]
     more = () if tiny else ("flux", "sd15")
     others = {f"single_{name}": run("single_device", "--model", name, "--quick", "--save") for name in more}
     return [
@@ -73,8 +74,8 @@ def stages(options):
         Stage("exchange", 15, 60, {"exchange": run("bench_exchange", "--only", "gpu", "--quick", "--save")}),
         Stage("ops", 20, 120, ops),
         Stage("pipelines", 20, 90, {"pipelines": tests("tests/test_gpu_pipelines.py")}),
-        Stage("profile", 15, 60, {"profile": run("single_device", *model, "--kernels", "auto" if not tiny else "torch",
-                                                 "--profile")}),
+        Stage("profile", 30, 90, {"profile": run("single_device", *model, "--kernels", "auto" if not tiny else "torch",
+                                                 "--profile", "--formats", "contiguous_format", *left_out, "--save")}),
         Stage("patches", 30, 150, patches),
         Stage("compiled", 60, 150, {"compiled": compiled}),
         Stage("others", 40, 150, others),

@@ -5,7 +5,9 @@
 
 Weights are random, in the published checkpoint's configuration. Both ways share the weights and run in turns, a UNet in
 each memory format; a row has the median time with its 20th and 80th percentile, and how far the patched result is off.
-The unpatched denoiser may attend by another backend, or be compiled: then it is the rival, not the start.
+The unpatched denoiser may attend by another backend, or be compiled: then it is the rival, not the start. With
+`graphs=True` convolutions' weights are in channels_last whatever format the unpatched ones have. `--without` gives a
+row for each thing that is left out, so that what it gains is read from one run.
 """
 
 import argparse
@@ -16,6 +18,7 @@ import statistics
 import sys
 import time
 
+import left_out
 import measure
 import real_models
 import torch
@@ -23,6 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import asyncdiff_fast
 
+FORMATS = ("contiguous_format", "channels_last")
 BACKENDS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
 # What one case of a large model may take.
 LEAST_S = 12
@@ -49,6 +53,12 @@ def parse(argv):
         choices=("no", "blocks", "whole"),
         default="no",
         help="compile the unpatched denoiser: its repeated blocks, or all of it",
+    )
+    parser.add_argument(
+        "--formats", nargs="+", choices=FORMATS, default=FORMATS, help="memory formats of a UNet's convolutions"
+    )
+    parser.add_argument(
+        "--without", nargs="+", choices=left_out.NAMES, default=[], help="leave out each, with graphs=True"
     )
     parser.add_argument("--profile", action="store_true", help="print where the patched call spends its time")
     parser.add_argument("--rounds", type=int, default=20)
@@ -120,7 +130,7 @@ def compare(options, plain, patched):
 
 def cases(options, denoiser):
     """[(memory format, attention of the unpatched, kernels)], the plainest first; formats matter to convolutions."""
-    formats = ["contiguous_format", "channels_last"] if "UNet2D" in type(denoiser).__name__ else ["contiguous_format"]
+    formats = options.formats if "UNet2D" in type(denoiser).__name__ else FORMATS[:1]
     return [(fmt, way, kernels) for way, fmt, kernels in itertools.product(options.attention, formats, options.kernels)]
 
 
@@ -166,13 +176,17 @@ def rows(options, built, given, case):
         if options.device == "cuda":
             graphs = [captured(call)[0] for call in calls]
             yield {**common, "mode": "graph", **compare(options, *graphs), "kernels": runtime.stats()["kernels"]}
-        if options.profile:
-            show_profile(calls[1], options.device)
-    with patched(denoiser, kernels=kernels, graphs=True) as runtime:
-        # The first call is launched, the second captured.
-        for _ in range(2):
-            calls[1]()
-        yield {**common, "mode": "graphs=True", **compare(options, *calls), "kernels": runtime.stats()["kernels"]}
+    for name in (None, *options.without):
+        with left_out.without(name), patched(denoiser, kernels=kernels, graphs=True) as runtime:
+            # The first call is launched, the second captured.
+            for _ in range(2):
+                fused = calls[1]()
+            difference = ((fused - exact).abs().max() / exact.abs().max()).item()
+            row = common | {"mode": "graphs=True", "relative_difference": difference}
+            row |= {} if name is None else {"without": name}
+            yield row | compare(options, *calls) | {"kernels": runtime.stats()["kernels"]}
+            if options.profile and name is None:
+                show_profile(calls[1], options.device)
 
 
 @contextlib.contextmanager
@@ -199,6 +213,7 @@ def told(row):
     """A row in one line."""
     ms = [f"{1e3 * row[way]['median_s']:.2f}" for way in ("unpatched", "patched")]
     what = [row[name] for name in ("model", "memory_format", "attention", "compiled", "mode")]
+    what += [f"without {row['without']}"] if "without" in row else []
     return f"ROW {' '.join(what)} kernels={row['kernels']['mode']}: {ms[0]} -> {ms[1]} ms, {row['speedup']:.2f}x"
 
 

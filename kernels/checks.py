@@ -22,6 +22,20 @@ def rows_are_dense(x):
     return x.ndim == 3 or (x.ndim in (4, 5) and x.stride(-2) == x.shape[-1] * x.stride(-1))
 
 
+def even_rows(name, x):
+    """`x` (..., columns) as (rows, columns) without a copy. Raises ValueError if its rows are not evenly spaced."""
+    try:
+        rows = x.view(-1, x.shape[-1])
+    except RuntimeError:
+        rows = None
+    if rows is None or x.stride(-1) != 1:
+        raise ValueError(
+            f"{name} must have evenly spaced rows and last stride 1: got {tuple(x.shape)} with strides {x.stride()}; "
+            "pass a contiguous copy"
+        )
+    return rows
+
+
 def check_borders(x, halo, upsample, above, below, top, bottom):
     """Raise unless the neighbours' rows fit the halo and the own ones `x`, all in the resolution of `x`."""
     for name, rows, count in (

@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 from asyncdiff_fast.kernels import tuning
+from asyncdiff_fast.kernels.checks import even_rows
 
 APPROXIMATE = ("none", "tanh")
 
@@ -101,7 +102,7 @@ def _launch_gelu(x, columns, gated, approximate, out):
     out = torch.empty(shape, dtype=x.dtype, device=x.device) if out is None else out
     if out.shape != shape:
         raise ValueError(f"out must be {shape}: got {tuple(out.shape)}")
-    rows_x, rows_out = _rows("x", x), _rows("out", out)
+    rows_x, rows_out = even_rows("x", x), even_rows("out", out)
     block_c = tuning.columns_block(columns)
     block_r = tuning.GELU_TILE // block_c
     grid = (triton.cdiv(rows_x.shape[0], block_r), triton.cdiv(columns, block_c))
@@ -111,20 +112,6 @@ def _launch_gelu(x, columns, gated, approximate, out):
             GATED=gated, TANH=approximate == "tanh", BLOCK_R=block_r, BLOCK_C=block_c, num_warps=tuning.GELU_WARPS,
         )  # fmt: skip
     return out
-
-
-def _rows(name, x):
-    """`x` as (rows, columns) without a copy."""
-    try:
-        rows = x.view(-1, x.shape[-1])
-    except RuntimeError:
-        rows = None
-    if rows is None or x.stride(-1) != 1:
-        raise ValueError(
-            f"{name} must have evenly spaced rows and last stride 1: got {tuple(x.shape)} with strides {x.stride()}; "
-            "pass a contiguous copy"
-        )
-    return rows
 
 
 def gate_residual_adaln(residual, x, gate, scale, shift, *, eps=1e-6, residual_out=None, out=None):

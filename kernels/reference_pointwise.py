@@ -35,6 +35,13 @@ def gate_residual_adaln_reference(residual, x, gate, scale, shift, *, eps=1e-6, 
     return residual, _into(out, normed * (1 + _exact(scale)[:, None]) + _exact(shift)[:, None], residual.dtype)
 
 
+def add_layer_norm_reference(residual, x, weight, bias, *, eps=1e-5):
+    """What `add_norm.add_layer_norm` gives; args and returns as there."""
+    total = (_exact(residual) + _exact(x)).to(residual.dtype)
+    weight, bias = (None if given is None else _exact(given) for given in (weight, bias))
+    return total, F.layer_norm(_exact(total), total.shape[-1:], weight, bias, eps).to(residual.dtype)
+
+
 def qk_norm_rope_reference(
     q, k, v, *, q_weight=None, k_weight=None, eps=1e-6, cos=None, sin=None, interleaved=True,
     q_out=None, k_out=None, v_out=None,

@@ -86,6 +86,37 @@ def test_captured_calls(name, kernels):
 
 
 @pytest.mark.usefixtures("choices")
+@torch.no_grad()
+def test_replayed_calls_see_texts_and_weights_change():
+    unet = tiny_pipelines.build("sdxl").to(DEVICE).unet.half()
+    x, text = (torch.randn(shape, device=DEVICE).half() for shape in ((2, 4, 16, 16), (2, 7, 64)))
+    added = dict(text_embeds=torch.randn(2, 32, device=DEVICE).half(), time_ids=torch.ones(2, 6, device=DEVICE).half())
+    keys = next(module for name, module in unet.named_modules() if name.endswith("attn2.to_k"))
+
+    def calls():
+        found = []
+        for step in range(9):
+            if step == 3:
+                text.mul_(1.5)
+            elif step == 6:
+                keys.weight.mul_(1.5)
+            found.append(unet(x * (1 + step), 900 - step, text, added_cond_kwargs=added, return_dict=False)[0])
+        text.div_(1.5)
+        keys.weight.div_(1.5)
+        return found
+
+    want, strides = calls(), [weight.stride() for weight in unet.parameters()]
+    runtime = asyncdiff_fast.patch(unet, graphs=True)
+    got = calls()
+    told = runtime.stats()["kernels"]["graphs"]
+    asyncdiff_fast.unpatch(unet)
+    assert told == {"captured": 1, "replayed": 8, "refused": []}
+    assert all(_relative(a.cpu(), b.cpu()) < 1e-2 for a, b in zip(got, want, strict=True))
+    assert [weight.stride() for weight in unet.parameters()] == strides
+    assert _relative(calls()[8].cpu(), want[8].cpu()) < 1e-3
+
+
+@pytest.mark.usefixtures("choices")
 @pytest.mark.parametrize("kernels", ["triton", "auto"])
 @torch.no_grad()
 def test_replayed_from_a_graph(kernels):

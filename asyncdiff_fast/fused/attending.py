@@ -23,12 +23,18 @@ _PLAIN = {
 _TAKES = {"hidden_states", "encoder_hidden_states", "attention_mask"}
 
 
-def attended(module, attention, args, kwargs):
+def projected(module, x, text):
+    """Queries, keys and values of an attention module."""
+    return module.to_q(x), module.to_k(text), module.to_v(text)
+
+
+def attended(module, attention, args, kwargs, project=projected):
     """What an attention module returns, to the bit; NotImplemented for modules and calls of another kind.
 
     Args:
         attention: called as `attention(F.scaled_dot_product_attention, args, kwargs)`.
         args, kwargs: the module's: hidden states (b, s, c), perhaps those that keys and values are made of.
+        project: what makes queries, keys and values, as `projected`.
     """
     if type(module) is not Attention or type(module.processor) is not AttnProcessor2_0:
         return NotImplemented
@@ -39,7 +45,7 @@ def attended(module, attention, args, kwargs):
     if any((getattr(module, name) or plain) != plain for name, plain in _PLAIN.items()):
         return NotImplemented
     text = x if text is None else text
-    q, k, v = module.to_q(x), module.to_k(text), module.to_v(text)
+    q, k, v = project(module, x, text)
     q, k, v = (y.view(y.shape[0], -1, module.heads, k.shape[-1] // module.heads).transpose(1, 2) for y in (q, k, v))
     q = q if module.norm_q is None else module.norm_q(q)
     k = k if module.norm_k is None else module.norm_k(k)
@@ -51,10 +57,24 @@ def attended(module, attention, args, kwargs):
 def _attention(self, choice, hidden_states, encoder_hidden_states=None, attention_mask=None, **cross_attention_kwargs):
     given = (hidden_states, encoder_hidden_states, attention_mask)
     if choice.alone and not exact(choice, hidden_states):
-        result = attended(self, functools.partial(_by_choice, choice), given, cross_attention_kwargs)
+        attention, project = (functools.partial(function, choice) for function in (_by_choice, _projected))
+        result = attended(self, attention, given, cross_attention_kwargs, project)
         if result is not NotImplemented:
             return result
     return type(self).forward(self, *given, **cross_attention_kwargs)
+
+
+def _projected(choice, module, x, text):
+    weights = choice.joined.of(module) if choice.joined is not None and x is text else None
+    if weights is not None and choice.mode == "auto":
+
+        def run(kernel):
+            return weights(x, kernel)
+
+        kernel = choice.pick("joined_projections", x, (*weights.sizes, weights.bias is not None), run)
+        if kernel != "torch":
+            return run(kernel)
+    return projected(module, x, text)
 
 
 def _by_choice(choice, func, args, options):

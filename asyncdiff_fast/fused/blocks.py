@@ -10,14 +10,14 @@ from diffusers.models.transformers import transformer_flux as flux
 from torch import nn
 
 from . import ops
-from .layers import Row, exact, gated_modulated, modulated, plain
+from .layers import Row, exact, gated_modulated, plain
 
 
 def _joint_block(self, choice, hidden_states, encoder_hidden_states, temb, joint_attention_kwargs=None):
     if exact(choice, hidden_states) or self._chunk_size is not None:
         return type(self).forward(self, hidden_states, encoder_hidden_states, temb, joint_attention_kwargs)
     extra = joint_attention_kwargs or {}
-    x, text = _tokens_by_row(hidden_states), encoder_hidden_states
+    x, text = tokens_by_row(hidden_states), encoder_hidden_states
     normed, gate, shift, scale, gate_mlp, *second = self.norm1(x, emb=temb)
     if self.context_pre_only:
         normed_text = self.norm1_context(text, temb)
@@ -82,7 +82,7 @@ def _flux_single_block(
     return x[:, :num_text], x[:, num_text:]
 
 
-def _tokens_by_row(x):
+def tokens_by_row(x):
     """Tokens (b, s, c), each in one row: a patch embedding leaves them by columns, and sums with them would stay so."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
@@ -147,45 +147,6 @@ def _flux_norms(self, encoder_hidden_states):
     return [[norm.weight for norm in pair] for pair in norms]
 
 
-def _basic_block(
-    self,
-    choice,
-    hidden_states,
-    attention_mask=None,
-    encoder_hidden_states=None,
-    encoder_attention_mask=None,
-    timestep=None,
-    cross_attention_kwargs=None,
-    class_labels=None,
-    added_cond_kwargs=None,
-):
-    if exact(choice, hidden_states) or self._chunk_size is not None or hidden_states.ndim != 3:
-        return type(self).forward(
-            self, hidden_states, attention_mask, encoder_hidden_states, encoder_attention_mask, timestep,
-            cross_attention_kwargs, class_labels, added_cond_kwargs,
-        )  # fmt: skip
-    x, extra = _tokens_by_row(hidden_states), cross_attention_kwargs or {}
-    rows = self.scale_shift_table[None] + timestep.reshape(x.shape[0], 6, -1)
-    shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = rows.unbind(1)
-    y = self.attn1(
-        modulated(self.norm1, choice, x, scale, shift),
-        encoder_hidden_states=encoder_hidden_states if self.only_cross_attention else None,
-        attention_mask=attention_mask,
-        **extra,
-    )
-    x = torch.addcmul(x, gate[:, None], y)
-    if self.attn2 is not None:
-        x = x + self.attn2(
-            x, encoder_hidden_states=encoder_hidden_states, attention_mask=encoder_attention_mask, **extra
-        )
-    return torch.addcmul(x, gate_mlp[:, None], self.ff(modulated(self.norm2, choice, x, scale_mlp, shift_mlp)))
-
-
-def _is_pixart(block):
-    """True for blocks that are modulated from a table of their own, without extras."""
-    return block.norm_type == "ada_norm_single" and block.pos_embed is None and not hasattr(block, "fuser")
-
-
 def _second_norms(block):
     return block.norm2, block.norm2_context
 
@@ -195,5 +156,4 @@ ROWS = (
     Row(flux.FluxTransformerBlock, _flux_block, takes_over=_second_norms),
     Row(flux.FluxSingleTransformerBlock, _flux_single_block, takes_over=lambda block: (block.act_mlp,)),
     Row(flux.FluxAttention, _flux_attention),
-    Row(attention.BasicTransformerBlock, _basic_block, _is_pixart),
 )

@@ -14,7 +14,6 @@ import json
 import logging
 import os
 import tempfile
-import weakref
 from collections import Counter
 from importlib import util
 from pathlib import Path
@@ -22,8 +21,8 @@ from pathlib import Path
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
-from ..versions import version
 from . import timing
+from .latest import Latest
 from .registry import KERNELS
 
 log = logging.getLogger(__name__)
@@ -75,9 +74,13 @@ class KernelChoice:
         self._known = everyone[0][1]
         # The choices of this process, and what it has measured itself.
         self._picked, self._tried = {}, set()
-        self._sum = None
+        self._as_captured = False
+        # Of residual sums the statistics, of blocks' results the next block's first norm; and which norm that is.
+        self.sums, self.results, self.next_norm = Latest(self.alone), Latest(self.alone), None
         # What shares a picture out as patches (`Patches`), if that is done.
         self.patches = None
+        # The weights that are joined (`Joined`), if any are.
+        self.joined = None
 
     def __deepcopy__(self, memo):
         return self
@@ -94,23 +97,9 @@ class KernelChoice:
         if not x.is_cuda:
             return "torch"
         key = (op, x.shape, x.stride(), x.dtype, x.device.index, facts)
-        way = CAPTURED if self._gpu.capturing() else LAUNCHED
+        way = CAPTURED if self._as_captured or self._gpu.capturing() else LAUNCHED
         picked = None if self._together else self._picked.get(key)
         return self._settle(key, way, run) if picked is None else picked[way]
-
-    def remember(self, y, partials):
-        """Keep the statistics that came with a residual sum, for a norm that reads it next.
-
-        Only with one rank: to those who follow tensors between modules this would be a way past them.
-        """
-        if self.alone and not torch.compiler.is_compiling() and not y.is_inference():
-            self._sum = weakref.ref(y), version(y), partials
-
-    def recall(self, x):
-        """The statistics of `x`, if it is the latest residual sum, unchanged; else None."""
-        if self._sum is None or torch.compiler.is_compiling() or self._sum[0]() is not x:
-            return None
-        return self._sum[2] if self._sum[1] == version(x) else None
 
     @property
     def _together(self):
@@ -125,6 +114,15 @@ class KernelChoice:
             yield
         finally:
             self._learning = self.alone
+
+    @contextlib.contextmanager
+    def as_captured(self):
+        """While it is open, a launched call runs what a captured one would: all that it meets is measured before."""
+        self._as_captured = True
+        try:
+            yield
+        finally:
+            self._as_captured = False
 
     @contextlib.contextmanager
     def paused(self):
@@ -151,8 +149,9 @@ class KernelChoice:
         known = text in self._known
         if self._together:
             known = all(self._world.gather(known, f"who knows the kernel of {op}"))
+        capturing = self._gpu.capturing()
         if not known:
-            if way == CAPTURED:
+            if capturing:
                 return KERNELS[op][0]
             if not self._learning:
                 return rule(op, shape, facts)
@@ -160,7 +159,7 @@ class KernelChoice:
         found = self._known[text]
         picked = found["launched"], found["captured"]
         if text not in self._tried and picked[CAPTURED] != picked[LAUNCHED]:
-            if way == CAPTURED:
+            if capturing:
                 return KERNELS[op][0]
             # Known from another process: in this one it may still have to be compiled, which no capture allows.
             with torch.no_grad(), _disable_current_modes():

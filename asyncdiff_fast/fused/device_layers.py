@@ -5,6 +5,8 @@ import functools
 from .choice import KernelChoice
 from .fusion import Fusion
 from .graphs import Graphs
+from .joined import Joined
+from .memory_format import ChannelsLast
 from .packed import PackedWeights, packs
 from .projections import Projections
 
@@ -22,10 +24,17 @@ class DeviceLayers:
         # Packed weights are a second copy, and weights are divided where memory is short.
         self.packed = PackedWeights(denoiser, active=packs(config.kernels, device_type) and not config.shard_weights)
         self._fusion = Fusion(denoiser, self.choice, patches)
-        # Patches that pass through a rank would make them one after another.
-        again = patches or config.pipeline_count > 1
-        self.projections = Projections(denoiser, again, self._fusion.taken_over, self.packed.forwards)
-        self.graphs = Graphs(denoiser, signature) if config.graphs else None
+        whole = self.choice.alone and self.choice.active and device_type == "cuda"
+        self._format = ChannelsLast(denoiser, whole and config.graphs)
+        self.choice.joined = self._joined = Joined(denoiser, whole and config.kernels == "auto")
+        # Patches that pass through a rank would make them one after another. Replayed, they cost the device's time;
+        # launched on one device, as much of the host's as finding out that they are the same.
+        replayed = self.choice.alone and config.graphs and config.kernels != "torch"
+        again = patches or config.pipeline_count > 1 or replayed
+        self.projections = Projections(
+            denoiser, again, self._fusion.taken_over | self._joined.layers, self.packed.forwards
+        )
+        self.graphs = Graphs(denoiser, signature, self.projections, self.choice.as_captured) if config.graphs else None
 
     @property
     def keeps(self):
@@ -40,9 +49,10 @@ class DeviceLayers:
             self.graphs.begin()
 
     def during(self, forward, latent):
-        """`forward` of the denoiser with all that is kept: see `Projections.during`, and `Graphs` around it."""
-        kept = self.projections.during(forward, latent)
-        return kept if self.graphs is None else functools.partial(self.graphs.call, kept)
+        """`forward` of the denoiser with all that is kept: see `Projections.during`, or `Graphs`."""
+        if self.graphs is not None:
+            return functools.partial(self.graphs.call, forward)
+        return self.projections.during(forward, latent)
 
     def learning(self):
         """See `KernelChoice.learning`."""
@@ -58,5 +68,7 @@ class DeviceLayers:
         if self.graphs is not None:
             self.graphs.forget()
         self.projections.remove()
+        self._joined.remove()
+        self._format.remove()
         self._fusion.remove()
         self.packed.remove()

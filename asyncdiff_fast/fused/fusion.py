@@ -12,10 +12,10 @@ import logging
 from collections import Counter
 
 from ..modules import Forwards
-from . import attending, blocks, layers, patches, unet
+from . import attending, basic_blocks, blocks, layers, patches, unet
 
 log = logging.getLogger(__name__)
-ROWS = {row.kind: row for row in (*unet.ROWS, *layers.ROWS, *blocks.ROWS, *attending.ROWS)}
+ROWS = {row.kind: row for row in (*unet.ROWS, *layers.ROWS, *blocks.ROWS, *basic_blocks.ROWS, *attending.ROWS)}
 
 
 PATCH_ROWS = {kind: row for kind, row in ROWS.items() if not row.across_rows}

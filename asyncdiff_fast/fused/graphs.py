@@ -3,9 +3,11 @@
 Launched one by one, the kernels of a call can take the host longer than the device; a replayed graph is one launch. Its
 kernels read and write the same memory each time: the arguments of a call are copied into tensors that stay, and its
 results out of them. Calls are of one kind if only the numbers in their tensors differ, and the timestep. The first of a
-kind is launched, which compiles, measures and chooses; the second is captured. All graphs share one pool of memory.
+kind is launched, which compiles, measures and chooses; the second is captured. What depends on nothing that changes in
+every call, such as the text's keys and values, has a graph of its own (`pinned.py`). Graphs share one pool of memory.
 """
 
+import contextlib
 import functools
 import logging
 from collections import OrderedDict
@@ -16,6 +18,7 @@ import torch
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from ..modules import ForwardHook, step_cache, structure
+from .pinned import Pinned
 
 log = logging.getLogger(__name__)
 # Kinds of calls that are kept, such as those of several sizes.
@@ -43,9 +46,14 @@ class CudaGraphs:
 
 @dataclass
 class _Kind:
-    """One kind of call: `inputs` are the tensors that stay, `replay` is None until it was captured."""
+    """One kind of call: `inputs` are the tensors that stay, `replay` is None until it was captured.
+
+    `make` fills what is `pinned`, if there is anything.
+    """
 
     inputs: list
+    pinned: Any = None
+    make: Any = None
     replay: Any = None
     result: Any = None
     refused: bool = False
@@ -55,12 +63,14 @@ class Graphs:
     """The captured calls of one denoiser.
 
     Args:
-        signature: the denoiser's `CallSignature`.
+        signature: the denoiser's `CallSignature`; projections: its `Projections`.
+        first: context in which the first call of a kind is launched.
         captures: what captures, as `CudaGraphs`.
     """
 
-    def __init__(self, denoiser, signature, captures=None):
-        self._denoiser, self._signature = denoiser, signature
+    def __init__(self, denoiser, signature, projections, first=contextlib.nullcontext, captures=None):
+        self._denoiser, self._signature, self._projections = denoiser, signature, projections
+        self._first = first
         self._captures = captures or CudaGraphs()
         self._kinds, self._state, self._told = OrderedDict(), None, set()
         self.captured = self.replayed = 0
@@ -72,31 +82,59 @@ class Graphs:
         if state != self._state:
             self._kinds.clear()
             self._state = state
+        for kind in self._kinds.values():
+            if kind.pinned is not None:
+                kind.pinned.forget()
 
     def call(self, forward, *args, **kwargs):
         """What `forward(*args, **kwargs)` returns, in new tensors."""
         leaves, tree = self._leaves(args, kwargs)
+        launched = self._projections.during(forward, self._signature.latent)
         refusal = self._why_not(leaves)
         if refusal:
-            return self._launched(refusal, forward, args, kwargs)
-        kind = self._kind(tree, leaves)
-        if kind is None or kind.refused:
-            return forward(*args, **kwargs)
-        for held, given in zip(kind.inputs, (x for x in leaves if isinstance(x, torch.Tensor)), strict=True):
-            _once(held).copy_(_once(given))
+            return self._launched(refusal, launched, args, kwargs)
+        kind, known = self._kind(tree, leaves)
+        if kind.refused:
+            return launched(*args, **kwargs)
+        given = [x for x in leaves if isinstance(x, torch.Tensor)]
+        for held, x in zip(kind.inputs, given, strict=True):
+            held.copy_(x)
+        call = functools.partial(self._run, kind, forward, *tree_unflatten(_put_in(leaves, kind.inputs), tree))
+        if not known:
+            return _copied(self._recorded(kind, call))
         if kind.replay is None:
-            args_held, kwargs_held = tree_unflatten(_put_in(leaves, kind.inputs), tree)
             try:
-                replay, kind.result = self._captures.capture(functools.partial(forward, *args_held, **kwargs_held))
-                self._check(kind.result)
+                self._capture(kind, call)
             except Exception as error:
-                kind.refused = True
-                return self._launched(f"{type(error).__name__}: {error}".splitlines()[0], forward, args, kwargs)
-            kind.replay = replay
-            self.captured += 1
+                vars(kind).update(vars(_Kind([], refused=True)))
+                return self._launched(f"{type(error).__name__}: {error}".splitlines()[0], launched, args, kwargs)
+        if kind.make is not None and not kind.pinned.is_of(kind.inputs, given):
+            kind.make()
         kind.replay()
         self.replayed += 1
-        return tree_map(lambda x: x.clone() if isinstance(x, torch.Tensor) else x, kind.result)
+        return _copied(kind.result)
+
+    def _run(self, kind, forward, args, kwargs):
+        """The forward of one kind of call, with its arguments that stay."""
+        if kind.pinned is not None:
+            kind.pinned.look()
+            forward = self._projections.with_pinned(kind.pinned, forward)
+        return forward(*args, **kwargs)
+
+    def _recorded(self, kind, call):
+        """The result of the first call of a kind, which is launched."""
+        with self._first(), kind.pinned.recording() if kind.pinned is not None else contextlib.nullcontext():
+            return call()
+
+    def _capture(self, kind, call):
+        hook = _hook(self._denoiser)
+        if hook:
+            raise RuntimeError(hook)
+        if kind.pinned is not None and kind.pinned.nbytes:
+            kind.make, _ = self._captures.capture(kind.pinned.make)
+        kind.replay, kind.result = self._captures.capture(call)
+        self._check(kind.result)
+        self.captured += 1
 
     def summary(self):
         """Dict, fit for JSON: how many kinds of calls were captured, how often one was replayed, why others not."""
@@ -137,26 +175,28 @@ class Graphs:
         return None
 
     def _kind(self, tree, leaves):
-        """The `_Kind` of a call, or None at its first."""
+        """(the `_Kind` of a call, whether there was one before)."""
         key = str(tree), tuple(map(_described, leaves)), _autocast(self._captures.device_type)
-        if key in self._kinds:
-            self._kinds.move_to_end(key)
-            if self._kinds[key] is None:
-                self._kinds[key] = self._made(leaves)
-            return self._kinds[key]
-        self._kinds[key] = None
+        known = key in self._kinds
+        if not known:
+            self._kinds[key] = self._made(tree, leaves)
+        self._kinds.move_to_end(key)
         while len(self._kinds) > KEPT:
             self._kinds.popitem(last=False)
-        return None
+        return self._kinds[key], known
 
-    def _made(self, leaves):
+    def _made(self, tree, leaves):
         hook = _hook(self._denoiser)
         if hook:
             self._tell(hook)
             return _Kind([], refused=True)
         # Ordinary tensors, whatever mode this call runs in: they are written in later ones too.
         with torch.inference_mode(False):
-            return _Kind([_like(x) for x in leaves if isinstance(x, torch.Tensor)])
+            held = [_place_for(x) for x in leaves if isinstance(x, torch.Tensor)]
+        if not self._projections.active:
+            return _Kind(held)
+        call = tree_unflatten(_put_in(leaves, held), tree)
+        return _Kind(held, Pinned(call, self._signature.latent(*call)))
 
     def _check(self, result):
         """Raises: TypeError if there is anything in a result but tensors and plain values."""
@@ -174,17 +214,14 @@ class Graphs:
             log.warning("graphs=True: %s is launched kernel by kernel: %s", type(self._denoiser).__name__, why)
 
 
-def _once(x):
-    """A view of a tensor in which what is repeated (a number that was expanded to a batch, say) comes once."""
-    for dim, (size, stride) in enumerate(zip(x.shape, x.stride(), strict=True)):
-        x = x.narrow(dim, 0, 1) if stride == 0 and size > 1 else x
-    return x
+def _place_for(x):
+    """A tensor like x, each of whose elements has a place of its own: a timestep may be one for the whole batch."""
+    strides = torch.empty_like(x).stride() if 0 in x.stride() else x.stride()
+    return torch.empty_strided(x.shape, strides, dtype=x.dtype, device=x.device)
 
 
-def _like(x):
-    """A new tensor of a tensor's shape and strides."""
-    once = _once(x)
-    return torch.empty_strided(once.shape, once.stride(), dtype=x.dtype, device=x.device).expand(x.shape)
+def _copied(result):
+    return tree_map(lambda x: x.clone() if isinstance(x, torch.Tensor) else x, result)
 
 
 def _put_in(leaves, tensors):

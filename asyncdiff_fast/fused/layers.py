@@ -74,7 +74,7 @@ def group_norm(norm, call, choice, x, act=None, conv_bias=None, temb=None, scale
     """
     silu = isinstance(act, nn.Module) and plain(act, nn.SiLU)
     if rows_are_dense(x) and (call is not norm or plain(norm, nn.GroupNorm)):
-        partials = choice.recall(x)
+        partials = choice.sums.recall(x)
 
         def run(kernel):
             return ops.group_norm(
@@ -90,7 +90,7 @@ def group_norm(norm, call, choice, x, act=None, conv_bias=None, temb=None, scale
     for added in (conv_bias, temb):
         x = x if added is None else x + _spread(added, x)
     # A module with hooks, or torch's own norm was faster.
-    y = call(x)
+    y = ops.laid_out_as(x, call(x))
     if scale is not None:
         y = y * (1 + _spread(scale, y)) + _spread(shift, y)
     return y if act is None else act(y)
@@ -122,6 +122,28 @@ def gated_modulated(norm, choice, residual, x, gate, scale, shift):
             return run(kernel)
     residual = residual + gate[:, None] * x
     return residual, norm(residual) * (1 + scale[:, None]) + shift[:, None]
+
+
+def added_norm(norm, choice, residual, x):
+    """x + residual, and norm of that; residual, x (b, s, c)."""
+    alike = residual.shape == x.shape and residual.dtype == x.dtype
+    if alike and residual.is_contiguous() and x.is_contiguous() and _normalises(norm, x):
+
+        def run(kernel):
+            return ops.add_layer_norm(residual, x, norm.weight, norm.bias, norm.eps, kernel)
+
+        kernel = choice.pick("add_layer_norm", x, (norm.weight is None, norm.bias is None), run)
+        if kernel != "torch":
+            return run(kernel)
+    residual = x + residual
+    return residual, norm(residual)
+
+
+def _normalises(norm, x):
+    """True if a norm is a LayerNorm over the channels of x, with weights of its dtype or none."""
+    if not plain(norm, nn.LayerNorm) or norm.normalized_shape != x.shape[-1:]:
+        return False
+    return all(given is None or given.dtype == x.dtype for given in (norm.weight, norm.bias))
 
 
 def _modulates(norm, x, scale, shift):

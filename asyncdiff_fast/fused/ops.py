@@ -50,10 +50,20 @@ def group_norm(
     spread = (..., *[None] * (x.ndim - 2))
     for added in (conv_bias, temb):
         x = x if added is None else x + added[spread]
-    y = F.group_norm(x, num_groups, weight, bias, eps)
+    y = laid_out_as(x, F.group_norm(x, num_groups, weight, bias, eps))
     if scale is not None:
         y = y * (1 + scale[spread]) + shift[spread]
     return F.silu(y) if silu else y
+
+
+def laid_out_as(x, y):
+    """`y` with its channels together in memory if those of `x` are: torch's GroupNorm on a GPU moves them apart.
+
+    What follows would have to bring them together again, and shapes would depend on what was chosen before.
+    """
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    apart = x.ndim not in formats or x.is_contiguous() or not x.is_contiguous(memory_format=formats[x.ndim])
+    return y if apart else y.contiguous(memory_format=formats[x.ndim])
 
 
 def _fake_residual_add(h, *_):
@@ -150,6 +160,28 @@ def gate_residual_adaln(
         return triton_op.gate_residual_adaln(residual, x, gate, scale, shift, eps=eps)
     residual = residual + gate[:, None] * x
     return residual, F.layer_norm(residual, residual.shape[-1:], eps=eps) * (1 + scale[:, None]) + shift[:, None]
+
+
+def _fake_add_layer_norm(residual, *_):
+    return _fake_adaln(residual), _fake_adaln(residual)
+
+
+@op(_fake_add_layer_norm)
+def add_layer_norm(
+    residual: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+    kernel: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """x + residual, and LayerNorm of it; residual, x (..., c), contiguous, weight, bias (c,) or None. Returns both."""
+    if kernel == "triton":
+        from ..kernels import add_norm as triton_op
+
+        return triton_op.add_layer_norm(residual, x, weight, bias, eps=eps)
+    total = x + residual
+    return total, F.layer_norm(total, total.shape[-1:], weight, bias, eps)
 
 
 def _fake_joint_qk_norm_rope(q, k, v, *_):

@@ -1,6 +1,6 @@
 """Projections of what stays the same through a generation, such as the text's keys and values: made once.
 
-Every patch attends to the whole text, so each would make the same keys and values in every call; the more patches, the
+Every call makes the same keys and values of the text, and every patch attends to the whole text: the more patches, the
 larger their share of a call. The authors of DistriFusion keep them too. Here no module is known by name: what stays the
 same is told by its memory. An argument of the denoiser that lies where one of an earlier call lay, unwritten since, is
 constant, and so is what linear layers make of it, and linear layers of that. The memory is held meanwhile, so that
@@ -13,10 +13,10 @@ import functools
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 
 from ..modules import Forwards
 from ..versions import version
+from .constants import Argument, Constant, by_place, place
 from .weights import Stamp
 
 # Constants that are looked for among a call's arguments: those of all calls of a step, and some that prove not to be.
@@ -35,7 +35,7 @@ class Projections:
 
     def __init__(self, denoiser, active, taken=(), beneath=None):
         self._known, self._arguments, self._found = [], {}, {}
-        self._inside, self._forwards = False, Forwards()
+        self._inside, self._pinned, self._forwards = False, None, Forwards()
         for module in denoiser.modules() if active else ():
             own = vars(module).get("forward")
             if type(module) in FUNCTIONS and id(module) not in taken and own is (beneath or {}).get(module):
@@ -49,9 +49,9 @@ class Projections:
         """`forward` of the denoiser, such that what was kept is used in it; `latent(args, kwargs)` is no constant."""
 
         def run(*args, **kwargs):
-            if not self._forwards.replaced:
+            if not self.active:
                 return forward(*args, **kwargs)
-            self._arguments = _by_place((args, kwargs), latent(args, kwargs))
+            self._arguments = by_place((args, kwargs), latent(args, kwargs))
             self._inside = True
             try:
                 return forward(*args, **kwargs)
@@ -60,6 +60,23 @@ class Projections:
                 self._arguments, self._found = {}, {}
 
         return run
+
+    def with_pinned(self, pinned, forward):
+        """`forward` of the denoiser, such that a `Pinned` answers for linear layers in it."""
+
+        def run(*args, **kwargs):
+            self._pinned = pinned
+            try:
+                return forward(*args, **kwargs)
+            finally:
+                self._pinned = None
+
+        return run
+
+    @property
+    def active(self):
+        """Whether there are layers whose results may be kept."""
+        return bool(self._forwards.replaced)
 
     @property
     def nbytes(self):
@@ -73,6 +90,8 @@ class Projections:
 
     def _forward(self, module, own, input):
         own = own or functools.partial(type(module).forward, module)
+        if self._pinned is not None and not torch.compiler.is_compiling():
+            return self._pinned.forward(module, own, input)
         constant = self._constant(input) if self._inside and not torch.compiler.is_compiling() else None
         if constant is None or torch.is_autocast_enabled(input.device.type):
             return own(input)
@@ -83,17 +102,17 @@ class Projections:
             if result.requires_grad or result.is_inference():
                 return result
             kept = constant.results[key] = _Result(result, module)
-        self._found[_place(kept.tensor)] = kept
+        self._found[place(kept.tensor)] = kept
         return kept.tensor
 
     def _constant(self, x):
         """The constant in whose memory a tensor lies, or None."""
         if type(x) is not torch.Tensor or x.is_inference():
             return None
-        place = _place(x)
-        if place in self._arguments:
-            self._found[place] = self._recognised(self._arguments.pop(place))
-        constant = self._found.get(place)
+        where = place(x)
+        if where in self._arguments:
+            self._found[where] = self._recognised(self._arguments.pop(where))
+        constant = self._found.get(where)
         return constant if constant is not None and constant.version == version(x) else None
 
     def _recognised(self, argument):
@@ -104,8 +123,8 @@ class Projections:
                 self._known.remove(constant)
                 self._known.append(constant)
                 return constant
-        self._known = [c for c in self._known if _place(c.tensor) != _place(argument)][1 - MOST_ARGUMENTS :]
-        self._known.append(_Argument(argument))
+        self._known = [c for c in self._known if place(c.tensor) != place(argument)][1 - MOST_ARGUMENTS :]
+        self._known.append(Argument(argument))
         return None
 
 
@@ -114,42 +133,19 @@ class KeptBytes(TorchFunctionMode):
 
     def __init__(self, arguments, latent):
         super().__init__()
-        self.nbytes, self._constants = 0, _by_place(arguments, latent)
+        self.nbytes, self._constants = 0, by_place(arguments, latent)
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         input = args[0] if args else kwargs.get("input")
-        if func in FUNCTIONS.values() and type(input) is torch.Tensor and _place(input) in self._constants:
+        if func in FUNCTIONS.values() and type(input) is torch.Tensor and place(input) in self._constants:
             self.nbytes += result.nbytes
-            self._constants[_place(result)] = result
+            self._constants[place(result)] = result
         return result
 
 
-class _Constant:
-    """A tensor that is held, and `results`: what was made of it, by module and view."""
-
-    def __init__(self, tensor):
-        self.tensor, self.version, self.results = tensor, version(tensor), {}
-
-    @property
-    def kept_bytes(self):
-        return sum(result.tensor.nbytes + result.kept_bytes for result in self.results.values())
-
-
-class _Argument(_Constant):
-    def __init__(self, tensor):
-        super().__init__(tensor)
-        self._words = _all_words(tensor).clone() if tensor.device.type == "cpu" else None
-
-    def is_now(self, x):
-        """True if an argument lies in this memory, with what was in it."""
-        if _place(x) != _place(self.tensor) or not version(x) == version(self.tensor) == self.version:
-            return False
-        return self._words is None or torch.equal(_all_words(x), self._words)
-
-
-class _Result(_Constant):
+class _Result(Constant):
     def __init__(self, tensor, module):
         super().__init__(tensor)
         self._stamps = [Stamp(weight) for weight in module.parameters()]
@@ -159,20 +155,3 @@ class _Result(_Constant):
         weights = list(module.parameters())
         same = version(self.tensor) == self.version and len(weights) == len(self._stamps)
         return same and all(stamp.is_of(weight) for stamp, weight in zip(self._stamps, weights, strict=True))
-
-
-def _place(x):
-    """What tells one piece of memory from all others that are held, on any device."""
-    return x.untyped_storage()._cdata
-
-
-def _by_place(tree, latent):
-    """{place: tensor} of the ordinary tensors in a tree, where the latent does not lie."""
-    apart = {_place(x) for x in tree_leaves(latent) if isinstance(x, torch.Tensor)}
-    found = {_place(x): x for x in tree_leaves(tree) if type(x) is torch.Tensor and not x.is_inference()}
-    return {place: x for place, x in found.items() if place not in apart}
-
-
-def _all_words(x):
-    storage = x.untyped_storage()
-    return torch.empty(0, dtype=torch.uint8 if storage.nbytes() % 8 else torch.int64).set_(storage)

@@ -18,10 +18,13 @@ KERNELS = {
     "gelu_beside": ("torch", "triton"),
     "adaln": ("torch", "triton"),
     "gate_residual_adaln": ("torch", "triton"),
+    "add_layer_norm": ("torch", "triton"),
     "joint_qk_norm_rope": ("torch", "triton"),
     "attention": ("torch", "cudnn", "flash", "triton"),
     # Of all keys in one segment, on one device.
     "whole_attention": ("torch", "cudnn", "flash"),
+    # Of queries, keys and values, by one matrix product.
+    "joined_projections": ("torch", "joined"),
     "patch_statistics": ("torch", "triton"),
     "patch_group_norm": ("torch", "triton"),
     "patch_rows": ("torch", "triton"),

@@ -61,7 +61,7 @@ def summed(choice, h, shortcut, bias, divisor):
     kernel = choice.pick("residual_add", h, (bias is not None, divisor), run) if alike else "torch"
     y, partials = run(kernel)
     if kernel != "torch":
-        choice.remember(y, partials)
+        choice.sums.remember(y, partials)
     return y
 
 

@@ -32,7 +32,7 @@ def test_says_that_it_needs_a_gpu(load, name):
 
 @pytest.mark.parametrize(
     ("name", "share", "own", "count"),
-    [("attention", "share_of_matmul", "ring, torch", 2 * 5), ("pointwise", "share_of_copy", "torch", 5 * 2)],
+    [("attention", "share_of_matmul", "ring, torch", 2 * 5), ("pointwise", "share_of_copy", "torch", 6 * 2)],
 )
 def test_measures_each_row_once(load, monkeypatch, tmp_path, name, share, own, count):
     timed_once(load, monkeypatch)

@@ -29,6 +29,15 @@ def test_tiny_rows(single_device, capsys):
         assert row["unpatched"]["p20_s"] <= row["unpatched"]["median_s"] <= row["unpatched"]["p80_s"]
 
 
+def test_rows_without_one_thing(single_device, capsys):
+    argv = ["--device", "cpu", "--tiny", "--formats", "contiguous_format", "--without", "text", "geglu"]
+    assert single_device.main(argv) == 0
+    told = capsys.readouterr()
+    rows = [json.loads(line) for line in told.out.splitlines()]
+    assert [row.get("without") for row in rows] == [None, None, "text", "geglu"]
+    assert "graphs=True without geglu kernels=auto" in told.err
+
+
 def test_a_case_that_fails_costs_no_other(single_device, monkeypatch, capsys):
     patch = single_device.asyncdiff_fast.patch
 

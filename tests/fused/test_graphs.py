@@ -9,30 +9,12 @@ import fused_checks
 import pytest
 import tiny_parts
 import torch
-from torch.utils._pytree import tree_leaves
+from stand_in_graphs import Replays
 
 import asyncdiff_fast
 from asyncdiff_fast.fused import graphs
 
 STEPS = 5
-
-
-class Replays:
-    """Captures on the CPU."""
-
-    device_type = "cpu"
-
-    def capture(self, call):
-        result = call()
-
-        def replay():
-            for held, made in zip(tree_leaves(result), tree_leaves(call()), strict=True):
-                held.copy_(made)
-
-        # Nothing has run yet.
-        for held in tree_leaves(result):
-            held.fill_(torch.nan)
-        return replay, result
 
 
 class Fails(Replays):
@@ -176,3 +158,16 @@ def test_calls_that_ranks_share_are_refused():
     with pytest.raises(ValueError, match="graphs must be True or False"):
         asyncdiff_fast.Config(graphs=1)
     assert asyncdiff_fast.Config(graphs=True, parallel_steps=2, cfg_parallel=True).world_size == 4
+
+
+def test_a_timestep_that_is_one_for_the_whole_batch(captures):
+    unet = fused_checks.unet()
+
+    def expanded(value):
+        return torch.tensor(value).expand(2)
+
+    want = _calls(unet, number=expanded)
+    runtime = asyncdiff_fast.patch(unet, graphs=True)
+    _equal(_calls(unet, number=expanded), want)
+    assert _told(runtime)["captured"] == 1
+    asyncdiff_fast.unpatch(unet)

@@ -12,7 +12,7 @@ import torch
 
 import asyncdiff_fast
 from asyncdiff_fast.exchange.world import World, start_process_group, stop_process_group
-from asyncdiff_fast.fused import choice
+from asyncdiff_fast.fused import choice, ops
 
 KEY = ("geglu", torch.Size((2, 8)), (8, 1), torch.float16, 0, ())
 
@@ -98,6 +98,33 @@ def test_captured_calls_have_a_choice_of_their_own(monkeypatch, tmp_path):
     assert pick(later) == "torch" and ran == ["triton"], "compiled where it may be"
     gpu.captures = True
     assert pick(later) == "triton" and ran == ["triton"]
+
+
+def test_the_call_before_a_capture_runs_what_the_capture_will(monkeypatch, tmp_path):
+    """What launched calls meet can be of other shapes and layouts, which would be unknown in the capture."""
+    monkeypatch.setenv("ASYNCDIFF_FAST_CACHE", str(tmp_path))
+    gpu = _Gpu((10.0, 4.0), (11.0, 3.0))
+    made = _choice(gpu)
+
+    def pick():
+        return made.pick("geglu", _OnGpu(), (), lambda kernel: None)
+
+    with made.as_captured():
+        assert pick() == "triton" and gpu.measured == 2
+    assert pick() == "torch"
+    gpu.captures = True
+    assert pick() == "triton"
+
+
+def test_results_are_laid_out_as_what_was_given():
+    """As torch's GroupNorm on a GPU does not leave them."""
+    for x, last in (
+        (torch.randn(2, 3, 4, 5), torch.channels_last),
+        (torch.randn(2, 3, 2, 4, 5), torch.channels_last_3d),
+    ):
+        assert ops.laid_out_as(x, x) is x
+        y = ops.laid_out_as(x.contiguous(memory_format=last), x)
+        assert y.is_contiguous(memory_format=last) and torch.equal(x, y)
 
 
 def test_measured_once_and_kept_on_disk(monkeypatch, tmp_path):

@@ -13,7 +13,7 @@ from torch import nn
 import asyncdiff_fast
 
 PIPELINES = {
-    "sdxl": ("ResnetBlock2D", "GroupNorm", "GEGLU"),
+    "sdxl": ("ResnetBlock2D", "GroupNorm", "Transformer2DModel", "BasicTransformerBlock", "GEGLU"),
     "sd3": ("JointTransformerBlock", "AdaLayerNormZero", "AdaLayerNormContinuous"),
     "flux": ("FluxTransformerBlock", "FluxSingleTransformerBlock", "FluxAttention", "AdaLayerNormZeroSingle"),
     "pixart": ("BasicTransformerBlock",),
@@ -68,7 +68,7 @@ def test_animatediff_block():
     )
     difference, layers = compare(block, torch.randn(3, 16, 4, 4), num_frames=3)
     assert difference < TOLERANCE
-    assert layers == {"GroupNorm": 1, "GEGLU": 1, "Attention": 2}
+    assert layers == {"GroupNorm": 1, "BasicTransformerBlock": 1, "GEGLU": 1, "Attention": 2}
 
 
 def test_norms_and_activations_in_a_row():
@@ -98,6 +98,35 @@ def test_kinds_of_residual_block(options, layout):
     assert layers == {"ResnetBlock2D": 1}
 
 
+@pytest.mark.parametrize("linear", [True, False])
+@torch.no_grad()
+def test_a_transformer_keeps_the_memory_format(linear):
+    """Its result is a sum that has its statistics; kernels take the sums inside it with their norms."""
+    options = dict(in_channels=16, num_layers=2, norm_num_groups=4, cross_attention_dim=8)
+    model = diffusers.models.Transformer2DModel(2, 8, **options, use_linear_projection=linear)
+    x, text = torch.randn(2, 16, 5, 3).to(memory_format=torch.channels_last), torch.randn(2, 3, 8)
+    model = tiny_parts.fill(model).to(memory_format=torch.channels_last)
+    difference, layers = compare(model, x, text)
+    assert difference < TOLERANCE
+    assert layers == {
+        "Transformer2DModel": 1, "GroupNorm": 1, "BasicTransformerBlock": 2, "GEGLU": 2, "Attention": 4
+    }  # fmt: skip
+    choice = asyncdiff_fast.patch(model, kernels="triton")._layers.choice
+    with SeenOps() as seen:
+        y = model(x, text).sample
+    # The first block's last sum goes through the second's first norm, which is left out there.
+    assert seen.names.count("asyncdiff_fast::add_layer_norm") == 5
+    assert seen.names.count("aten::native_layer_norm") == 1
+    assert seen.names.count("asyncdiff_fast::residual_add") == 1
+    assert y.is_contiguous(memory_format=torch.channels_last) and choice.sums.recall(y) is not None
+    model.transformer_blocks[1].norm1.register_forward_hook(lambda module, args, result: calls.append(module))
+    calls = []
+    assert relative(model(x, text).sample, y) < TOLERANCE and len(calls) == 1, "a norm with a hook is called"
+    masked = model(x, text, encoder_attention_mask=torch.ones(2, 3)).sample
+    asyncdiff_fast.unpatch(model)
+    assert relative(masked, y) < TOLERANCE
+
+
 @torch.no_grad()
 def test_a_sum_hands_its_statistics_to_the_next_norm():
     first, second = (tiny_parts.fill(ResnetBlock2D(in_channels=16, temb_channels=8, groups=4)) for _ in range(2))
@@ -106,12 +135,12 @@ def test_a_sum_hands_its_statistics_to_the_next_norm():
     want = second(first(x, temb), temb)
     choice = asyncdiff_fast.patch(both, kernels="triton")._layers.choice
     y = first(x, temb)
-    assert choice.recall(y) is not None
+    assert choice.sums.recall(y) is not None
     assert relative(second(y, temb), want) < TOLERANCE
-    assert choice.recall(y) is None and choice.recall(x) is None, "a later sum has come"
+    assert choice.sums.recall(y) is None and choice.sums.recall(x) is None, "a later sum has come"
     y = first(x, temb)
     y.mul_(2)
-    assert choice.recall(y) is None, "it has been changed"
+    assert choice.sums.recall(y) is None, "it has been changed"
     assert relative(second(y, temb), second(y.clone(), temb)) < TOLERANCE
     asyncdiff_fast.unpatch(both)
 

@@ -32,6 +32,7 @@ def _inputs(layout=torch.contiguous_format):
         "gelu_beside": [(y, x, "tanh"), (y, x, "none")],
         "adaln": [(x, scale, shift, 1e-6)],
         "gate_residual_adaln": [(x, y, gate, scale, shift, 1e-6)],
+        "add_layer_norm": [(x, y, gate[0], shift[0], 1e-5), (x, y, None, None, 1e-6)],
         "joint_qk_norm_rope": [
             (*heads, *weights, 1e-6, cos, sin),
             (*[part[1:] for part in heads], *[w[1:] for w in weights], 1e-6, None, None),
@@ -87,11 +88,14 @@ def test_attention_reads_a_ring_in_place(kernel):
 
 
 def test_every_op_is_registered():
-    chosen = {"patch_statistics", "patch_group_norm", "patch_rows", "whole_attention"}
+    chosen = {"patch_statistics", "patch_group_norm", "patch_rows", "whole_attention", "joined_projections"}
     assert set(_inputs()) | chosen == set(registry.KERNELS)
     assert all(names[0] == "torch" for names in registry.KERNELS.values())
-    # Of one segment on one device torch has what there is.
-    assert {op for op, names in registry.KERNELS.items() if "triton" not in names} == {"whole_attention"}
+    # Of one segment on one device torch has what there is, and of matrix products.
+    assert {op for op, names in registry.KERNELS.items() if "triton" not in names} == {
+        "whole_attention",
+        "joined_projections",
+    }
 
 
 def test_tracers_see_the_op_and_others_go_straight_to_the_kernel():

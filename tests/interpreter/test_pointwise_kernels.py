@@ -5,12 +5,19 @@ from types import SimpleNamespace
 import pointwise_checks as checks
 import pytest
 import torch
+from asyncdiff_fast.kernels.add_norm import add_layer_norm
 from asyncdiff_fast.kernels.pointwise import gate_residual_adaln, geglu, gelu
 from asyncdiff_fast.kernels.qk_norm_rope import qk_norm_rope
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-OPS = SimpleNamespace(geglu=geglu, gelu=gelu, gate_residual_adaln=gate_residual_adaln, qk_norm_rope=qk_norm_rope)
+OPS = SimpleNamespace(
+    geglu=geglu,
+    gelu=gelu,
+    gate_residual_adaln=gate_residual_adaln,
+    add_layer_norm=add_layer_norm,
+    qk_norm_rope=qk_norm_rope,
+)
 
 
 @pytest.mark.parametrize("dtype", checks.DTYPES, ids=str)
@@ -24,6 +31,12 @@ def test_gelu(shape, approximate, dtype):
 @pytest.mark.parametrize("shape", [(2, 5, 100), (1, 1, 64), (3, 2, 1536)], ids=str)
 def test_adaln(shape, dtype):
     checks.check_adaln(OPS, shape, dtype)
+
+
+@pytest.mark.parametrize("dtype", checks.DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(2, 5, 100), (1, 1, 64), (3, 2, 640)], ids=str)
+def test_add_layer_norm(shape, dtype):
+    checks.check_add_layer_norm(OPS, shape, dtype)
 
 
 @pytest.mark.parametrize("dtype", checks.DTYPES, ids=str)

@@ -192,7 +192,7 @@ def test_patch_ops(layout, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(2, 4096, 640), (1, 77, 1536), (3, 5, 24)])
 def test_pointwise(shape, dtype):
-    from asyncdiff_fast.kernels import pointwise
+    from asyncdiff_fast.kernels import add_norm, pointwise
     from asyncdiff_fast.kernels import reference_pointwise as reference
 
     torch.manual_seed(0)
@@ -204,6 +204,11 @@ def test_pointwise(shape, dtype):
         got = pointwise.gate_residual_adaln(*args)
         want = reference.gate_residual_adaln_reference(*(a if a is None else a.double() for a in args))
         for a, b in zip(got, want, strict=True):
+            near(a, b, dtype)
+    for weights in ((rows[0][0], rows[1][0]), (None, None)):
+        got = add_norm.add_layer_norm(residual, x, *weights)
+        doubled = [a if a is None else a.double() for a in (residual, x, *weights)]
+        for a, b in zip(got, reference.add_layer_norm_reference(*doubled), strict=True):
             near(a, b, dtype)
 
 

@@ -10,7 +10,7 @@ from diffusers.models.activations import GEGLU
 from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.normalization import AdaLayerNormZero, RMSNorm
 
-NAMES = ("geglu", "gelu", "gate_residual_adaln", "qk_norm_rope")
+NAMES = ("geglu", "gelu", "gate_residual_adaln", "add_layer_norm", "qk_norm_rope")
 OPS = SimpleNamespace(**{name: getattr(reference, name + "_reference") for name in NAMES})
 DTYPES = (torch.float64, *checks.DTYPES)
 
@@ -24,6 +24,11 @@ def test_gelu(approximate, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_adaln(dtype):
     checks.check_adaln(OPS, (2, 5, 100), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_add_layer_norm(dtype):
+    checks.check_add_layer_norm(OPS, (2, 5, 100), dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

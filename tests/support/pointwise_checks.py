@@ -56,6 +56,23 @@ def check_adaln(ops, shape, dtype):
     assert again[0] is residual and torch.equal(residual, total) and torch.equal(again[1], y)
 
 
+def check_add_layer_norm(ops, shape, dtype):
+    """Rows of larger tensors, a mean far from 0; with weights and without."""
+    make, columns = made(), shape[-1]
+    residual, x = torch.full((2, *shape[:-1], columns + 8), torch.nan, dtype=dtype)[..., :columns]
+    residual.copy_(30 + torch.randn(shape, generator=make))
+    x.copy_(torch.randn(shape, generator=make))
+    weight, bias = torch.randn(2, columns, generator=make).to(dtype)
+    nothing = torch.zeros(shape[0], columns)
+    for given in ((weight, bias), (weight, None), (None, None)):
+        total, y = ops.add_layer_norm(residual, x, *given, eps=1e-6)
+        assert_near(total, residual.double() + x.double(), dtype)
+        scale, shift = (None if one is None else one.expand(shape[0], -1) for one in given)
+        scale = nothing if scale is None else scale.double() - 1
+        assert_near(y, adaln_oracle(total, scale, nothing if shift is None else shift), dtype)
+        assert total.is_contiguous() and y.is_contiguous()
+
+
 def adaln_oracle(x, scale, shift):
     """LayerNorm without weights, then scale and shift, float64."""
     x = x.double()
@@ -119,6 +136,12 @@ def check_refused(ops):
         ops.gate_residual_adaln(x, x, None, vector, vector)
     with pytest.raises(ValueError, match="scale must be"):
         ops.gate_residual_adaln(x, x, vector, vector[:1], vector)
+    with pytest.raises(ValueError, match="x must be like residual"):
+        ops.add_layer_norm(x, x[:1], None, None)
+    with pytest.raises(ValueError, match="bias must be"):
+        ops.add_layer_norm(x, x, None, vector)
+    with pytest.raises(ValueError, match="x must have evenly spaced rows"):
+        ops.add_layer_norm(x, torch.zeros(3, 2, 8).transpose(0, 1), None, None)
     q = torch.zeros(1, 4, 2, 8)
     with pytest.raises(ValueError, match="cos and sin both given"):
         ops.qk_norm_rope(q, q, None, cos=torch.zeros(4, 8))
