@@ -124,7 +124,7 @@ def group_norm_apply(
     checks.check_borders(x, halo, upsample, above, below, top, bottom)
     y, result = pixels.new_output(x, halo, upsample, tokens, out)
     view, view_y = pixels.pixel_view(x), pixels.pixel_view(y, "out")
-    launch = tuning.GROUP_NORM["apply", pixels.channels_inner(x)]
+    launch = tuning.GROUP_NORM_APPLY[pixels.channels_inner(x)]
     tiles_per_frame = triton.cdiv(view_y.height * view_y.width, launch.block_p)
     arguments, constants = write_arguments(view, view_y, halo, above, below, top, bottom)
     _apply_kernel[tiles_per_frame * view.frames, triton.cdiv(view.c, launch.block_c), view.n](

@@ -20,7 +20,47 @@ section 4.2; its code multiplies variances by n / (n − 1), n the own patch's c
 import torch
 import triton
 import triton.language as tl
-from asyncdiff_fast.kernels import checks, pixels
+from asyncdiff_fast.kernels import checks, pixels, tuning
+
+
+@triton.jit
+def merged_channels(
+    partials_ptr, n, num_chunks, num_channels, num_pixels, chunk, chunks_per_frame, offs_c, mask_c,
+    BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """(BLOCK_C,) mean and m2 of channels, from their chunks' ones."""
+    base = partials_ptr + n * num_chunks * 2 * num_channels
+    count = 0.0
+    channel_mean = tl.zeros((BLOCK_C,), tl.float32)
+    channel_m2 = tl.zeros((BLOCK_C,), tl.float32)
+    for start in range(0, num_chunks, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        mask = (k < num_chunks)[:, None] & mask_c[None, :]
+        offs = (k * 2 * num_channels)[:, None] + offs_c[None, :]
+        mean = tl.load(base + offs, mask=mask, other=0.0)
+        m2 = tl.load(base + offs + num_channels, mask=mask, other=0.0)
+        weight = tl.minimum(chunk, num_pixels - (k % chunks_per_frame) * chunk)
+        weight = tl.where(k < num_chunks, weight, 0).to(tl.float32)[:, None]
+        added = tl.sum(tl.sum(weight, axis=1), axis=0)
+        about = tl.sum(weight * mean, axis=0) / added
+        d = mean - about[None, :]
+        rest = tl.sum(weight * d, axis=0) / added
+        m2 = tl.sum(m2 + weight * d * d, axis=0) - added * rest * rest
+        # What came before, with these chunks.
+        d = about + rest - channel_mean
+        channel_m2 += m2 + d * d * (count * added / (count + added))
+        channel_mean += d * (added / (count + added))
+        count += added
+    return channel_mean, channel_m2
+
+
+@triton.jit
+def group_statistics(channel_mean, channel_m2, members, count, GROUP_CHANNELS: tl.constexpr):
+    """(groups,) mean and biased variance, from those channels that are `members`, (groups, channels), of each."""
+    mean = tl.sum(tl.where(members, channel_mean[None, :], 0.0), axis=1) / GROUP_CHANNELS
+    d = tl.where(members, channel_mean[None, :] - mean[:, None], 0.0)
+    m2 = tl.sum(tl.where(members, channel_m2[None, :], 0.0), axis=1)
+    return mean, m2 / count + tl.sum(d * d, axis=1) / GROUP_CHANNELS
 
 
 @triton.jit
@@ -28,20 +68,20 @@ def image_statistics(
     mean, var, parts_ptr, shares_ptr, n, g, num_samples, num_groups, num_parts, own, count,
     MODE: tl.constexpr, BESSEL: tl.constexpr, BLOCK_PARTS: tl.constexpr,
 ):  # fmt: skip
-    """Mean and variance of the image for group `g` of sample `n`, from the own fresh ones and the parts."""
+    """Like `mean` and `var`, the own fresh ones of groups `g` (groups,) of sample `n`: the image's, with the parts."""
     image_mean = mean
     image_var = var
     if MODE != "local":
-        part = tl.arange(0, BLOCK_PARTS)
-        mask = part < num_parts
-        offs = ((part * num_samples + n) * num_groups + g) * 2
+        part = tl.arange(0, BLOCK_PARTS)[:, None]
+        mask = (part < num_parts) & (g < num_groups)[None, :]
+        offs = ((part * num_samples + n) * num_groups + g[None, :]) * 2
         part_mean = tl.load(parts_ptr + offs, mask=mask, other=0.0)
         part_var = tl.load(parts_ptr + offs + 1, mask=mask, other=0.0)
         if shares_ptr is not None:
-            share = tl.load(shares_ptr + part, mask=mask, other=0.0)
+            share = tl.load(shares_ptr + part, mask=part < num_parts, other=0.0)
         else:
-            share = tl.where(mask, 1.0 / num_parts, 0.0)
-        first = part_mean - mean
+            share = tl.where(part < num_parts, 1.0 / num_parts, 0.0)
+        first = part_mean - mean[None, :]
         second = part_var + first * first
         if MODE == "corrected":
             change = tl.where(part == own, 1.0, 0.0)
@@ -49,7 +89,7 @@ def image_statistics(
             second_moment = tl.sum(share * second, axis=0) + var - tl.sum(change * second, axis=0)
         else:
             first_moment = tl.sum(tl.where(part == own, 0.0, share * first), axis=0)
-            second_moment = tl.sum(share * tl.where(part == own, var, second), axis=0)
+            second_moment = tl.sum(share * tl.where(part == own, var[None, :], second), axis=0)
         image_mean = mean + first_moment
         image_var = second_moment - first_moment * first_moment
         image_var = tl.where(image_var < 0.0, var, image_var)
@@ -73,7 +113,7 @@ def channel_terms(conv_bias_ptr, temb_ptr, stride_temb, n, offs_c, mask_c, BLOCK
 def channel_affine(
     mean, var, eps, add, weight_ptr, bias_ptr, scale_ptr, shift_ptr, stride_scale, stride_shift, n, offs_c, mask_c
 ):  # fmt: skip
-    """(a, b), each like `add`: y = x a + b."""
+    """(a, b), each like `add`: y = x a + b. `mean` and `var` are of one group, (1,), or of each channel's."""
     a = tl.where(mask_c, 1.0 / tl.sqrt(var + eps), 0.0)
     if weight_ptr is not None:
         a *= tl.load(weight_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
@@ -97,44 +137,20 @@ def _merge_kernel(
     MODE: tl.constexpr, BESSEL: tl.constexpr, GROUP_CHANNELS: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_PARTS: tl.constexpr,
 ):  # fmt: skip
-    g = tl.program_id(0)
+    g = tl.program_id(0) + tl.arange(0, 1)
     n = tl.program_id(1).to(tl.int64)
     channel = tl.arange(0, BLOCK_C)
     mask_c = channel < GROUP_CHANNELS
-    offs_c = g * GROUP_CHANNELS + channel
-    offs_k = tl.arange(0, BLOCK_K)
-    base = partials_ptr + n * num_chunks * 2 * num_channels
-    total = count / GROUP_CHANNELS
-
-    channel_mean = tl.zeros((BLOCK_C,), tl.float32)
-    for start in range(0, num_chunks, BLOCK_K):
-        k = start + offs_k
-        mask = (k < num_chunks)[:, None] & mask_c[None, :]
-        weight = tl.minimum(chunk, num_pixels - (k % chunks_per_frame) * chunk).to(tl.float32)
-        offs = (k * 2 * num_channels)[:, None] + offs_c[None, :]
-        channel_mean += tl.sum(tl.load(base + offs, mask=mask, other=0.0) * weight[:, None], axis=0)
-    channel_mean /= total
-    channel_m2 = tl.zeros((BLOCK_C,), tl.float32)
-    for start in range(0, num_chunks, BLOCK_K):
-        k = start + offs_k
-        mask = (k < num_chunks)[:, None] & mask_c[None, :]
-        weight = tl.minimum(chunk, num_pixels - (k % chunks_per_frame) * chunk).to(tl.float32)
-        offs = (k * 2 * num_channels)[:, None] + offs_c[None, :]
-        d = tl.load(base + offs, mask=mask, other=0.0) - channel_mean[None, :]
-        m2 = tl.load(base + offs + num_channels, mask=mask, other=0.0)
-        channel_m2 += tl.sum(tl.where(mask, m2 + weight[:, None] * d * d, 0.0), axis=0)
-
+    offs_c = tl.program_id(0) * GROUP_CHANNELS + channel
+    channel_mean, channel_m2 = merged_channels(
+        partials_ptr, n, num_chunks, num_channels, num_pixels, chunk, chunks_per_frame, offs_c, mask_c, BLOCK_K, BLOCK_C
+    )
     add = channel_terms(conv_bias_ptr, temb_ptr, stride_temb, n, offs_c, mask_c, BLOCK_C)
-    channel_mean = tl.where(mask_c, channel_mean + add, 0.0)
-    mean = tl.sum(channel_mean, axis=0) / GROUP_CHANNELS
-    d = tl.where(mask_c, channel_mean - mean, 0.0)
-    var = tl.sum(channel_m2, axis=0) / count + tl.sum(d * d, axis=0) / GROUP_CHANNELS
-    num_samples = tl.num_programs(1)
+    mean, var = group_statistics(channel_mean + add, channel_m2, mask_c[None, :], count, GROUP_CHANNELS)
     tl.store(stats_ptr + (n * num_groups + g) * 2, mean)
     tl.store(stats_ptr + (n * num_groups + g) * 2 + 1, var)
-
     mean, var = image_statistics(
-        mean, var, parts_ptr, shares_ptr, n, g, num_samples, num_groups, num_parts, own, count,
+        mean, var, parts_ptr, shares_ptr, n, g, tl.num_programs(1), num_groups, num_parts, own, count,
         MODE, BESSEL, BLOCK_PARTS,
     )  # fmt: skip
     a, b = channel_affine(
@@ -180,6 +196,7 @@ def group_norm_merge(
         # A patch without rows has mean and variance 0 and, with its share of 0, no part in the image's.
         float(max(1, c // num_groups * frames * num_pixels)), eps,
         MODE=mode, BESSEL=bessel, GROUP_CHANNELS=c // num_groups,
-        BLOCK_K=max(16, 2048 // block_c), BLOCK_C=block_c, BLOCK_PARTS=triton.next_power_of_2(max(1, num_parts)),
+        BLOCK_K=max(16, min(triton.next_power_of_2(num_chunks), tuning.GROUP_NORM_MERGE_TILE // block_c)),
+        BLOCK_C=block_c, BLOCK_PARTS=triton.next_power_of_2(max(1, num_parts)), num_warps=tuning.GROUP_NORM_MERGE_WARPS,
     )  # fmt: skip
     return affine, stats

@@ -1,8 +1,8 @@
 """GroupNorm of small groups in one launch: one program makes statistics, merges parts and writes its group.
 
-The program reads its group twice, the second time from cache; formulas are those of `group_norm_stats`, with the
-whole group as the chunk, of `group_norm_merge` and of `group_norm_apply`. It pays where three launches cost more than
-reading a group with one multiprocessor.
+The program reads its group twice, the second time from cache; formulas are those of `group_norm_stats`, with a whole
+frame as the chunk, of `group_norm_merge` and of `group_norm_apply`. It pays where more launches cost more than reading
+a group with one multiprocessor.
 """
 
 import torch
@@ -10,8 +10,13 @@ import triton
 import triton.language as tl
 from asyncdiff_fast.kernels import checks, pixels, tuning
 from asyncdiff_fast.kernels.group_norm_apply import write_arguments, write_tile
-from asyncdiff_fast.kernels.group_norm_merge import channel_affine, channel_terms, image_statistics
-from asyncdiff_fast.kernels.group_norm_stats import SHIFT_PIXELS, load_tile
+from asyncdiff_fast.kernels.group_norm_merge import (
+    channel_affine,
+    channel_terms,
+    group_statistics,
+    image_statistics,
+)
+from asyncdiff_fast.kernels.group_norm_stats import pixel_statistics
 
 
 @triton.jit(do_not_specialize=["own"])
@@ -23,39 +28,29 @@ def _small_kernel(
     stride_temb, stride_scale, stride_shift, num_frames, num_out, num_groups, num_parts, own, count, eps,
     MODE: tl.constexpr, BESSEL: tl.constexpr, GROUP_CHANNELS: tl.constexpr,
     SILU: tl.constexpr, HALO: tl.constexpr, UPSAMPLE: tl.constexpr, X_UNIT: tl.constexpr, Y_UNIT: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_PARTS: tl.constexpr,
+    CHANNELS_INNER: tl.constexpr, READ_P: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_PARTS: tl.constexpr,
 ):  # fmt: skip
-    g = tl.program_id(0)
+    g = tl.program_id(0) + tl.arange(0, 1)
     n = tl.program_id(1).to(tl.int64)
     channel = tl.arange(0, BLOCK_C)
     mask_c = channel < GROUP_CHANNELS
-    offs_c = g * GROUP_CHANNELS + channel
+    offs_c = tl.program_id(0) * GROUP_CHANNELS + channel
     num_pixels = height * (width * X_UNIT)
 
-    offs_s = tl.arange(0, SHIFT_PIXELS)
-    mask_s = (offs_s < num_pixels)[:, None] & mask_c[None, :]
-    sample = load_tile(x_ptr, None, None, 1.0, x_strides, None, n, n * 0, offs_s, offs_c, mask_s, X_UNIT)
-    sampled = tl.maximum(tl.minimum(num_pixels, SHIFT_PIXELS), 1).to(tl.float32)
-    shift = tl.sum(tl.where(mask_s, sample, 0.0), axis=0) / sampled
-    first = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
-    second = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
+    channel_mean = tl.zeros((BLOCK_C,), tl.float32)
+    channel_m2 = tl.zeros((BLOCK_C,), tl.float32)
     for frame in range(0, num_frames):
-        for start in range(0, num_pixels, BLOCK_P):
-            offs_p = start + tl.arange(0, BLOCK_P)
-            mask = (offs_p < num_pixels)[:, None] & mask_c[None, :]
-            x = load_tile(x_ptr, None, None, 1.0, x_strides, None, n, frame + n * 0, offs_p, offs_c, mask, X_UNIT)
-            d = tl.where(mask, x - shift[None, :], 0.0)
-            first += d
-            second += d * d
-    total = count / GROUP_CHANNELS
-    sum_first = tl.sum(first, axis=0)
-    channel_m2 = tl.maximum(tl.sum(second, axis=0) - sum_first * sum_first / total, 0.0)
+        frame_mean, frame_m2 = pixel_statistics(
+            x_ptr, None, None, None, 1.0, x_strides, None, None, n, frame + n * 0, num_pixels * 0, num_pixels,
+            offs_c, mask_c, X_UNIT, CHANNELS_INNER, READ_P, BLOCK_C,
+        )  # fmt: skip
+        d = frame_mean - channel_mean
+        channel_m2 += frame_m2 + d * d * (num_pixels * (frame / (frame + 1.0)))
+        channel_mean += d / (frame + 1.0)
 
     add = channel_terms(conv_bias_ptr, temb_ptr, stride_temb, n, offs_c, mask_c, BLOCK_C)
-    channel_mean = tl.where(mask_c, shift + sum_first / total + add, 0.0)
-    mean = tl.sum(channel_mean, axis=0) / GROUP_CHANNELS
-    d = tl.where(mask_c, channel_mean - mean, 0.0)
-    var = tl.sum(channel_m2, axis=0) / count + tl.sum(d * d, axis=0) / GROUP_CHANNELS
+    mean, var = group_statistics(channel_mean + add, channel_m2, mask_c[None, :], count, GROUP_CHANNELS)
     tl.store(stats_ptr + (n * num_groups + g) * 2, mean)
     tl.store(stats_ptr + (n * num_groups + g) * 2 + 1, var)
     mean, var = image_statistics(
@@ -93,14 +88,15 @@ def group_norm_small(
     stats = x.new_empty((n, num_groups, 2), dtype=torch.float32)
     arguments, constants = write_arguments(view, view_y, halo, above, below, top, bottom)
     num_parts = 0 if parts is None else parts.shape[0]
-    block_c = triton.next_power_of_2(c // num_groups)
+    channels_inner = pixels.channels_inner(x)
+    tile = tuning.small_tile(channels_inner, constants["X_UNIT"] > 1, c // num_groups, view.height * view.width)
     _small_kernel[num_groups, n](
         x, above, below, y, top, bottom, weight, bias, conv_bias, temb, scale, shift, parts, shares, stats, *arguments,
         *(0 if t is None else t.stride(0) for t in (temb, scale, shift)),
         view.frames, view_y.height * view_y.width, num_groups, num_parts, own,
         float(max(1, x[0].numel() // num_groups)), eps,
         MODE=mode, BESSEL=bessel, GROUP_CHANNELS=c // num_groups, SILU=act == "silu", UPSAMPLE=upsample, **constants,
-        BLOCK_P=max(16, tuning.GROUP_NORM_SMALL_TILE // block_c), BLOCK_C=block_c,
-        BLOCK_PARTS=triton.next_power_of_2(max(1, num_parts)), num_warps=tuning.GROUP_NORM_SMALL_WARPS,
+        CHANNELS_INNER=channels_inner, READ_P=tile.block_p, BLOCK_P=tile.block_p // 2, BLOCK_C=tile.block_c,
+        BLOCK_PARTS=triton.next_power_of_2(max(1, num_parts)), num_warps=tile.num_warps,
     )  # fmt: skip
     return result, stats

@@ -1,12 +1,15 @@
 """Partial statistics of (n, c, *spatial): mean and m2 of every channel over every chunk of pixels.
 
-    mean = k + Σ (x − k) / count,    m2 = Σ (x − k)² − (Σ (x − k))² / count,    k = mean of the chunk's first pixels
+A program loads a tile of pixels at once. Mean and m2 of each lane, eight pixels of a channel that one thread holds, are
+taken by two passes over registers; tiles merge to the lane's statistics, and lanes to the chunk's, by
 
-All in float32. The shift k keeps the sums from cancelling where |mean| ≫ σ, and is a mean itself so that one outlier
-does not spoil it. Statistics are kept per channel, not per group: a group of 10 to 80 channels never fills a power of
-two, whole channels make 16-byte loads, a constant added to a channel (bias, time embedding) costs nothing afterwards,
-and the partials of a concatenation are the concatenation of partials. Chunks depend on the shape only: results repeat
-bit for bit.
+    mean = Σ count_i mean_i / Σ count_i,    m2 = Σ (m2_i + count_i (mean_i − mean)²)
+
+All in float32. No sum is of values far from their mean, so that none cancels where |mean| ≫ σ, and no load waits for
+another one. Statistics are kept per channel, not per group: a group of 10 to 80 channels never fills a power of two,
+whole channels make 16-byte loads, a constant added to a channel (bias, time embedding) costs nothing afterwards, and
+the partials of a concatenation are the concatenation of partials. Chunks depend on the shape only: results repeat bit
+for bit.
 
 A tile is (pixels, channels) whatever the memory format; which of the two runs along a warp follows from the strides.
 Source: T. Chan, G. Golub, R. LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances",
@@ -18,8 +21,8 @@ import triton
 import triton.language as tl
 from asyncdiff_fast.kernels import checks, pixels, tuning
 
-# Pixels whose mean is the shift: few, to be cheap; several, so that an outlier among them is diluted.
-SHIFT_PIXELS = tl.constexpr(16)
+# Pixels of a lane: where pixels are adjacent, those of one 16-byte load in half precision.
+ROWS = tl.constexpr(8)
 
 
 @triton.jit
@@ -39,31 +42,19 @@ def load_tile(
 
 
 @triton.jit
-def _partials_kernel(
-    x_ptr, shortcut_ptr, bias_ptr, y_ptr, partials_ptr,
-    x_strides, s_strides, y_strides,
-    num_channels, num_pixels, chunk, chunks_per_frame, scale,
-    UNIT: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+def pixel_statistics(
+    x_ptr, shortcut_ptr, y_ptr, bias, scale, x_strides, s_strides, y_strides,
+    n, frame, begin, end, offs_c, mask_c,
+    UNIT: tl.constexpr, CHANNELS_INNER: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    pid_k = tl.program_id(0)
-    offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    mask_c = offs_c < num_channels
-    n = tl.program_id(2).to(tl.int64)
-    frame = (pid_k // chunks_per_frame).to(tl.int64)
-    begin = (pid_k % chunks_per_frame) * chunk
-    end = tl.minimum(begin + chunk, num_pixels * UNIT)
-    bias = tl.zeros((BLOCK_C,), tl.float32)
-    if bias_ptr is not None:
-        bias = tl.load(bias_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
-
-    offs_s = begin + tl.arange(0, SHIFT_PIXELS)
-    mask_s = (offs_s < end)[:, None] & mask_c[None, :]
-    sample = load_tile(x_ptr, shortcut_ptr, bias, scale, x_strides, s_strides, n, frame, offs_s, offs_c, mask_s, UNIT)
-    sampled = tl.minimum(end - begin, SHIFT_PIXELS).to(tl.float32)
-    shift = tl.sum(tl.where(mask_s, sample, 0.0), axis=0) / sampled
-
-    first = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
-    second = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
+    """(BLOCK_C,) mean and m2 of the pixels from `begin` to `end` of a frame; with a shortcut, of the sums, for `y`."""
+    LANES: tl.constexpr = BLOCK_P // ROWS
+    # What a thread holds of a tile is eight pixels far apart, or adjacent ones: no sum over a lane leaves its thread.
+    STEP: tl.constexpr = LANES if CHANNELS_INNER else 1
+    lane = tl.arange(0, LANES) * (1 if CHANNELS_INNER else ROWS)
+    count = tl.zeros((LANES,), tl.float32)
+    mean = tl.zeros((LANES, BLOCK_C), tl.float32)
+    m2 = tl.zeros((LANES, BLOCK_C), tl.float32)
     for start in range(begin, end, BLOCK_P):
         offs_p = start + tl.arange(0, BLOCK_P)
         mask = (offs_p < end)[:, None] & mask_c[None, :]
@@ -72,16 +63,58 @@ def _partials_kernel(
             offs_y = offs_p[:, None].to(tl.int64) * y_strides[3] + offs_c[None, :].to(tl.int64) * y_strides[1] * UNIT
             base_y = n * y_strides[0] * UNIT + frame * y_strides[2] * UNIT
             tl.store(y_ptr + base_y + offs_y, x.to(y_ptr.dtype.element_ty), mask=mask)
-        d = tl.where(mask, x - shift[None, :], 0.0)
-        first += d
-        second += d * d
+        added = tl.minimum(tl.maximum((end - start - lane + STEP - 1) // STEP, 0), ROWS)
+        if CHANNELS_INNER:
+            within = tl.arange(0, ROWS)[:, None, None] < added[None, :, None]
+            x = tl.where(within, tl.reshape(x, (ROWS, LANES, BLOCK_C)), 0.0)
+            tile_mean = tl.sum(x, axis=0) / tl.maximum(added, 1).to(tl.float32)[:, None]
+            d = tl.where(within, x - tile_mean[None, :, :], 0.0)
+            tile_m2 = tl.sum(d * d, axis=0)
+        else:
+            within = tl.arange(0, ROWS)[None, :, None] < added[:, None, None]
+            x = tl.where(within, tl.reshape(x, (LANES, ROWS, BLOCK_C)), 0.0)
+            tile_mean = tl.sum(x, axis=1) / tl.maximum(added, 1).to(tl.float32)[:, None]
+            d = tl.where(within, x - tile_mean[:, None, :], 0.0)
+            tile_m2 = tl.sum(d * d, axis=1)
+        before = count
+        count += added.to(tl.float32)
+        share = added.to(tl.float32) / tl.maximum(count, 1.0)
+        d = tile_mean - mean
+        mean += d * share[:, None]
+        m2 += tile_m2 + d * d * (before * share)[:, None]
 
-    count = (end - begin).to(tl.float32)
-    sum_first = tl.sum(first, axis=0)
-    m2 = tl.sum(second, axis=0) - sum_first * sum_first / count
+    total = tl.maximum(end - begin, 1).to(tl.float32)
+    chunk_mean = tl.sum(count[:, None] * mean, axis=0) / total
+    d = mean - chunk_mean[None, :]
+    # The estimate's own rounding, which a large mean makes noticeable.
+    rest = tl.sum(count[:, None] * d, axis=0) / total
+    chunk_m2 = tl.sum(m2 + count[:, None] * d * d, axis=0) - total * rest * rest
+    return chunk_mean + rest, tl.maximum(chunk_m2, 0.0)
+
+
+@triton.jit
+def _partials_kernel(
+    x_ptr, shortcut_ptr, bias_ptr, y_ptr, partials_ptr,
+    x_strides, s_strides, y_strides,
+    num_channels, num_pixels, chunk, chunks_per_frame, scale,
+    UNIT: tl.constexpr, CHANNELS_INNER: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    pid_k = tl.program_id(0)
+    offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask_c = offs_c < num_channels
+    n = tl.program_id(2).to(tl.int64)
+    begin = (pid_k % chunks_per_frame) * chunk
+    bias = tl.zeros((BLOCK_C,), tl.float32)
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
+    mean, m2 = pixel_statistics(
+        x_ptr, shortcut_ptr, y_ptr, bias, scale, x_strides, s_strides, y_strides,
+        n, (pid_k // chunks_per_frame).to(tl.int64), begin, tl.minimum(begin + chunk, num_pixels * UNIT),
+        offs_c, mask_c, UNIT, CHANNELS_INNER, BLOCK_P, BLOCK_C,
+    )  # fmt: skip
     offs = (n * tl.num_programs(0) + pid_k) * 2 * num_channels + offs_c
-    tl.store(partials_ptr + offs, shift + sum_first / count, mask=mask_c)
-    tl.store(partials_ptr + offs + num_channels, tl.maximum(m2, 0.0), mask=mask_c)
+    tl.store(partials_ptr + offs, mean, mask=mask_c)
+    tl.store(partials_ptr + offs + num_channels, m2, mask=mask_c)
 
 
 def group_norm_partials(x):
@@ -118,12 +151,14 @@ def _launch(x, shortcut, bias, y, scale):
     chunks_per_frame = triton.cdiv(num_pixels, chunk)
     partials = x.new_empty((view.n, view.frames * chunks_per_frame, 2, view.c), dtype=torch.float32)
     unit = pixels.common_unit(view, *views[1:])
-    launch = tuning.GROUP_NORM["stats", pixels.channels_inner(x)]
+    channels_inner = pixels.channels_inner(x)
+    launch = tuning.statistics_tile(channels_inner, unit > 1, chunk)
     grid = (partials.shape[1], triton.cdiv(view.c, launch.block_c), view.n)
     _partials_kernel[grid](
         x, shortcut, bias, y, partials,
         *(None if v is None else pixels.strides_in(v, unit) for v in views),
         view.c, num_pixels // unit, chunk, chunks_per_frame, scale,
-        UNIT=unit, BLOCK_P=launch.block_p, BLOCK_C=launch.block_c, num_warps=launch.num_warps,
+        UNIT=unit, CHANNELS_INNER=channels_inner, BLOCK_P=launch.block_p, BLOCK_C=launch.block_c,
+        num_warps=launch.num_warps,
     )  # fmt: skip
     return partials

@@ -10,7 +10,9 @@ from typing import NamedTuple
 
 import torch
 
-MIN_CHUNK, MAX_CHUNKS = 256, 256
+# Few chunks are merged cheaply, small ones keep a device busy: about sixteen, of at most 1024 pixels unless there would
+# be too many.
+MIN_CHUNK, LARGE_CHUNK, FEW_CHUNKS, MAX_CHUNKS = 128, 1024, 16, 256
 
 
 class PixelView(NamedTuple):
@@ -79,7 +81,7 @@ def channels_inner(x):
 def chunk_pixels(frames, pixels):
     """Pixels of one chunk of a frame. Depends on the shape only, so that sums are made in the same order everywhere."""
     chunk = MIN_CHUNK
-    while frames * -(-pixels // chunk) > MAX_CHUNKS and chunk < pixels:
+    while frames * -(-pixels // chunk) > (FEW_CHUNKS if chunk < LARGE_CHUNK else MAX_CHUNKS) and chunk < pixels:
         chunk *= 2
     return chunk
 

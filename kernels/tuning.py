@@ -13,20 +13,47 @@ class Tile(NamedTuple):
     num_warps: int
 
 
-# By pass, and by whether channels (True) or pixels (False) are neighbours in memory. Tiles are wide along what is
-# adjacent, so that loads and stores are 16 bytes a lane, and small enough for 8 programs on an sm_90 multiprocessor.
-GROUP_NORM = {
-    ("stats", True): Tile(32, 64, 4),
-    ("stats", False): Tile(256, 16, 8),
-    ("apply", True): Tile(32, 64, 4),
-    ("apply", False): Tile(512, 8, 8),
-}
+def statistics_tile(channels_inner, wide, chunk):
+    """The `Tile` that reads chunks of `chunk` pixels, a power of two from 128: 64 elements of a thread.
+
+    Those are eight loads in flight of 16 bytes in half precision, of 64 bytes and more that are adjacent. Pixels that
+    are adjacent but no multiple of 16 bytes, not `wide`, are loaded one by one: there a thread has 16.
+    """
+    if channels_inner:
+        num_warps = min(4, chunk // 64)
+        return Tile(64 * num_warps, 32, num_warps)
+    if not wide:
+        return Tile(128, 16, 4)
+    block_p = min(1024, chunk)
+    return Tile(block_p, 8192 // block_p, 4)
+
+
+# Tiles that write, by whether channels (True) or pixels (False) are neighbours in memory: wide along what is adjacent,
+# so that loads and stores are 16 bytes a lane, and small enough for 8 programs on an sm_90 multiprocessor.
+GROUP_NORM_APPLY = {True: Tile(32, 64, 4), False: Tile(512, 8, 8)}
+
+# Elements of the tile of chunks and channels that one program merges at once, and its warps: most groups are one tile.
+GROUP_NORM_MERGE_TILE, GROUP_NORM_MERGE_WARPS = 8192, 8
+
+# Up to so many chunks each program that writes merges them itself; above, a launch of its own does it. Such a program
+# takes as many tiles as leave about so many warps, which an sm_90 device runs at once with 80 registers a thread.
+GROUP_NORM_MERGE_APPLY_CHUNKS = 32
+GROUP_NORM_MERGE_APPLY_WARPS = 132 * 24
+# Elements of the tile of chunks and channels that it merges at once.
+GROUP_NORM_MERGE_APPLY_TILE = 2048
 
 # A group up to this size is normalised in one launch by one program, which reads it twice, the second time from cache.
-GROUP_NORM_SMALL_BYTES = 64 * 1024
-# Elements of a tile of that kernel, whose other side is the channels of a group, rounded up; and its warps.
-GROUP_NORM_SMALL_TILE = 4096
-GROUP_NORM_SMALL_WARPS = 8
+# Where channels are adjacent a group is a narrow stripe of every pixel, and the program waits for many small pieces.
+GROUP_NORM_SMALL_BYTES = {True: 8 * 1024, False: 96 * 1024}
+
+
+def small_tile(channels_inner, wide, group_channels, pixels):
+    """The `Tile` that reads a group: its channels, rounded up, by a frame's pixels; of a thread as much as above."""
+    block_c = 1 << (group_channels - 1).bit_length()
+    elements = 64 if wide or channels_inner else 16
+    block_p = max(16, min(1 << (pixels - 1).bit_length(), 512 * elements // block_c))
+    return Tile(block_p, block_c, max(1, min(16, block_p * block_c // (32 * elements))))
+
 
 # Elements that one program of `pack_rows` copies.
 HALO_BLOCK = 1024

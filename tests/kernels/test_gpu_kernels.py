@@ -43,12 +43,13 @@ def near(got, want, dtype):
 # GroupNorm and halo rows.
 
 
-@pytest.mark.parametrize("one_launch", [True, False])
+@pytest.mark.parametrize("launches", [1, 2, 3])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_group_norm(case, one_launch, monkeypatch):
+def test_group_norm(case, launches, monkeypatch):
     from asyncdiff_fast.kernels import group_norm, tuning
 
-    monkeypatch.setattr(tuning, "GROUP_NORM_SMALL_BYTES", 2**40 if one_launch else 0)
+    monkeypatch.setattr(tuning, "GROUP_NORM_SMALL_BYTES", dict.fromkeys((True, False), 2**40 * (launches == 1)))
+    monkeypatch.setattr(tuning, "GROUP_NORM_MERGE_APPLY_CHUNKS", 2**40 * (launches == 2))
     x, weight, bias, keywords = inputs(case)
     want, _, stats = group_norm_oracle(x, weight, bias, case.groups, EPS, **keywords)
     if case.tokens:

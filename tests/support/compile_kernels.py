@@ -33,11 +33,13 @@ BINARIES = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """A call of a launcher. Of its kernels, `wide` ones access tensors by 16 bytes and `tensor_core` ones use those."""
+    """A call of a launcher. Of its kernels, `wide` ones access tensors by 16 bytes, `many` of them have four such loads
+    in flight, and `tensor_core` ones use those."""
 
     name: str
     launch: object
     wide: tuple = ()
+    many: tuple = ()
     tensor_core: tuple = ()
     targets: tuple = tuple(TARGETS)
 
@@ -95,6 +97,7 @@ def inspected(kernel):
             "spills": spills,
             "wide_loads": sum(op.startswith("LD") and op.endswith(".128") for op in _without_hints(access)),
             "wide_stores": sum(op.startswith("ST") and op.endswith(".128") for op in _without_hints(access)),
+            "in_flight": _in_flight(sass),
             "narrow_loads": sum(op.startswith("LD") for op in narrow),
             "narrow_stores": sum(op.startswith("ST") for op in narrow),
             "tensor_core": len(re.findall(TENSOR_CORE[kernel.metadata.target.arch], sass)),
@@ -108,6 +111,7 @@ def inspected(kernel):
         "spills": _number(r"\.vgpr_spill_count:\s+(\d+)", text),
         "wide_loads": len(re.findall(r"\b(?:global|buffer)_load_dwordx4\b", text)),
         "wide_stores": len(re.findall(r"\b(?:global|buffer)_store_dwordx4\b", text)),
+        "in_flight": None,
         "narrow_loads": 0,
         "narrow_stores": 0,
         "tensor_core": len(re.findall(r"\bv_mfma_", text)),
@@ -124,6 +128,23 @@ def _without_hints(access):
     return [re.sub(r"(\.128)\..*", r"\1", op) for op in access]
 
 
+def _in_flight(sass):
+    """The most 16-byte loads between which no instruction reads what a load before it has fetched."""
+    pending, wide, most = set(), 0, 0
+    for op, text in re.findall(r"\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*) ([^;]*);", sass):
+        operands = text.split(",")
+        sources = ",".join(operands if op.startswith("ST") else operands[1:])
+        if pending & set(map(int, re.findall(r"\bR(\d+)\b", sources))):
+            pending, wide = set(), 0
+        made = re.match(r"R(\d+)", text)
+        if op.startswith("LDG") and made:
+            wide += ".128" in op
+            most = max(most, wide)
+            registers = 4 if ".128" in op else 2 if ".64" in op else 1
+            pending |= set(range(int(made.group(1)), int(made.group(1)) + registers))
+    return most
+
+
 def _number(pattern, text):
     return int(re.search(pattern, text).group(1))
 
@@ -136,7 +157,8 @@ def main(target):
     for variant in (variant for module in modules for variant in module.VARIANTS if target in variant.targets):
         for name, kernel in compiled(variant):
             row = {"variant": variant.name, "kernel": name, **inspected(kernel)}
-            row |= {"wide": name in variant.wide, "must_use_tensor_core": name in variant.tensor_core}
+            row |= {"wide": name in variant.wide, "many": name in variant.many}
+            row["must_use_tensor_core"] = name in variant.tensor_core
             print(json.dumps(row), flush=True)
 
 

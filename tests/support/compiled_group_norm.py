@@ -8,7 +8,8 @@ from asyncdiff_fast.kernels.group_norm_small import group_norm_small
 from compile_kernels import Variant
 from norm_oracle import laid_out
 
-THREE = ("_partials_kernel", "_apply_kernel")
+WIDE = ("_partials_kernel", "_merge_apply_kernel", "_apply_kernel")
+SMALL = ("_small_kernel",)
 
 
 def tensor(shape, layout, dtype=torch.bfloat16):
@@ -29,7 +30,7 @@ def resnet(shape, layout, dtype=torch.bfloat16, small=False, mode="corrected"):
     keywords |= {"mode": mode, "parts": torch.empty(8, 1, 32, 2), "own": 3}
     if small:
         return group_norm_small(x, vector, vector, 32, 1e-5, **keywords)
-    # Whatever its size, by three launches: the partials are given.
+    # Whatever its size, by two launches or three: the partials are given.
     partials = group_norm.group_norm_partials(x)
     return group_norm.group_norm(x, vector, vector, 32, 1e-5, partials=partials, **keywords)
 
@@ -65,22 +66,24 @@ def frames(shape):
 SHAPE = (1, 640, 15, 120)
 VARIANTS = [
     *(
-        Variant(f"{name} {layout}", partial(call, shape, layout), wide)
+        Variant(f"{name} {layout}", partial(call, shape, layout), wide, wide[:1])
         for layout in ("contiguous", "channels_last")
         for name, call, shape, wide in (
-            ("resnet", resnet, SHAPE, THREE),
-            ("tokens", tokens, SHAPE, THREE),
-            ("residual", residual, SHAPE, THREE),
+            ("resnet", resnet, SHAPE, WIDE),
+            # 57,600 pixels are more chunks than programs that write should merge.
+            ("resnet of many chunks", resnet, (1, 320, 120, 480), WIDE),
+            ("tokens", tokens, SHAPE, WIDE),
+            ("residual", residual, SHAPE, WIDE),
             ("pack", packed, SHAPE, ()),
         )
     ),
-    Variant("upsampled channels_last", partial(upsampled, SHAPE, "channels_last"), THREE),
+    Variant("upsampled channels_last", partial(upsampled, SHAPE, "channels_last"), WIDE),
     Variant("upsampled contiguous", partial(upsampled, SHAPE, "contiguous")),
-    Variant("small contiguous", partial(resnet, (1, 1280, 4, 32), "contiguous", small=True), ("_small_kernel",)),
+    Variant("small contiguous", partial(resnet, (1, 1280, 4, 32), "contiguous", small=True), SMALL, SMALL),
     Variant("small channels_last", partial(resnet, (1, 320, 16, 128), "channels_last", small=True)),
     Variant(
-        "groups of 10, float16", partial(resnet, (1, 320, 60, 480), "channels_last", torch.float16, mode="sync"), THREE
+        "groups of 10, float16", partial(resnet, (1, 320, 60, 480), "channels_last", torch.float16, mode="sync"), WIDE
     ),
-    Variant("groups of 80, float32", partial(resnet, (1, 2560, 15, 120), "channels_last", torch.float32), THREE),
-    Variant("frames", partial(frames, (1, 320, 14, 24, 32)), THREE),
+    Variant("groups of 80, float32", partial(resnet, (1, 2560, 15, 120), "channels_last", torch.float32), WIDE),
+    Variant("frames", partial(frames, (1, 320, 14, 24, 32)), WIDE),
 ]

@@ -57,6 +57,9 @@ CASES = [
     Case(shape=(1, 20, 17, 31), groups=2, halo=(1, 1)),
     Case(shape=(1, 20, 15, 40), groups=2, halo=(1, 1), dtype=torch.bfloat16),
     Case(shape=(1, 20, 17, 31), groups=2, halo=(1, 1), layout="channels_last"),
+    # Chunks, or groups, of several tiles, the last one short.
+    Case(shape=(1, 20, 70, 71), groups=2),
+    Case(shape=(1, 20, 70, 71), groups=2, layout="channels_last", dtype=torch.float16),
     # A tile's 64 channels are not enough, nor do they divide the 80; groups of 40.
     Case(shape=(1, 80, 3, 5), groups=2, halo=(1, 1), layout="channels_last"),
     Case(shape=(2, 12, 37), groups=3),
