@@ -63,7 +63,7 @@ test-all: install
 
 # The tables of docs/ whose cells are tests.
 tables: install
-	ASYNCDIFF_FAST_TABLES=1 $(BIN)/pytest -q tests/test_compatibility.py tests/test_coverage.py
+	ASYNCDIFF_FAST_TABLES=1 $(BIN)/pytest -q -m "not slow" tests/test_compatibility.py tests/test_coverage.py
 
 lint: install
 	$(BIN)/ruff check .
