@@ -125,6 +125,7 @@ def _write(found):
 
 
 # Each row in one of the modes that two ranks share, in turn; and all of them.
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     "world_size, group",
     [
