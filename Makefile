@@ -10,10 +10,19 @@ CPP := $(wildcard csrc/*.cpp csrc/*.hpp)
 KERNEL_BENCHES := $(addprefix benchmarks/bench_,attention.py group_norm.py pointwise.py)
 BENCHES := $(filter-out $(if $(wildcard /dev/nvidiactl),,$(KERNEL_BENCHES)),$(wildcard benchmarks/bench_*.py benchmarks/end_to_end.py))
 
-# Two workers, between which tests/conftest.py shares out the tests.
-PYTEST := $(BIN)/pytest -n 2
+# Each process that starts would compile the package anew.
+unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: install demo test test-slow tables lint bench clean
+# $(call tests,WHICH): three workers for two cores, between which tests/conftest.py shares out the tests; beside them,
+# where Triton interprets, a process that gives way.
+define tests
+mkdir -p build
+OMP_NUM_THREADS=1 nice $(BIN)/pytest -m "$(1)" tests/interpreter > build/interpreter.txt 2>&1 & beside=$$!; status=0; \
+$(BIN)/pytest -n 3 -m "$(1)" || status=$$?; \
+wait $$beside || status=$$?; cat build/interpreter.txt; exit $$status
+endef
+
+.PHONY: install demo test test-ci test-all tables lint bench clean
 
 # What builds the package comes first, since it is built in the environment itself: an isolated build would fetch its own.
 define pip_install
@@ -43,16 +52,18 @@ demo: install
 	$(BIN)/asyncdiff-fast demo
 
 test: install
-	$(PYTEST) -m "not slow"
-	$(PYTEST) -m "not slow" tests/interpreter
+	$(call tests,not slow and not exhaustive)
 
-test-slow: install
-	$(PYTEST) -m slow
-	$(PYTEST) -m slow tests/interpreter
+# What every change must pass.
+test-ci: install
+	$(call tests,not exhaustive)
+
+test-all: install
+	$(call tests,)
 
 # The tables of docs/ whose cells are tests.
 tables: install
-	ASYNCDIFF_FAST_TABLES=1 $(BIN)/pytest -q tests/test_compatibility.py tests/test_coverage.py
+	ASYNCDIFF_FAST_TABLES=1 $(BIN)/pytest -q -m "not slow" tests/test_compatibility.py tests/test_coverage.py
 
 lint: install
 	$(BIN)/ruff check .

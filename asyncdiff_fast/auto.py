@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 from diffusers import DiffusionPipeline
 
+from .calls.watch import subclasses
 from .commands.launch import complete
 from .config import Config, environment_options
 from .patching import denoisers, device, is_patched, patch, unpatch
@@ -40,7 +41,7 @@ def enable():
         return
     if _num_processes() > 1 and torch.cuda.is_available():
         torch.cuda.set_device(device())
-    for cls in {DiffusionPipeline, *_subclasses(DiffusionPipeline)}:
+    for cls in {DiffusionPipeline, *subclasses(DiffusionPipeline)}:
         _wrap(cls)
     DiffusionPipeline.__init_subclass__ = classmethod(_wrap_later)
 
@@ -74,12 +75,6 @@ def options():
 
 def _num_processes():
     return int(os.environ.get("WORLD_SIZE", 1))
-
-
-def _subclasses(cls):
-    for sub in cls.__subclasses__():
-        yield sub
-        yield from _subclasses(sub)
 
 
 def _wrap_later(cls, **kwargs):

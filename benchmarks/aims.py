@@ -34,6 +34,12 @@ STEPS = (2, {"tolerance": 1e8, "parallel_steps": 2})
 # Ways to share a call, each of which was drawn with reused inputs and with predicted ones.
 BOTH = ("num_stages=2,stride=1", "num_stages=3,stride=1", "num_stages=4,stride=1", "num_patches=2", "num_patches=4")
 
+SIDE_BY_SIDE = Aim(
+    "two devices on one host", "parallel_steps=2", "predicted latents: more calls where they turn", STEPS, STEPS,
+    ("quality_steps", "parallel_steps=2,tolerance=0.014@50"),
+)  # fmt: skip
+SLOW_LINK = "slow link between two"
+
 # The closeness of the default `tolerance`, and of `predict="auto"`: "linear" for stages and two patches, "none" for
 # more patches.
 AIMS = (
@@ -42,10 +48,7 @@ AIMS = (
         "on a GPU pass `graphs=True`; on CPU, weights of layers with few pixels are kept twice", ALONE, ALONE, EXACT,
     ),
     Aim("two devices on one host, guidance", "cfg_parallel=True", "needs guidance", HALVES, HALVES, EXACT),
-    Aim(
-        "two devices on one host", "parallel_steps=2", "predicted latents: more calls where they turn", STEPS, STEPS,
-        ("quality_steps", "parallel_steps=2,tolerance=0.014@50"),
-    ),
+    SIDE_BY_SIDE,
     Aim(
         "two devices on one host", "num_stages=2", "stale inputs, predicted: one buffer more for each", STAGES, STAGES,
         ("quality_predict", "num_stages=2,stride=1,warmup_steps=3,predict=linear@50"),
@@ -77,12 +80,9 @@ AIMS = (
         closeness=("quality_predict", "num_patches=4,warmup_steps=3,predict=none@50"),
     ),
     Aim("slow link between two, guidance", "cfg_parallel=True", "needs guidance", None, HALVES, EXACT),
+    SIDE_BY_SIDE._replace(aim=SLOW_LINK, time=None),
     Aim(
-        "slow link between two", "parallel_steps=2", "predicted latents: more calls where they turn", None, STEPS,
-        ("quality_steps", "parallel_steps=2,tolerance=0.014@50"),
-    ),
-    Aim(
-        "slow link between two", "num_stages=2", "stale inputs, predicted", None, STAGES,
+        SLOW_LINK, "num_stages=2", "stale inputs, predicted", None, STAGES,
         ("quality_predict", "num_stages=2,stride=1,warmup_steps=3,predict=linear@50"),
     ),
     Aim("very large pictures", "num_patches=2", "the first call of a size takes as long and as much as on one device"),

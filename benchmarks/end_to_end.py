@@ -25,6 +25,7 @@ import asyncdiff_fast
 from asyncdiff_fast.commands.launch import launch
 from asyncdiff_fast.exchange.world import World
 
+FOR_CPU = ("sd15_width", "sd3_width", "tiny")
 # glibc's.
 KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 32), "MALLOC_TRIM_THRESHOLD_": str(1 << 36)}
 
@@ -33,7 +34,7 @@ def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--nproc", type=int, default=2)
-    parser.add_argument("--model", choices=("sd15_width", "sd3_width", *real_models.MODELS), default="sd15_width")
+    parser.add_argument("--model", choices=(*FOR_CPU, *real_models.MODELS), default="sd15_width")
     parser.add_argument("--options", default="balance=time", help="options of patch(), such as num_patches=2")
     parser.add_argument("--beside", help="options of a second patched denoiser, timed in turn with the first")
     parser.add_argument("--warmup-steps", type=int, default=1)
@@ -51,7 +52,7 @@ def parse(argv):
 
 def load(name, device):
     """(denoiser, its inputs)."""
-    if name in ("sd15_width", "sd3_width"):
+    if name in FOR_CPU:
         denoiser, inputs = getattr(real_models, name)()
     else:
         denoiser = real_models.build(name, device=device)

@@ -1,5 +1,6 @@
 """The table of docs/compatibility.md: each of its cells is a test. `make tables` writes it anew."""
 
+import itertools
 import os
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import neighbours
 import numpy as np
 import pytest
 import ranks
+from refusals import is_ours
 
 import asyncdiff_fast
 
@@ -18,6 +20,7 @@ MODES = {
     "stages": (2, dict(num_stages=2, warmup_steps=100), dict(num_stages=2, warmup_steps=1)),
     "patches": (2, dict(num_patches=2, exchange="sync"), None),
 }
+ROWS = [row for group in neighbours.GROUPS.values() for row in group]
 
 
 def _unpatched(row):
@@ -43,7 +46,9 @@ def _outcome(row, options, later, first, right):
         asyncdiff_fast.patch(target, timeout_s=60, **options)
         before = row.draw(pipe)
         found = before if row.after is neighbours.nothing else _after(row, pipe)
-    except (ValueError, TypeError) as refusal:
+    except Exception as refusal:
+        if not is_ours(refusal):
+            raise
         return _left_clean(row, target, pipe, first, right) or f"refused: {str(refusal)[:60]}"
     wrong = max(_error(before, first), _error(found, right))
     if wrong > row.tolerance:
@@ -84,11 +89,11 @@ def _error(found, right):
 
 
 def _cells(rank, group, names):
-    """{(row, mode): outcome}"""
-    found = {}
-    for row in neighbours.GROUPS[group]:
+    """{(row, mode): outcome} of a group's rows in some modes, one after another where `group` is None."""
+    found, one_by_one = {}, itertools.cycle(names)
+    for row in ROWS if group is None else neighbours.GROUPS[group]:
         plain = _unpatched(row)
-        for name in names:
+        for name in [next(one_by_one)] if group is None else names:
             _, options, later = MODES[name]
             try:
                 found[row.text, name] = _outcome(row, options, later, *plain)
@@ -111,7 +116,7 @@ def _table(page):
 def _write(found):
     """Put new outcomes into the page."""
     cells = _table(PAGE.read_text()) | found
-    rows = [row.text for group in neighbours.GROUPS.values() for row in group]
+    rows = [row.text for row in ROWS]
     lines = ["| | " + " | ".join(MODES) + " |", "|---|" + "---|" * len(MODES)]
     lines += [f"| {row} | " + " | ".join(cells.get((row, mode), "") for mode in MODES) + " |" for row in rows]
     table = "<!-- compatibility -->\n" + "\n".join(lines) + "\n<!-- /compatibility -->"
@@ -119,9 +124,17 @@ def _write(found):
     PAGE.write_text(before + table + rest.partition("<!-- /compatibility -->")[2])
 
 
-@pytest.mark.parametrize("group", neighbours.GROUPS)
-@pytest.mark.parametrize("world_size", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_compatibility(group, world_size):
+# Each row in one of the modes that two ranks share, in turn; and all of them.
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    "world_size, group",
+    [
+        *((1, group) for group in neighbours.GROUPS),
+        pytest.param(2, None, marks=pytest.mark.slow),
+        *(pytest.param(2, group, marks=pytest.mark.exhaustive) for group in neighbours.GROUPS),
+    ],
+)
+def test_compatibility(world_size, group):
     names = [name for name, (size, _, _) in MODES.items() if size == world_size]
     by_rank = ranks.run(world_size, _cells, group, names, timeout=400)
     assert all(found == by_rank[0] for found in by_rank), by_rank
@@ -132,3 +145,7 @@ def test_compatibility(group, world_size):
     assert not wrong, wrong
     written = _table(PAGE.read_text())
     assert found == {place: written.get(place) for place in found}, "run `make tables`"
+
+
+def test_the_page_has_all_rows():
+    assert list(_table(PAGE.read_text())) == [(row.text, mode) for row in ROWS for mode in MODES], "run `make tables`"

@@ -7,6 +7,7 @@ import pytest
 import ranks
 import torch.distributed as dist
 from bare import Bare, loop
+from sequences import quick
 
 import asyncdiff_fast
 from asyncdiff_fast.config import EXCHANGE_VARIABLE
@@ -64,8 +65,7 @@ def test_turns_of_patch_and_unpatch_leave_nothing(kind, exchange):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("exchange", ["", "torch"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind, exchange", quick([(k, e) for k in KINDS for e in ("", "torch")], ("both", "")))
 def test_a_hundred_turns_leave_nothing(kind, exchange):
     size, options = KINDS[kind]
     _assert_steady(ranks.run(size, _turns, options, exchange, 100, 2, True), 32 << 20)
@@ -83,7 +83,7 @@ def _generations(rank, options, number):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", quick([(k,) for k in KINDS], ("both",)))
 def test_two_hundred_generations_leave_nothing(kind):
     size, options = KINDS[kind]
     _assert_steady(ranks.run(size, _generations, options, 200), 4 << 20)

@@ -91,7 +91,7 @@ def watch_schedulers():
     global _users
     _users += 1
     if _users == 1:
-        for cls in set(_subclasses(SchedulerMixin)):
+        for cls in set(subclasses(SchedulerMixin)):
             _wrap(cls)
         SchedulerMixin.__init_subclass__ = classmethod(_wrap_later)
 
@@ -168,10 +168,11 @@ def _bound(method, watched):
     return run
 
 
-def _subclasses(cls):
+def subclasses(cls):
+    """All classes made from a class, some perhaps more than once."""
     for sub in cls.__subclasses__():
         yield sub
-        yield from _subclasses(sub)
+        yield from subclasses(sub)
 
 
 def _wrap_later(cls, **kwargs):

@@ -18,8 +18,7 @@ def _bits(tensor):
 
     The sums of all rows and all columns, each times a factor of its own: two values that change places change it.
     """
-    if tensor.is_meta or tensor.numel() == 0 or 0 in tensor.stride():
-        # The last: one number that stands for weights that are elsewhere.
+    if tensor.is_meta or tensor.numel() == 0:
         return None
     try:
         tensor = torch.view_as_real(tensor) if tensor.is_complex() else tensor
@@ -36,10 +35,12 @@ def _bits(tensor):
 
 
 def model_digest(model, buffers=True):
-    """One number for names, shapes, dtypes and every bit of a model's parameters, and of its buffers."""
+    """One number for names, shapes, dtypes and every bit of a model's parameters, and of its buffers, but for those
+    that are elsewhere.
+    """
     tensors = list(model.named_parameters()) + (list(model.named_buffers()) if buffers else [])
     layout = [(name, tuple(t.shape), str(t.dtype)) for name, t in tensors]
-    sums = [s for s in (_bits(t) for _, t in tensors) if s is not None]
+    sums = [s for s in (_bits(t) for _, t in tensors if not _is_elsewhere(t)) if s is not None]
     by_device = {}
     for s in sums:
         by_device.setdefault(s.device, []).append(s)

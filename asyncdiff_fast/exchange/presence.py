@@ -2,12 +2,17 @@
 whoever waits. Where its process is, which epoch it has begun, and whether it has left that again.
 """
 
+import threading
 import time
 
 from . import wire
 from .errors import ExchangeError
 from .processes import Siblings, has_ended, has_launcher, identity
 from .waiting import Asked
+
+# How long the keeper of the store waits for others to have read why it left.
+HEARD_PATIENCE_S = 5.0
+HEARD_PAUSE_S = 0.02
 
 
 class Missing(ExchangeError):
@@ -43,11 +48,20 @@ class Ahead(ExchangeError):
 
 
 class Presence:
-    """This rank among others in a store of torch.distributed. What asks the store may wait for it, but for `look`."""
+    """This rank among others in a store of torch.distributed. What asks the store may wait for it, but for `look`.
 
-    def __init__(self, store, me):
-        self._store, self._me = store, me
-        self._processes, self._siblings, self._asked, self._told = {}, None, None, False
+    Args:
+        others: their numbers.
+        keeps_store: whether the store ends with this process.
+    """
+
+    def __init__(self, store, me, others=(), keeps_store=False):
+        self._store, self._me, self._others, self._keeps_store = store, me, tuple(others), keeps_store
+        self._processes, self._siblings, self._told = {}, None, False
+        # Of which epoch this rank asks, and its question.
+        self._asked = None
+        # Set once others can read that this rank has left its last epoch.
+        self._left_last = None
 
     def introduce(self):
         """Tell where this process is."""
@@ -57,18 +71,41 @@ class Presence:
             self._siblings, self._told = Siblings(), True
 
     def begun(self, epoch):
-        """Tell which epoch this rank begins."""
+        """Tell which epoch this rank begins, after why it has left the last one: who waits there asks for both."""
+        if self._left_last is not None:
+            self._left_last.wait()
         self._store.set(f"at/{self._me}", str(epoch))
 
     def leave(self, epoch, why):
-        """Tell, without waiting: this rank makes no more calls in an epoch.
+        """Tell, without waiting but at the end of the process: this rank makes no more calls in an epoch.
 
         Args:
             why: text of a failure, or the number of calls made.
         """
         place = f"left/{epoch}/{self._me}"
         message = wire.dumps(why, place)
-        later(lambda: (self._store.set(place, message), self._store.delete_key(f"left/{epoch - 8}/{self._me}")))
+        written = self._left_last = threading.Event()
+
+        def tell(stop):
+            try:
+                self._store.set(place, message)
+                self._store.delete_key(f"left/{epoch - 8}/{self._me}")
+            finally:
+                written.set()
+            if self._keeps_store and isinstance(why, str):
+                self._until_heard(epoch)
+
+        Asked(tell)
+
+    def _until_heard(self, epoch):
+        """Wait until all others know of this rank's failure, or need not."""
+        ends, others = time.monotonic() + HEARD_PATIENCE_S, set(self._others)
+        while others and time.monotonic() < ends:
+            others -= {r for r in others if self._has_heard(r, epoch)}
+            time.sleep(HEARD_PAUSE_S)
+
+    def _has_heard(self, rank, epoch):
+        return self._store.check([f"left/{epoch}/{rank}"]) or self._number(f"at/{rank}") > epoch or self.ended(rank)
 
     def look(self, epoch, calls, ranks):
         """Raises ExchangeError if one of `ranks` is known to have died, left or ended. Never waits.
@@ -76,10 +113,12 @@ class Presence:
         Args:
             calls: number of this rank's calls of the epoch, with the one under way: an error if another made fewer.
         """
-        if self._asked is not None and not self._asked.is_done:
+        asked_of, asked = self._asked or (epoch, None)
+        if asked is not None and not asked.is_done:
             return
-        asked, self._asked = self._asked, Asked(lambda stop: self._look(epoch, calls, ranks))
-        if asked is None:
+        self._asked = epoch, Asked(lambda stop: self._look(epoch, calls, ranks))
+        # An answer about an epoch that is over says nothing of this one.
+        if asked is None or asked_of != epoch:
             return
         try:
             asked.result(1)
@@ -118,6 +157,8 @@ class Presence:
                 self._in_call(rank, epoch, calls)
 
     def _in_call(self, rank, epoch, calls):
+        # Before what it says: whoever has ended may have said why just before.
+        ended = self.ended(rank)
         # Whoever has sent all that a call needs may have begun another epoch since.
         left = self._left(rank, epoch)
         if left is not None and left < calls:
@@ -126,15 +167,16 @@ class Presence:
                 f"{calls}: ranks must stop at the same step",
                 ended=True,
             )
-        if self.ended(rank):
+        if ended:
             raise Missing([rank], died=True)
 
     def agrees(self, rank, epoch, begun):
         """Raises ExchangeError if a rank that is silent in an epoch will stay so; `begun` is the latest epoch here."""
+        # Before what it says: it may have said why just before.
+        ended, at = self.ended(rank), self._number(f"at/{rank}")
         self._left(rank, epoch)
-        if self.ended(rank):
+        if ended:
             raise Missing([rank], died=True)
-        at = self._number(f"at/{rank}")
         if at > begun:
             raise Ahead(rank, at)
 

@@ -32,7 +32,8 @@ class Rounds:
 
     def __init__(self, store, me, ranks, keeps_store=False):
         self.store, self.me, self.ranks, self._keeps_store = store, me, tuple(ranks), keeps_store
-        self.epoch, self.presence, self._read_by_all = 0, Presence(store, me), []
+        self.epoch, self._read_by_all = 0, []
+        self.presence = Presence(store, me, [rank for rank in self.ranks if rank != me], keeps_store)
 
     def begin(self, value, what, timeout_s):
         """(number of the new epoch, [every rank's value]). Collective. Raises: ExchangeError; `Missing`."""

@@ -1,13 +1,16 @@
 """Calls that may never end, each in a thread of its own, so that its caller can give up, or be interrupted."""
 
-import atexit
+import os
 import queue
 import threading
 import time
+from multiprocessing import util
 
 # A thread that is still inside such a call while the interpreter goes down would take the process with it.
 EXIT_S = 1.0
 _running = set()
+# The process whose end waits for them: a forked one does not by itself.
+_waits_for_them = None
 
 
 def within(seconds, ask):
@@ -23,6 +26,7 @@ class Asked:
     """One such call. `start(run)` lets a thread run it."""
 
     def __init__(self, ask, start=_thread):
+        _wait_at_the_end()
         self._results, self._over, self.stop = queue.SimpleQueue(), threading.Event(), threading.Event()
         _running.add(self)
         start(lambda: self._run(ask))
@@ -83,7 +87,14 @@ class Helper:
         self._runs = self._last = None
 
 
-@atexit.register
+def _wait_at_the_end():
+    """Not by `atexit`: a process of multiprocessing ends without it."""
+    global _waits_for_them
+    if _waits_for_them != os.getpid():
+        _waits_for_them = os.getpid()
+        util.Finalize(None, _end, exitpriority=0)
+
+
 def _end():
     deadline = time.monotonic() + EXIT_S
     for asked in list(_running):

@@ -6,7 +6,7 @@ from ..calls.schedule import stage_of
 from ..calls.signature import device_of
 from ..fused.packed import packs
 from ..modules import containers
-from ..tracing import trace
+from ..tracing import times, trace
 from ..tracing.recording import TensorRef
 from . import cutset, graph, units
 from .division import Division, describe, divide, from_names
@@ -164,7 +164,7 @@ def decide(denoiser, forward, args, kwargs, config, recording):
         keys = [u.key for u in traced.units]
         # The first two pack weights, where that is done.
         repeats = 4 if packs(config.kernels, kind) else 2
-        traced = traced.with_costs(trace.measure(denoiser, forward, keys, args, kwargs, repeats))
+        traced = traced.with_costs(times.measure(denoiser, forward, keys, args, kwargs, repeats))
     if config.balance == "memory":
         traced = traced.with_costs(_weights_of_units(denoiser, traced))
     if config.stages is not None:

@@ -98,7 +98,9 @@ class StepCalls:
         """
         tick = self._clock.tick(timestep, key)
         if tick.begins:
-            self._end("a new generation began")
+            # A pipeline says when its loop ends: this one was left by an exception, and nobody holds its latents.
+            if self._told() is None:
+                self._end("a new generation began")
             self._begin()
         if tick.call == 0 and self._called and tick.step > 0:
             self._irregular("no scheduler's step was seen between two calls: pass scheduler= to patch()")

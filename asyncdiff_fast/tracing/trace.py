@@ -1,7 +1,6 @@
 """One traced forward: records every module call and tensor operation of a denoiser as plain numbers."""
 
 import math
-import time
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -179,7 +178,7 @@ def record(denoiser, forward, args, kwargs):
     Returns: `Recording`.
     """
     recorder = _Recorder(denoiser)
-    args, kwargs = tree_map_only(torch.Tensor, _copy, (args, kwargs))
+    args, kwargs = tree_map_only(torch.Tensor, copied_whole, (args, kwargs))
     signature = CallSignature(denoiser)
     recorder.recording.latent = frozenset(recorder.numbers(signature.latent(args, kwargs)))
     recorder.recording.timestep = frozenset(recorder.numbers(signature.timestep(args, kwargs)))
@@ -214,7 +213,7 @@ def _note_sizes(recording, denoiser, forward, signature, args, kwargs):
         return
     # A seed that no caller has, or the noise would be the latent's own.
     noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(-180_529)).to(latent)
-    args, kwargs = signature.with_latent(*tree_map_only(torch.Tensor, _copy, (args, kwargs)), noise)
+    args, kwargs = signature.with_latent(*tree_map_only(torch.Tensor, copied_whole, (args, kwargs)), noise)
     for name, module in denoiser.named_modules():
         if name:
 
@@ -233,7 +232,7 @@ def _note_sizes(recording, denoiser, forward, signature, args, kwargs):
     recording.keep_together(seen, {name: type(module) for name, module in denoiser.named_modules()})
 
 
-def _copy(x):
+def copied_whole(x):
     """A clone that lies in its storage as `x` does: a patch reads the rows around its own."""
     try:
         storage = x.untyped_storage()
@@ -242,43 +241,3 @@ def _copy(x):
         return x.new_empty(0).set_(storage.clone(), x.storage_offset(), x.size(), x.stride())
     except (NotImplementedError, RuntimeError, AttributeError):
         return x.clone()
-
-
-def measure(denoiser, forward, keys, args, kwargs, repeats):
-    """Seconds of each unit, the least of `repeats` forwards on copies of the inputs.
-
-    Args:
-        keys: (name, call) of each unit.
-    Returns: dict of key to seconds.
-    """
-    modules, wanted, best, calls, started = dict(denoiser.named_modules()), set(keys), {}, {}, {}
-    cuda = any(p.is_cuda for p in denoiser.parameters())
-
-    def now():
-        if cuda:
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
-    def enter(name):
-        started[name] = now()
-
-    def leave(name):
-        key = (name, calls.get(name, 0))
-        calls[name] = key[1] + 1
-        if key in wanted:
-            best[key] = min(best.get(key, math.inf), now() - started[name])
-
-    handles = []
-    for name in {name for name, _ in wanted}:
-        handles.append(modules[name].register_forward_pre_hook(lambda m, a, name=name: enter(name)))
-        handles.append(modules[name].register_forward_hook(lambda m, a, o, name=name: leave(name)))
-    try:
-        for _ in range(repeats):
-            calls.clear()
-            copies = tree_map_only(torch.Tensor, _copy, (args, kwargs))
-            with torch.no_grad(), side_effects.restored(denoiser):
-                forward(*copies[0], **copies[1])
-    finally:
-        for handle in handles:
-            handle.remove()
-    return best

@@ -7,12 +7,15 @@ import threading
 import time
 
 import pytest
+import ranks
 import torch.distributed as dist
 
+import asyncdiff_fast
 from asyncdiff_fast.exchange import processes, wire
 from asyncdiff_fast.exchange.errors import ExchangeError
 from asyncdiff_fast.exchange.presence import Missing
 from asyncdiff_fast.exchange.rounds import Rounds
+from asyncdiff_fast.exchange.world import World
 
 RANKS = (0, 1)
 
@@ -108,6 +111,63 @@ def test_who_makes_one_call_more_hears_that_the_other_has_ended():
     with pytest.raises(ExchangeError, match="rank 1 has ended this generation after 8 calls") as error:
         _looked(a, 9)
     assert error.value.ended
+
+
+def test_what_was_asked_of_one_generation_says_nothing_of_the_next():
+    (a, b), store = _pair()
+    _together(lambda: a.begin(0, "it", 5), lambda: b.begin(0, "it", 5))
+    b.presence.leave(1, 8)
+    store.wait(["left/1/1"])
+    # Asked in its ninth call; the answer comes after its last look.
+    a.presence.look(1, 9, RANKS)
+    _together(lambda: a.begin(0, "it", 5), lambda: b.begin(0, "it", 5))
+    for _ in range(5):
+        a.presence.look(2, 1, RANKS)
+        time.sleep(0.05)
+
+
+class Slow:
+    """A store in which some words take their time."""
+
+    def __init__(self, store, slow):
+        self._store, self._slow = store, slow
+
+    def __getattr__(self, name):
+        return getattr(self._store, name)
+
+    def set(self, key, value):
+        if key.startswith(self._slow):
+            time.sleep(0.5)
+        self._store.set(key, value)
+
+
+def test_why_a_rank_has_left_is_heard_before_it_begins_anew():
+    (a, b), store = _pair()
+    _together(lambda: a.begin(0, "it", 5), lambda: b.begin(0, "it", 5))
+    b = Rounds(Slow(store, "left/"), 1, RANKS)
+    b.epoch = 1
+    b.presence.leave(1, "OSError: on purpose")
+    lost, _ = _together(lambda: a.gather("1/0", 0, "more", RANKS, 5), lambda: b.begin("b", "it", 1.5))
+    assert "rank 1 has left: OSError: on purpose" in str(lost)
+
+
+def _fails_and_ends(rank, why):
+    """Rank 0 fails and its process ends, which takes the store with it."""
+    asyncdiff_fast.exchange.world.start_process_group(20)
+    world = World((0, 1), 20)
+    world.begin(None, "it")
+    if rank == 0:
+        world.leave(why)
+        return None
+    time.sleep(0.3)
+    with pytest.raises(ExchangeError) as error:
+        world.gather(None, "more")
+    world.leave(str(error.value))
+    return str(error.value)
+
+
+def test_the_keeper_of_the_store_says_why_it_left_before_it_ends():
+    assert "rank 0 has left: OSError: on purpose" in ranks.run(2, _fails_and_ends, "OSError: on purpose")[1]
 
 
 @pytest.mark.parametrize("reaped", [True, False])

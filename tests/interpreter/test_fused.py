@@ -22,8 +22,8 @@ PIPELINES = {
     "svd": ("ResnetBlock2D", "TemporalResnetBlock", "GroupNorm", "GEGLU"),
 }
 # What the interpreter makes slow for its size; their parts are below.
-MARKS = dict.fromkeys(("sdxl", "sd15", "animatediff"), pytest.mark.slow)
-MARKS["svd"] = [pytest.mark.slow, pytest.mark.timeout(900)]
+MARKS = {"sdxl": pytest.mark.slow} | dict.fromkeys(("sd15", "animatediff"), pytest.mark.exhaustive)
+MARKS["svd"] = [pytest.mark.exhaustive, pytest.mark.timeout(900)]
 SMALLER = {
     "svd": dict(num_frames=2, max_guidance_scale=1.0),
     "animatediff": dict(num_frames=2, guidance_scale=1.0),

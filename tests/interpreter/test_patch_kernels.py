@@ -97,8 +97,8 @@ def displaced(build, kernels, patch, patches, group_norm, watch=None):
     [
         (dit, 1, 3, "corrected"),
         (unet, 1, 3, "stale"),
-        pytest.param(dit, 0, 2, "stale", marks=pytest.mark.slow),
-        pytest.param(unet, 0, 2, "corrected", marks=pytest.mark.slow),
+        pytest.param(dit, 0, 2, "stale", marks=pytest.mark.exhaustive),
+        pytest.param(unet, 0, 2, "corrected", marks=pytest.mark.exhaustive),
     ],
 )
 def test_with_and_without_kernels(build, patch, patches, group_norm):

@@ -10,6 +10,7 @@ import subprocess
 import sys
 
 import pytest
+from sequences import quick
 
 ROOT = pathlib.Path(__file__).parents[2]
 SHARED_BYTES = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
@@ -61,7 +62,7 @@ def _check(result, target):
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("target", SHARED_BYTES)
+@pytest.mark.parametrize("target", quick([(target,) for target in SHARED_BYTES], ("sm_90",)))
 def test_compiles(target):
     _check(_compile(target), target)
 
@@ -78,7 +79,7 @@ def _older_triton():
     return folder
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.timeout(900)
 def test_compiles_with_an_older_triton():
     folder = _older_triton()

@@ -141,7 +141,7 @@ def _displaced(rank, name, num_patches):
 
 CASES = [("unet", 2), ("unet", 4), ("pixart", 2), ("pixart", 4), ("flux", 2)]
 cases = pytest.mark.parametrize(
-    "name, num_patches", [pytest.param(*c, marks=[pytest.mark.slow] * (c[1] > 2)) for c in CASES]
+    "name, num_patches", [pytest.param(*c, marks=[pytest.mark.exhaustive] * (c[1] > 2)) for c in CASES]
 )
 
 
@@ -215,7 +215,7 @@ def sdxl_plan(pixels, num_patches):
 @pytest.mark.parametrize(
     "pixels, num_patches",
     [
-        pytest.param(p, n, marks=[pytest.mark.slow] * ((p, n) != (1024, 2) and (p, n) != (2048, 4)))
+        pytest.param(p, n, marks=[pytest.mark.exhaustive] * ((p, n) != (1024, 2) and (p, n) != (2048, 4)))
         for p in SDXL
         for n in (2, 4, 8)
     ],
@@ -240,7 +240,7 @@ def test_sdxl(pixels, num_patches):
         assert line.endswith(f"{plan.memory_bytes(patch) / 1e6:.1f} MB")
 
 
-@pytest.mark.parametrize("num_patches", [2, pytest.param(8, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("num_patches", [2, pytest.param(8, marks=pytest.mark.exhaustive)])
 def test_what_is_posted_together_fits_a_slot_and_is_worth_a_post(num_patches):
     """By the bytes for one other patch: with more patches they are fewer, and so are the posts."""
     plan = sdxl_plan(1024, num_patches)

@@ -77,11 +77,11 @@ def _in_a_row(rank, name, options):
     "name, num_patches, options",
     [
         ("unet", 2, {}),
-        pytest.param("pixart", 2, {}, marks=pytest.mark.slow),
-        pytest.param("unet", 3, dict(group_norm="stale"), marks=pytest.mark.slow),
-        pytest.param("pixart", 3, {}, marks=pytest.mark.slow),
-        pytest.param("unet", 2, dict(exchange="none"), marks=pytest.mark.slow),
-        pytest.param("unet", 2, dict(exchange="none", warmup_steps=0), marks=pytest.mark.slow),
+        pytest.param("pixart", 2, {}, marks=pytest.mark.exhaustive),
+        pytest.param("unet", 3, dict(group_norm="stale"), marks=pytest.mark.exhaustive),
+        pytest.param("pixart", 3, {}, marks=pytest.mark.exhaustive),
+        pytest.param("unet", 2, dict(exchange="none"), marks=pytest.mark.exhaustive),
+        pytest.param("unet", 2, dict(exchange="none", warmup_steps=0), marks=pytest.mark.exhaustive),
     ],
 )
 def test_each_generation_is_that_of_a_fresh_patch(name, num_patches, options):
@@ -203,7 +203,7 @@ def _memory(rank, name):
     return len(new), planned, held, outlive, left, torch.equal(generate(name, model), plain)
 
 
-@pytest.mark.parametrize("name", ["unet", pytest.param("pixart", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["unet", pytest.param("pixart", marks=pytest.mark.exhaustive)])
 def test_unpatch_restores_and_releases(name):
     for count, planned, held, outlive, left, same in ranks.run(2, _memory, name):
         assert count > 10 and held >= planned > 0

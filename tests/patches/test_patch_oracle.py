@@ -69,7 +69,9 @@ def _id(case):
     return "-".join([name, str(num_patches), str(warmup_steps), *options.values()])
 
 
-@pytest.mark.parametrize("case", [pytest.param(c, marks=[pytest.mark.slow] * (c[1] > 2), id=_id(c)) for c in CASES])
+@pytest.mark.parametrize(
+    "case", [pytest.param(c, marks=[pytest.mark.exhaustive] * (c[1] > 2), id=_id(c)) for c in CASES]
+)
 def test_displaced_steps_follow_the_rule(case):
     number = [c for c in CASES if c[1] == case[1]].index(case)
     results = patched(case[1])[number]

@@ -84,7 +84,7 @@ def _texts(rank, name, options):
     return found
 
 
-@pytest.mark.parametrize("name", ["unet", pytest.param("pixart", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["unet", pytest.param("pixart", marks=pytest.mark.exhaustive)])
 def test_no_call_uses_the_text_of_another(name):
     """Synchronous patches give the unpatched result, whatever happens to the text."""
     options = dict(num_patches=2, exchange="sync", warmup_steps=1)

@@ -5,7 +5,6 @@ import pytest
 import ranks
 import torch
 from patch_runs import TIMES, attending, difference, outcome, predictions
-from sequences import quick
 from user_runs import NETS, build, generations
 
 import asyncdiff_fast
@@ -211,7 +210,8 @@ def _users(rank, names, options):
     return found
 
 
-@pytest.mark.parametrize("exchange", quick([("sync",), ("displaced",)]))
+@pytest.mark.slow
+@pytest.mark.parametrize("exchange", ["sync", "displaced"])
 def test_nets_of_users(exchange):
     by_rank, problems = ranks.run(2, _users, tuple(NETS), dict(exchange=exchange, warmup_steps=1), timeout=290), []
     right = 0

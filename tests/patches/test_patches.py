@@ -110,7 +110,7 @@ def _in_a_row(rank, num_patches):
     return pictures, [float(np.abs(a - b).max()) for a, b in zip(pictures, plain, strict=False)]
 
 
-@pytest.mark.parametrize("num_patches", [pytest.param(n, marks=[pytest.mark.slow] * (n != 2)) for n in (2, 3)])
+@pytest.mark.parametrize("num_patches", [pytest.param(n, marks=[pytest.mark.exhaustive] * (n != 2)) for n in (2, 3)])
 def test_batches_prompts_and_image_to_image_in_a_row(num_patches):
     results = ranks.run(num_patches, _in_a_row, num_patches, timeout=200)
     pictures, errors = results[0]
@@ -183,7 +183,7 @@ def _odd_sizes(rank, num_patches):
     return errors
 
 
-@pytest.mark.parametrize("num_patches", [pytest.param(n, marks=[pytest.mark.slow] * (n != 3)) for n in (2, 3, 4)])
+@pytest.mark.parametrize("num_patches", [pytest.param(n, marks=[pytest.mark.exhaustive] * (n != 3)) for n in (2, 3, 4)])
 def test_odd_sizes(num_patches):
     for errors in ranks.run(num_patches, _odd_sizes, num_patches, timeout=200):
         assert not {case: error for case, error in errors.items() if not error <= ROUNDING.get(case, 2e-5)}

@@ -73,7 +73,7 @@ def families(num_ranks):
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
-    "num_ranks", [2, pytest.param(3, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)]
+    "num_ranks", [2, pytest.param(3, marks=pytest.mark.exhaustive), pytest.param(4, marks=pytest.mark.exhaustive)]
 )
 @pytest.mark.parametrize("name", tiny_pipelines.NAMES)
 def test_family(name, num_ranks):

@@ -22,12 +22,14 @@ SAMPLERS = {
 
 
 @torch.no_grad()
-def loop(model, scheduler, seed=0):
+def loop(model, scheduler, seed=0, leave_at=None):
     scheduler.set_timesteps(STEPS)
     x = bare.noise(seed) * scheduler.init_noise_sigma if hasattr(scheduler, "init_noise_sigma") else bare.noise(seed)
     noisy = isinstance(scheduler, diffusers.DDPMScheduler)
     options = {"generator": torch.Generator().manual_seed(seed)} if noisy else {}
-    for t in scheduler.timesteps:
+    for step, t in enumerate(scheduler.timesteps):
+        if step == leave_at:
+            raise KeyboardInterrupt
         x = scheduler.step(model(x, t), t, x, return_dict=False, **options)[0]
     return x
 
@@ -98,3 +100,27 @@ def test_a_rank_that_fails_ends_all():
 
     with pytest.raises(ZeroDivisionError):
         virtual.run(4, one)
+
+
+@pytest.mark.parametrize("told, said", [(lambda: STEPS, False), (lambda: None, True)])
+def test_a_block_that_an_exception_cuts_is_said_only_where_latents_may_be_held(caplog, told, said):
+    """A pipeline's latents are lost with its loop; those of a loop of one's own may be kept."""
+    models = [bare.Bare() for _ in range(4)]
+    config = Config(parallel_steps=4, tolerance=1e8, kernels="torch")
+
+    def one(world):
+        steps = StepCalls(config, world, told)
+        steps.open(virtual.VirtualExchange(world))
+        runtime, scheduler = Runtime(models[world.rank], config, world, steps=steps), make("flow")
+        try:
+            # After two exact steps and one of a block.
+            with pytest.raises(KeyboardInterrupt):
+                loop(models[world.rank], scheduler, leave_at=3)
+            world.gather(None, "all have left")
+            return loop(models[world.rank], scheduler)
+        finally:
+            runtime.close()
+
+    first, *others = virtual.run(4, one)
+    assert all(torch.equal(first, other) for other in others)
+    assert any("in the middle of a block" in text for text in caplog.messages) == said

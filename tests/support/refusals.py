@@ -1,10 +1,20 @@
 """What a refused `patch` says, how long it took, and that it left nothing changed."""
 
 import time
+import traceback
+from pathlib import Path
 
 import torch
 
 import asyncdiff_fast
+
+PACKAGE = Path(asyncdiff_fast.__file__).parent
+
+
+def is_ours(error):
+    """True if an error was raised by the package, and not by what it has called."""
+    place = traceback.extract_tb(error.__traceback__)[-1].filename
+    return isinstance(error, ValueError | TypeError) and Path(place).is_relative_to(PACKAGE)
 
 
 def state(target):

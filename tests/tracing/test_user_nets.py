@@ -156,7 +156,7 @@ def studies(num_stages):
     return ranks.run(num_stages, _studies, num_stages, timeout=280)
 
 
-@pytest.mark.parametrize("num_stages", [2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("num_stages", [2, pytest.param(3, marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize("name", NETS)
 def test_net(name, num_stages):
     tolerance = TOLERANCES.get(name, 1e-4)
