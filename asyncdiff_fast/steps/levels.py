@@ -27,6 +27,14 @@ class Level:
     of_sample: float
     of_output: float
 
+    def picture(self, sample, output):
+        """What an output at these latents says the picture is: fp32, of their shape."""
+        return self.of_sample * sample.float() + self.of_output * output.float()
+
+    def output(self, sample, picture):
+        """What says so at these latents: fp32, of their shape."""
+        return (picture - self.of_sample * sample.float()) / self.of_output
+
     @property
     def slope(self):
         """How much an output changes with the latents that it was predicted at, as far as that is known beforehand.
@@ -34,8 +42,6 @@ class Level:
         The best linear guess of the picture moves by alpha · d² / (alpha² · d² + sigma²) of what latents move, where d
         is the deviation of the data (Wiener); the output is what says so.
         """
-        if abs(self.of_output) < 1e-6:
-            return 0.0
         variance = DATA_SIGMA**2
         moves = self.alpha * variance / (self.alpha**2 * variance + self.sigma**2)
         return (moves - self.of_sample) / self.of_output
@@ -52,15 +58,23 @@ def level(scheduler, timestep):
     if kinds & _CUMULATIVE:
         cumulative = float(scheduler.alphas_cumprod[int(timestep)])
         return _preserving(cumulative**0.5, (1 - cumulative) ** 0.5, kind)
-    if not kinds & (_EXPLODING | _PRESERVING | _FLOW) or scheduler.step_index is None:
+    if not kinds & (_EXPLODING | _PRESERVING | _FLOW):
         return None
-    sigma = float(scheduler.sigmas[scheduler.step_index])
+    listed = scheduler.sigmas[_place(scheduler, timestep)]
+    sigma = float(listed)
     if kinds & _EXPLODING:
         return _exploding(sigma, kind)
     if kinds & _FLOW or kind == "flow_prediction":
         return Level(1 - sigma, sigma, 1.0, -sigma)
-    alpha, sigma = (float(x) for x in scheduler._sigma_to_alpha_sigma_t(scheduler.sigmas[scheduler.step_index]))
-    return _preserving(alpha, sigma, kind)
+    return _preserving(*(float(x) for x in scheduler._sigma_to_alpha_sigma_t(listed)), kind)
+
+
+def _place(scheduler, timestep):
+    """Of the step in the scheduler's lists, which many count from their first step on."""
+    for place in (scheduler.step_index, scheduler.begin_index):
+        if place is not None:
+            return place
+    return scheduler.index_for_timestep(timestep)
 
 
 def _preserving(alpha, sigma, kind):
@@ -79,14 +93,3 @@ def _exploding(sigma, kind):
     if kind == "v_prediction":
         return Level(1.0, sigma, 1 / (sigma**2 + 1), -sigma / (sigma**2 + 1) ** 0.5)
     return Level(1.0, sigma, 0.0, 1.0) if kind in ("sample", "original_sample") else None
-
-
-def moved(output, scheduler, timestep, seen, latents):
-    """An output that was predicted at latents `seen`, as it would probably be at other latents of the same step.
-
-    Of the shapes and dtype of `output`; the output itself where nothing is known of the sampler.
-    """
-    found = level(scheduler, timestep) if output.shape == latents.shape and timestep is not None else None
-    if found is None or not found.slope:
-        return output
-    return (output.float() + found.slope * (latents.float() - seen.float())).to(output)
