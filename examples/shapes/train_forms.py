@@ -1,6 +1,6 @@
 r"""Teaches the UNet of a shapes pipeline to say the same in another way: as noise, or as the velocity of a flow.
 
-    python examples/shapes/train_forms.py --form epsilon --out build/shapes_epsilon --samples 40000
+    python examples/shapes/train_forms.py --form epsilon --out build/shapes_epsilon
 
 The start predicts velocities of noise that preserves the variance. A copy of its UNet learns to predict what the
 start's velocity stands for: the noise ("epsilon"), or noise minus picture ("flow", at latents (1 - s) · picture + s ·
@@ -49,11 +49,10 @@ def levels(form, timesteps, alphas_cumprod, beyond):
 
 
 class Teacher:
-    """Batches of a start's pipeline with what it predicts, in another form."""
+    """`batches` of a start's pipeline with what it predicts, in another form."""
 
-    def __init__(self, pipe, form, batch_size, seed):
-        self.pipe, self.form = pipe, form
-        self.batches = Batches(pipe, batch_size, seed)
+    def __init__(self, pipe, form, batches):
+        self.pipe, self.form, self.batches = pipe, form, batches
 
     @torch.no_grad()
     def __getitem__(self, batch_idx):
@@ -86,7 +85,7 @@ class Teacher:
 def train(pipe, form, num_steps, batch_size, seed, keep=0.995):
     """The averaged weights of a UNet in `form` after so many steps; `pipe` is the start, and stays."""
     pipe.unet.eval().requires_grad_(False)
-    teacher = Teacher(pipe, form, batch_size, seed)
+    teacher = Teacher(pipe, form, Batches(pipe, batch_size, seed))
     net = copy.deepcopy(pipe.unet).train().requires_grad_(True)
     average = copy.deepcopy(net).eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(net.parameters(), betas=(0.9, 0.99), weight_decay=0.01)
@@ -112,8 +111,8 @@ def main():
     parser.add_argument("--start-from", type=Path, default=Path(__file__).parent / "unet")
     parser.add_argument("--form", choices=("epsilon", "flow"), required=True)
     parser.add_argument("--out", type=Path, required=True, help="folder of the pipeline")
-    parser.add_argument("--samples", type=int, default=40_000)
-    parser.add_argument("--batch-size", type=int, default=32, help="divides 2048")
+    parser.add_argument("--samples", type=int, default=9600)
+    parser.add_argument("--batch-size", type=int, default=8, help="divides 2048")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.set_num_threads(1)
