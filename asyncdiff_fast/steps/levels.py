@@ -6,9 +6,13 @@ output; what the output is (noise, velocity, picture, flow) says the scheduler.
 
 from dataclasses import dataclass
 
+import torch
+
 # Deviation of the latents' features that predictions miss: between 0 (the picture stays where latents move) and 1.
 # Found by comparing pictures, see docs/steps.md.
 DATA_SIGMA = 0.3
+# Shares of picture or of noise that are none.
+LEAST = 1e-6
 _CUMULATIVE = {
     "DDIMScheduler", "DDIMParallelScheduler", "CogVideoXDDIMScheduler", "DDPMScheduler", "DDPMParallelScheduler",
     "LCMScheduler", "TCDScheduler", "PNDMScheduler",
@@ -48,11 +52,22 @@ class Level:
 
 
 def level(scheduler, timestep):
-    """The `Level` of the step that a scheduler is about to make; None for one of no known family.
+    """The `Level` of the step that a scheduler is about to make; None where its outputs say nothing of a picture.
+
+    That is so for schedulers of no known family, without noise, and where the parts of a batch are at several levels.
 
     Args:
-        timestep: what the step is given, a number or a tensor with one.
+        timestep: what the step is given, a number or a tensor.
     """
+    if isinstance(timestep, torch.Tensor) and timestep.numel() > 1:
+        if not (timestep == timestep.flatten()[0]).all():
+            return None
+        timestep = timestep.flatten()[0]
+    found = _read(scheduler, timestep)
+    return None if found is None or abs(found.of_output) < LEAST else found
+
+
+def _read(scheduler, timestep):
     kinds = {cls.__name__ for cls in type(scheduler).__mro__}
     kind = getattr(getattr(scheduler, "config", None), "prediction_type", None)
     if kinds & _CUMULATIVE:
@@ -80,7 +95,7 @@ def _place(scheduler, timestep):
 def _preserving(alpha, sigma, kind):
     """Where alpha² + sigma² = 1."""
     if kind == "epsilon":
-        return Level(alpha, sigma, 1 / alpha, -sigma / alpha)
+        return Level(alpha, sigma, 1 / alpha, -sigma / alpha) if alpha > LEAST else None
     if kind == "v_prediction":
         return Level(alpha, sigma, alpha, -sigma)
     return Level(alpha, sigma, 0.0, 1.0) if kind == "sample" else None

@@ -86,3 +86,18 @@ def test_samplers_of_no_known_family_leave_outputs_alone():
     assert said.at(x + 1).output is u
     known.add(said)
     assert torch.equal(known.ahead(1, said.at(x + 1)), u)
+
+
+def test_parts_of_a_batch_at_several_levels_have_none_in_common():
+    scheduler = diffusers.DDIMScheduler()
+    scheduler.set_timesteps(10)
+    first, second = scheduler.timesteps[:2]
+    assert level(scheduler, torch.stack([first, first])) == level(scheduler, first)
+    assert level(scheduler, torch.stack([first, second])) is None
+
+
+@pytest.mark.parametrize("kind, cumulative", [("epsilon", 0.0), ("v_prediction", 1.0)])
+def test_where_there_is_no_picture_or_no_noise_outputs_are_taken_as_they_are(kind, cumulative):
+    scheduler = diffusers.DDIMScheduler(prediction_type=kind)
+    scheduler.alphas_cumprod = torch.full((1000,), cumulative)
+    assert level(scheduler, 500) is None
