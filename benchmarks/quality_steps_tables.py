@@ -51,18 +51,15 @@ def equal_calls(result, others):
 
 
 def forms(rows):
-    """(what was drawn, head, lines): each model, steps and ranks, with a column for each form, of the latest rows."""
-    cells, prompts = {}, {row["prompts"] for row in rows}
+    """(head, lines): each model, steps and ranks, with a column for each form, of the latest rows."""
+    cells = {}
     for row in rows:
         psnr, calls = row["psnr_db"], row["calls"]["mean"]
-        place = f"`{row['model']}`", row["steps"], f"{row['ranks']}, {row['tolerance']:g}"
+        place = f"{row['model']}, {row['prompts']}", row["steps"], f"{row['ranks']}, {row['tolerance']:g}"
         cells.setdefault(place, {})[row["form"]] = f"{psnr['mean']:.1f} ({psnr['worst']:.1f}), {calls:.1f} calls"
     found = list(dict.fromkeys(row["form"] for row in rows))
-    head = ["model predicts", "steps", "side by side, tolerance", *found]
-    drawn = (
-        f"{' or '.join(map(str, sorted(prompts)))} held-out prompts, each picture drawn alone; mean (worst picture)."
-    )
-    return drawn, head, [[*place, *(of.get(form, "") for form in found)] for place, of in cells.items()]
+    head = ["the model predicts a …, prompts", "steps", "side by side, tolerance", *found]
+    return head, [[*place, *(of.get(form, "") for form in found)] for place, of in cells.items()]
 
 
 def is_steps(name):

@@ -148,8 +148,8 @@ def quality_of_steps():
 
 def forms_of_steps():
     """In which form outputs are expected best, by models that predict in different ones."""
-    drawn, head, body = quality_steps_tables.forms(measure.read_rows("steps_forms"))
-    return f"{drawn}\n\n{table(head, body)}"
+    title = "PSNR in dB against exact sampling, mean (worst picture), and calls; each picture drawn alone."
+    return f"{title}\n\n{table(*quality_steps_tables.forms(measure.read_rows('steps_forms')))}"
 
 
 def batch_steps():
