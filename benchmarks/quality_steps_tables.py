@@ -50,6 +50,18 @@ def equal_calls(result, others):
     return lines
 
 
+def forms(rows):
+    """(head, lines): each model, steps and ranks, with a column for each form, of the latest rows."""
+    cells = {}
+    for row in rows:
+        psnr, calls = row["psnr_db"], row["calls"]["mean"]
+        place = f"{row['model']}, {row['prompts']}", row["steps"], f"{row['ranks']}, {row['tolerance']:g}"
+        cells.setdefault(place, {})[row["form"]] = f"{psnr['mean']:.1f} ({psnr['worst']:.1f}), {calls:.1f} calls"
+    found = list(dict.fromkeys(row["form"] for row in rows))
+    head = ["the model predicts a …, prompts", "steps", "side by side, tolerance", *found]
+    return head, [[*place, *(of.get(form, "") for form in found)] for place, of in cells.items()]
+
+
 def is_steps(name):
     """True for a configuration of steps side by side."""
     return name.startswith("parallel_steps=")

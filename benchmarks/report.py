@@ -146,6 +146,12 @@ def quality_of_steps():
     return "\n".join([result["title"], "", *lines])
 
 
+def forms_of_steps():
+    """In which form outputs are expected best, by models that predict in different ones."""
+    title = "PSNR in dB against exact sampling, mean (worst picture), and calls; each picture drawn alone."
+    return f"{title}\n\n{table(*quality_steps_tables.forms(measure.read_rows('steps_forms')))}"
+
+
 def batch_steps():
     """What a block would take on one device as one batch, against its steps one after the other."""
     steps = measure.read_result("quality_steps")["rows"]
@@ -242,6 +248,7 @@ MAKERS = {
     "quality patches": quality_of_patches,
     "quality predict": quality_of_predictions,
     "quality steps": quality_of_steps,
+    "steps forms": forms_of_steps,
     "batch steps": batch_steps,
     "kernels": kernels,
     "exchange": exchange,

@@ -18,7 +18,7 @@ LIMIT_BYTES = 8 * 10**6
 def shapes():
     """The example's modules, found as its scripts find them; off the path again afterwards."""
     sys.path.append(str(SHAPES))
-    names = ("grammar", "render", "judge", "metrics", "sampling", "batches", "train")
+    names = ("grammar", "render", "judge", "metrics", "sampling", "batches", "train", "train_forms")
     yield {name: importlib.import_module(name) for name in names}
     sys.path.remove(str(SHAPES))
     for name in names:
@@ -221,3 +221,35 @@ def test_pipeline_draws_what_the_caption_says(shapes, pipe):
     right = shapes["judge"].verdicts(shapes["judge"].load(), shapes["sampling"].to_bytes(first), [caption])
     assert right["colour"]
     assert right["background"]
+
+
+@pytest.mark.parametrize("form", ["epsilon", "flow"])
+def test_another_form_says_the_same_of_the_picture(shapes, pipe, form, monkeypatch):
+    train_forms, generator = shapes["train_forms"], torch.Generator().manual_seed(0)
+    monkeypatch.setattr(train_forms, "BEYOND", 0.0)
+    noisy, velocity = torch.randn(2, 3, 8, 16, 16, generator=generator)
+    timesteps, tokens = torch.tensor([20, 500, 980]), torch.zeros(3, 20, dtype=torch.long)
+    teacher = train_forms.Teacher(pipe, form, [(noisy, timesteps, tokens, velocity)])
+    latents, told, text, wanted = teacher[0]
+    scheduler = train_forms.scheduler(form, pipe.scheduler)
+    scheduler.set_timesteps(50)
+    alpha = pipe.scheduler.alphas_cumprod[timesteps].sqrt().view(-1, 1, 1, 1)
+    sigma = (1 - alpha**2).sqrt()
+    said = pipe.unet(noisy, timesteps, text).sample
+    picture, noise = alpha * noisy - sigma * said, sigma * noisy + alpha * said
+    if form == "epsilon":
+        assert torch.equal(told, timesteps) and torch.allclose(wanted, noise, atol=1e-5)
+        assert scheduler.config.prediction_type == "epsilon"
+        return
+    share = (told / 1000).view(-1, 1, 1, 1)
+    assert torch.allclose(latents, (1 - share) * picture + share * noise, atol=1e-4)
+    assert torch.allclose(wanted, noise - picture, atol=1e-3)
+    assert scheduler.config.prediction_type == "flow_prediction" and scheduler.timesteps[0] > 990
+
+
+def test_a_flow_is_taught_noisier_latents_than_its_start_has_seen(shapes, pipe):
+    timesteps = torch.tensor([999, 999, 500])
+    beyond = torch.tensor([0.0, 1.0, -1.0])
+    alpha, sigma, told = shapes["train_forms"].levels("flow", timesteps, pipe.scheduler.alphas_cumprod, beyond)
+    assert torch.allclose(alpha + sigma, torch.ones(3)) and torch.allclose(told, 1000 * sigma)
+    assert 0.9 < sigma[0] < 0.95 and sigma[1] == 1 and sigma[2] < 0.9

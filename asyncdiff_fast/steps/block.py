@@ -2,8 +2,8 @@
 
 import torch
 
-from .given import SAMPLE, TIMESTEP
-from .levels import moved
+from .given import SAMPLE
+from .outputs import evaluated
 from .snapshot import Draws, Snapshot
 
 
@@ -50,19 +50,20 @@ class Block:
     def replay(self, scheduler, outputs):
         """Put the sampler and its random numbers back to the beginning, and make the steps with true outputs.
 
-        Returns: (what the last step returned, its tensors, outputs as they were used, relative errors of the latents
-            that had been expected, one for each step but the first).
+        Returns: (what the last step returned, its tensors, an `Evaluated` of each step as it was used, relative errors
+            of the latents that had been expected, one for each step but the first).
         """
         self._snapshot.restore(scheduler)
         result, results, used, errors = None, None, [], []
         for step, draws, output in zip(self.steps, self._draws, outputs, strict=False):
+            said = evaluated(scheduler, step, output)
             if results is not None and step.links:
                 latents = results[step.links[SAMPLE]]
                 errors.append(relative_error(step.sample, latents))
-                output = moved(output, scheduler, step.named.get(TIMESTEP), step.sample, latents)
+                said = said.at(latents)
             draws.restore(self._drawn)
-            result, results = step.run(output, results)
-            used.append(output)
+            result, results = step.run(said.output, results)
+            used.append(said)
         return result, results, used, torch.stack(errors).tolist() if errors else []
 
 

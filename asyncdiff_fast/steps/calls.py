@@ -25,7 +25,7 @@ from .block import Block, relative_error
 from .given import TIMESTEP, Step
 from .lengths import Lengths
 from .loop import num_steps
-from .outputs import Outputs
+from .outputs import Outputs, evaluated
 from .plan import StepPlan
 from .shared import SharedOutputs
 from .snapshot import Draws, Snapshot
@@ -175,18 +175,19 @@ class StepCalls:
             result, self._results = step.plain()
             return result
         output = self._shared.all(step.output)[0]
-        guess = self._tried(scheduler, step) if self._outputs else None
+        said = evaluated(scheduler, step, output)
+        guess = self._tried(scheduler, step, said) if self._outputs else None
         result, self._results = step.run(output)
-        self._outputs.add(output)
+        self._outputs.add(said)
         self._latest, self._output_bytes = step, output.nbytes
         if guess is not None:
             self._lengths.learn([float(relative_error(guess, self._results[0]))])
         return result
 
-    def _tried(self, scheduler, step):
+    def _tried(self, scheduler, step, said):
         """The latents that a prediction of this step's output would have led to; the sampler is as before."""
         snapshot, draws = Snapshot(scheduler), Draws(step.named, step.sample.device)
-        _, results = step.run(self._outputs.ahead(1))
+        _, results = step.run(self._outputs.ahead(1, said))
         snapshot.restore(scheduler)
         draws.restore(draws.used())
         return results[0]
@@ -213,16 +214,17 @@ class StepCalls:
         block.take(scheduler, step, self.world.rank)
         if block.is_complete:
             return self._replay(scheduler)
-        result, self._results = block.tried(self._outputs.ahead(len(block.steps)))
+        expected = self._outputs.ahead(len(block.steps), evaluated(scheduler, step))
+        result, self._results = block.tried(expected)
         return result
 
     def _replay(self, scheduler):
         """The block's steps again, with what its ranks have evaluated. Collective; returns the last one's result."""
         began = time.perf_counter()
         block, self._block = self._block, None
-        result, self._results, outputs, errors = block.replay(scheduler, self._shared.all(block.own))
-        for output in outputs:
-            self._outputs.add(output)
+        result, self._results, used, errors = block.replay(scheduler, self._shared.all(block.own))
+        for said in used:
+            self._outputs.add(said)
         self._lengths.learn(errors)
         self.counts.block(block.length, errors, time.perf_counter() - began)
         return result

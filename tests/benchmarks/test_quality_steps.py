@@ -29,6 +29,7 @@ def row(calls, mean=40.0, reference="exact@50"):
 
 
 STEPS = "parallel_steps=2,tolerance=0.006@50"
+FORM = {"model": "flow", "prompts": 8, "steps": 50, "ranks": 2, "tolerance": 0.006}
 OTHERS = {
     "num_stages=2,stride=1,warmup_steps=3,predict=linear@50": row(27.4, 50.0),
     "num_stages=2,stride=1,warmup_steps=3,predict=none@50": row(26.8, 38.0),
@@ -98,3 +99,10 @@ def test_committed_tables_and_plot_are_what_the_rows_make(scripts):
     results = scripts.measure.RESULTS
     assert (results / "quality_steps.md").read_text() == scripts.quality_steps_tables.as_markdown(result, others)
     assert (results / "quality_steps.svg").read_text() == scripts.quality_steps_plot.as_plot(result, others)
+
+
+def test_forms_stand_side_by_side_as_drawn_last(scripts):
+    old, new = dict(row(27.0), **FORM, form="picture"), dict(row(26.0, 70.0), **FORM, form="picture")
+    head, lines = scripts.quality_steps_tables.forms([old, new, dict(row(28.0), **FORM, form="noise")])
+    assert head[-2:] == ["picture", "noise"]
+    assert lines == [["flow, 8", 50, "2, 0.006", "70.0 (60.0), 26.0 calls", "40.0 (30.0), 28.0 calls"]]

@@ -1,11 +1,13 @@
-"""What an output says of the picture: as the samplers themselves have it, and where an output would move."""
+"""What an output says of the picture: as the samplers themselves have it, what is expected, and how outputs move."""
 
 import bare
 import diffusers
 import pytest
 import torch
 
-from asyncdiff_fast.steps.levels import DATA_SIGMA, Level, level, moved
+from asyncdiff_fast.steps.given import Step
+from asyncdiff_fast.steps.levels import DATA_SIGMA, Level, level
+from asyncdiff_fast.steps.outputs import Evaluated, Outputs, evaluated
 
 VP = dict(clip_sample=False)
 KINDS = [
@@ -50,11 +52,27 @@ def test_the_picture_is_the_samplers_own(name, options):
     assert compared >= 5
 
 
+@pytest.mark.parametrize("name, options", KINDS)
+def test_a_picture_that_stays_is_expected_exactly(name, options):
+    scheduler = getattr(diffusers, name)(**options)
+    scheduler.set_timesteps(10)
+    x, picture, known = bare.noise(0), bare.noise(1), Outputs()
+    for number, t in enumerate(scheduler.timesteps[:6]):
+        at = level(scheduler, t)
+        output = at.output(x, picture)
+        step = Step(type(scheduler).step, scheduler, (), dict(model_output=output, timestep=t, sample=x))
+        said = evaluated(scheduler, step)
+        if number:
+            assert torch.allclose(known.ahead(1, said), output, rtol=1e-3, atol=1e-4)
+        known.add(said)
+        x = scheduler.step(output, t, x).prev_sample
+
+
 def test_an_output_moves_with_the_latents():
     at = Level(0.6, 0.8, 0.6, -0.8)
     x, other, v = bare.noise(0), bare.noise(1), bare.noise(2)
     moves = 0.6 * DATA_SIGMA**2 / (0.36 * DATA_SIGMA**2 + 0.64)
-    there = v + at.slope * (other - x)
+    there = Evaluated(v, x, at).at(other).output
     picture, elsewhere = 0.6 * x - 0.8 * v, 0.6 * other - 0.8 * there
     assert torch.allclose(elsewhere - picture, moves * (other - x), atol=1e-6)
 
@@ -63,4 +81,23 @@ def test_samplers_of_no_known_family_leave_outputs_alone():
     scheduler = diffusers.EDMEulerScheduler()
     scheduler.set_timesteps(5)
     x, u = bare.noise(0), bare.noise(1)
-    assert moved(u, scheduler, scheduler.timesteps[0], x, x + 1) is u
+    step = Step(type(scheduler).step, scheduler, (u, scheduler.timesteps[0], x), {})
+    said, known = evaluated(scheduler, step), Outputs()
+    assert said.at(x + 1).output is u
+    known.add(said)
+    assert torch.equal(known.ahead(1, said.at(x + 1)), u)
+
+
+def test_parts_of_a_batch_at_several_levels_have_none_in_common():
+    scheduler = diffusers.DDIMScheduler()
+    scheduler.set_timesteps(10)
+    first, second = scheduler.timesteps[:2]
+    assert level(scheduler, torch.stack([first, first])) == level(scheduler, first)
+    assert level(scheduler, torch.stack([first, second])) is None
+
+
+@pytest.mark.parametrize("kind, cumulative", [("epsilon", 0.0), ("v_prediction", 1.0)])
+def test_where_there_is_no_picture_or_no_noise_outputs_are_taken_as_they_are(kind, cumulative):
+    scheduler = diffusers.DDIMScheduler(prediction_type=kind)
+    scheduler.alphas_cumprod = torch.full((1000,), cumulative)
+    assert level(scheduler, 500) is None

@@ -12,7 +12,7 @@ import torch
 
 import asyncdiff_fast
 
-STEPS, TOLERANCE = 12, 0.1
+STEPS, TOLERANCE = 12, 0.2
 FLOW = dict(prediction_type="flow_prediction", use_flow_sigmas=True)
 # name in the table: class, its options
 SIDE_BY_SIDE = {

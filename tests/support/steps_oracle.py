@@ -54,7 +54,11 @@ class Simulation:
         finally:
             self.scheduler.step = step
 
-    def _expected(self, ahead):
+    def _expected(self, ahead, scheduler, given):
+        at, said = _level(scheduler, given), self._said(ahead)
+        return said if at is None else (said - at.of_sample * given["sample"]) / at.of_output
+
+    def _said(self, ahead):
         last = self.outputs[-1]
         if len(self.outputs) < 3:
             return last
@@ -94,8 +98,8 @@ class Simulation:
         if self.length == 1:
             return self._single()
         if len(self.block) < self.length:
-            result = self._run(self.scheduler, given, model_output=self._expected(len(self.block)))
-            return result
+            expected = self._expected(len(self.block), self.scheduler, given)
+            return self._run(self.scheduler, given, model_output=expected)
         return self._again()
 
     def _single(self):
@@ -105,12 +109,14 @@ class Simulation:
         if self._slow():
             return self._run(self.scheduler, given)
         if self.outputs:
-            guess = _first(self._run(self.start, given, model_output=self._expected(1)))
+            expected = self._expected(1, self.start, given)
+            guess = _first(self._run(self.start, given, model_output=expected))
             _set(given, random)
+        at = _level(self.scheduler, given)
         result = self._run(self.scheduler, given)
         if guess is not None:
             self.error = _relative(guess, _first(result))
-        self._add(output)
+        self._add(output, given["sample"], at)
         return result
 
     def _again(self):
@@ -119,19 +125,18 @@ class Simulation:
         scheduler, result, before = self.start, None, None
         for given, output, sample, random in block:
             _set(given, random)
-            changed = {"model_output": output}
+            changed, at = {"model_output": output, "sample": sample}, _level(scheduler, given)
             if before is not None:
                 changed["sample"] = before.to(sample)
                 self.error = _relative(sample, before)
-                at = level(scheduler, given["timestep"])
-                if at is not None and output.shape == sample.shape:
+                if at is not None:
                     output = output + at.slope * (changed["sample"] - sample)
                     changed["model_output"] = output
                 if "old_pred_original_sample" in given:
                     changed["old_pred_original_sample"] = result[1]
             result = self._run(scheduler, given, **changed)
             before = _first(result)
-            self._add(output)
+            self._add(output, changed["sample"], at)
         self.error /= (len(block) - 1) * len(block) / 2
         step = vars(self.scheduler).pop("step")
         vars(self.scheduler).clear()
@@ -139,8 +144,14 @@ class Simulation:
         self.scheduler.step = step
         return result
 
-    def _add(self, output):
-        self.outputs = [*self.outputs[-5:], output]
+    def _add(self, output, sample, at):
+        said = output if at is None else at.of_sample * sample + at.of_output * output
+        self.outputs = [*self.outputs[-5:], said]
+
+
+def _level(scheduler, given):
+    same = given["model_output"].shape == given["sample"].shape
+    return level(scheduler, given["timestep"]) if same else None
 
 
 def _first(result):
