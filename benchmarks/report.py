@@ -9,6 +9,7 @@ import re
 import aims
 import goals
 import measure
+import quality_pipelined
 import quality_predict_tables
 import quality_steps_tables
 import roofline
@@ -146,6 +147,12 @@ def quality_of_steps():
     return "\n".join([result["title"], "", *lines])
 
 
+def quality_of_pipelined():
+    """Patches through stages beside the other modes where pictures wait for about as many calls."""
+    result, *others = (measure.read_result(f"quality_{name}") for name in ("pipelined", "predict", "steps"))
+    return "\n".join([result["title"], "", *quality_pipelined.beside(result, *others)])
+
+
 def batch_steps():
     """What a block would take on one device as one batch, against its steps one after the other."""
     steps = measure.read_result("quality_steps")["rows"]
@@ -242,6 +249,7 @@ MAKERS = {
     "quality patches": quality_of_patches,
     "quality predict": quality_of_predictions,
     "quality steps": quality_of_steps,
+    "quality pipelined": quality_of_pipelined,
     "batch steps": batch_steps,
     "kernels": kernels,
     "exchange": exchange,
