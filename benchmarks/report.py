@@ -9,6 +9,7 @@ import re
 import aims
 import goals
 import measure
+import memory
 import quality_pipelined
 import quality_predict_tables
 import quality_steps_tables
@@ -153,6 +154,12 @@ def quality_of_pipelined():
     return "\n".join([result["title"], "", *quality_pipelined.beside(result, *others)])
 
 
+def memory_of_shards():
+    """What processes hold of a denoiser that is divided as it is loaded."""
+    rows = measure.read_rows("memory")
+    return f"{rows[-1]['device']}, torch {rows[-1]['torch']}, {rows[-1]['date']}.\n\n{table(*memory.cells(rows))}"
+
+
 def batch_steps():
     """What a block would take on one device as one batch, against its steps one after the other."""
     steps = measure.read_result("quality_steps")["rows"]
@@ -251,6 +258,7 @@ MAKERS = {
     "quality steps": quality_of_steps,
     "quality pipelined": quality_of_pipelined,
     "batch steps": batch_steps,
+    "memory": memory_of_shards,
     "kernels": kernels,
     "exchange": exchange,
 }
