@@ -17,6 +17,7 @@ import asyncdiff_fast
 
 WARMUP, STEPS = 3, 50
 STAGES_AND_PATCHES = ((2, 4), (2, 8), (4, 4), (4, 8))
+PREDICTS = ("none", "linear")
 REFERENCE = f"exact@{STEPS}"
 SOURCES = (
     "PSNR in dB against the exact picture, mean (worst picture), and the calls of the whole denoiser that a picture\n"
@@ -27,8 +28,8 @@ SOURCES = (
 
 def configurations():
     """{name: the exact configuration it is compared with}."""
-    names = [f"num_stages={n},pipeline_patches={m},warmup_steps={WARMUP}@{STEPS}" for n, m in STAGES_AND_PATCHES]
-    return {name: REFERENCE for name in names}
+    ways = [f"num_stages={n},pipeline_patches={m},warmup_steps={WARMUP}" for n, m in STAGES_AND_PATCHES]
+    return {f"{way},predict={p}@{STEPS}": REFERENCE for way in ways for p in PREDICTS}
 
 
 def latency(name, pipe):
@@ -50,14 +51,16 @@ def rows(args):
 
 def beside(result, predicted, steps):
     """The lines of a table: every row beside the closest of each other mode at about equal calls."""
-    heads = ["stages, patches", "patches through stages", "stages", "patches side by side", "steps side by side"]
+    heads = ["stages × patches, `predict`", "patches through stages", "stages", "patches side by side"]
+    heads.append("steps side by side")
     lines = [SOURCES, "", f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     others = predicted["rows"] | steps["rows"]
     for name, row in result["rows"].items():
         cells = [quality_steps_tables.cell(result["rows"], name, options=False)]
         for mode in ("num_stages", "num_patches", "parallel_steps"):
             cells.append(quality_steps_tables.cell(others, quality_steps_tables.closest(others, row, mode)))
-        lines.append(f"| {quality_steps_plot.label(name)} | {' | '.join(cells)} |")
+        what = f'{quality_steps_plot.label(name)}, "{quality_predict_tables.kind(name)}"'
+        lines.append(f"| {what} | {' | '.join(cells)} |")
     return lines
 
 

@@ -18,7 +18,8 @@ MODES = {
     "stages, as published": ("mediumpurple", "stages"),
     "patches, predicted": ("darkorange", "patches"),
     "patches, as published": ("peru", "patches"),
-    "patches through stages": ("crimson", "stages × patches"),
+    "through stages, predicted": ("crimson", "stages × patches"),
+    "through stages, as published": ("palevioletred", "stages × patches"),
     "exact with fewer steps": ("black", "steps"),
 }
 
@@ -51,9 +52,9 @@ def mode(name):
         return "steps side by side"
     if name.startswith("exact"):
         return "exact with fewer steps"
-    if "pipeline_patches" in name:
-        return "patches through stages"
     what = "stages" if name.startswith("num_stages") else "patches"
+    if "pipeline_patches" in name:
+        what = "through stages"
     return f"{what}, {'predicted' if 'predict=linear' in name else 'as published'}"
 
 
@@ -70,8 +71,8 @@ def label(name):
     if name.startswith("exact"):
         return name.partition("@")[2].partition(" ")[0]
     options = way(name).split(",")
-    if mode(name) == "patches through stages":
-        return " × ".join(option.partition("=")[2] for option in options)
+    if mode(name).startswith("through stages"):
+        return " × ".join(option.partition("=")[2] for option in options[:2])
     return options[0].partition("=")[2] + (", stride 2" if "stride=2" in options else "")
 
 

@@ -98,11 +98,11 @@ def test_patches_through_stages_stand_beside_the_others(scripts):
     assert all(scripts.quality.world_size(name) in (2, 4) for name in rows)
     lines = scripts.quality_pipelined.beside({"rows": rows}, {"rows": OTHERS}, {"rows": {STEPS: row(27.0, 70.0)}})
     assert lines[-1] == (
-        "| 4 × 8 | 39.0 (29.0), 27.0 calls | 50.0 (40.0), 27.4 calls, `num_stages=2,predict=linear` |  "
+        '| 4 × 8, "linear" | 39.0 (29.0), 27.0 calls | 50.0 (40.0), 27.4 calls, `num_stages=2,predict=linear` |  '
         "| 70.0 (60.0), 27.0 calls, `parallel_steps=2,tolerance=0.006` |"
     )
     text = scripts.quality_steps_plot.as_plot({"rows": {}}, {"rows": OTHERS}, {"rows": rows})
-    assert text.count(">4 × 8</text>") == 1
+    assert text.count(">4 × 8</text>") == 2
 
 
 def test_committed_tables_and_plot_are_what_the_rows_make(scripts):
