@@ -8,7 +8,6 @@ _WITH_PIPELINE = {
     "exchange": ("displaced",),
     "group_norm": ("corrected", "stale", "local"),
     "patch_axis": ("rows",),
-    "predict": ("auto", "none"),
 }
 
 

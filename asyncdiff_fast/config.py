@@ -165,7 +165,7 @@ class Config:
     def checks(self):
         """True if ranks tell each other how far predictions were from what came."""
         shared = self.predicts_patches if self.num_patches > 1 else self.num_stages > 1 and self.predict != "none"
-        return shared and 1 in (self.num_stages, self.num_patches)
+        return shared and 1 in (self.num_stages, self.num_patches) and not self.pipelined
 
     @property
     def pipelined(self):

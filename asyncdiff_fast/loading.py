@@ -9,6 +9,7 @@ from accelerate import init_empty_weights
 
 from .exchange.world import device as device_of_rank
 from .patching import patch
+from .pipelined import heap
 from .pipelined.checkpoint import Checkpoint
 from .pipelined.shards import CHECKPOINT, stand_in
 
@@ -36,9 +37,10 @@ def load(pipeline_class, path, *, torch_dtype=None, variant=None, device=None, c
         raise ValueError(f"load needs a folder with model_index.json: got {path}; save_pretrained a pipeline there")
     index = json.loads((path / "model_index.json").read_text())
     given = dict(components or {})
-    for name, entry in index.items():
-        if name.startswith(("unet", "transformer")) and name not in given and isinstance(entry, list) and entry[0]:
-            given[name] = _without_weights(path / name, *entry, torch_dtype, variant, device)
+    with heap.mapped():
+        for name, entry in index.items():
+            if name.startswith(("unet", "transformer")) and name not in given and isinstance(entry, list) and entry[0]:
+                given[name] = _without_weights(path / name, *entry, torch_dtype, variant, device)
     pipe = pipeline_class.from_pretrained(path, torch_dtype=torch_dtype, variant=variant, **given)
     for name, component in pipe.components.items():
         if isinstance(component, torch.nn.Module) and not hasattr(component, CHECKPOINT):

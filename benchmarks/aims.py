@@ -89,6 +89,7 @@ AIMS = (
     Aim(
         "memory too small", "num_stages=2, pipeline_patches=4, shard_weights=True",
         "devices wait while a call fills and drains the stages",
+        closeness=("quality_pipelined", "num_stages=2,pipeline_patches=4,warmup_steps=3,predict=none@50"),
     ),
 )  # fmt: skip
 

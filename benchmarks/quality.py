@@ -2,7 +2,6 @@
 
     python benchmarks/quality.py --preset stages
     python benchmarks/quality.py --preset patches
-    python benchmarks/quality.py --preset pipelined
     python benchmarks/quality.py exact@50 exact@25 num_stages=2,stride=1,warmup_steps=3@50
 
 A configuration is `exact` or options of `asyncdiff_fast.patch`, then @ and the number of steps, then, if it is not the
@@ -56,12 +55,9 @@ PRESETS = {
         for warmup in (1, 3, 5, 9)
     ],
     "patches": ["exact@50"] + [f"num_patches={n},{way}@50" for n in (2, 4) for way in WAYS_OF_PATCHES],
-    # Without a text stream the number of stages changes nothing.
-    "pipelined": ["exact@50"]
-    + [f"num_stages=2,pipeline_patches={n},warmup_steps={w}@50" for n in (2, 4, 8) for w in (1, 4)],
 }
 # Where the results lie, if not in quality.*
-FILES = {"patches": "quality_patches", "pipelined": "quality_pipelined"}
+FILES = {"patches": "quality_patches"}
 SAMPLERS = {
     "euler": diffusers.EulerDiscreteScheduler,
     "dpm++": diffusers.DPMSolverMultistepScheduler,

@@ -79,11 +79,11 @@ def write(args):
         **measure.facts(),
         "rows": rows(args),
     }
-    others = measure.read_result("quality_predict")
+    others, pipelined = (measure.read_result(name) for name in ("quality_predict", "quality_pipelined"))
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "quality_steps.json").write_text(quality_predict_tables.as_json(result))
     (args.out / "quality_steps.md").write_text(quality_steps_tables.as_markdown(result, others))
-    (args.out / "quality_steps.svg").write_text(quality_steps_plot.as_plot(result, others))
+    (args.out / "quality_steps.svg").write_text(quality_steps_plot.as_plot(result, others, pipelined))
 
 
 def main(args):

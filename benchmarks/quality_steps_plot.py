@@ -18,15 +18,18 @@ MODES = {
     "stages, as published": ("mediumpurple", "stages"),
     "patches, predicted": ("darkorange", "patches"),
     "patches, as published": ("peru", "patches"),
+    "through stages, predicted": ("crimson", "stages × patches"),
+    "through stages, as published": ("palevioletred", "stages × patches"),
     "exact with fewer steps": ("black", "steps"),
 }
 
 
-def as_plot(result, others):
+def as_plot(*results):
     """An SVG: mean PSNR against sequential calls, with a thin line down to the worst picture; 50 steps DDIM."""
+    rows = {name: row for result in reversed(results) for name, row in result["rows"].items()}
     points = {
         name: (row["latency_calls"], row["psnr_db"]["mean"], row["psnr_db"]["worst"])
-        for name, row in (others["rows"] | result["rows"]).items()
+        for name, row in rows.items()
         if row["reference"] == REFERENCE and name.partition(" ")[0] != REFERENCE
     }
     lines = [
@@ -50,6 +53,8 @@ def mode(name):
     if name.startswith("exact"):
         return "exact with fewer steps"
     what = "stages" if name.startswith("num_stages") else "patches"
+    if "pipeline_patches" in name:
+        what = "through stages"
     return f"{what}, {'predicted' if 'predict=linear' in name else 'as published'}"
 
 
@@ -66,6 +71,8 @@ def label(name):
     if name.startswith("exact"):
         return name.partition("@")[2].partition(" ")[0]
     options = way(name).split(",")
+    if mode(name).startswith("through stages"):
+        return " × ".join(option.partition("=")[2] for option in options[:2])
     return options[0].partition("=")[2] + (", stride 2" if "stride=2" in options else "")
 
 

@@ -44,7 +44,7 @@ def equal_calls(result, others):
         rivals = [closest(others["rows"], row, mode) for mode in ("num_stages", "num_patches")]
         exact = quality_predict_tables.exact_as_long(rows, row)
         cells = [f"{steps}, {sampler or 'DDIM'}", f"{ranks}, {tolerance}", f"{_psnr(row)}, {calls}"]
-        cells += [_cell(others["rows"], rival) for rival in rivals]
+        cells += [cell(others["rows"], rival) for rival in rivals]
         cells.append("" if exact is None else f"{_psnr(rows[exact])}, {rows[exact]['latency_calls']:.0f} calls")
         lines.append(f"| {' | '.join(cells)} |")
     return lines
@@ -91,12 +91,16 @@ def closest(rows, row, mode):
     return max(fitting, key=fitting.get, default=None)
 
 
+def cell(rows, name, options=True):
+    """What a configuration reaches, in how many calls, and with which `options`; nothing for none."""
+    if name is None:
+        return ""
+    text = f"{_psnr(rows[name])}, {rows[name]['latency_calls']:.1f} calls"
+    return f"{text}, `{way(name)}`" if options else text
+
+
 def _head(heads):
     return [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-
-
-def _cell(rows, name):
-    return "" if name is None else f"{_psnr(rows[name])}, {rows[name]['latency_calls']:.1f} calls, `{way(name)}`"
 
 
 def _psnr(row):

@@ -264,16 +264,11 @@ def tiny(device="cpu", dtype=torch.float32):
     return unet.requires_grad_(False).eval(), found
 
 
-def sd3_width(num_layers=4, dtype=torch.float32):
-    """Four blocks of SD3-medium on the CPU with seeded random weights, and inputs for 512x512 pixels: latent
-    (2, 16, 64, 64), text (2, 333, 4096).
+def sd3_width(num_layers=2):
+    """Two of PixArt's blocks, as wide as SD3-medium's, on the CPU with seeded random weights, and inputs for 512x512
+    pixels: latent (2, 4, 64, 64), text (2, 120, 4096).
     """
-    # Its table of positions does not depend on how many blocks there are.
-    whole = diffusers.SD3Transformer2DModel(**_SD3 | dict(num_layers=1))
-    positions = whole.pos_embed.pos_embed.clone()
-    with _defaults("meta", dtype):
-        dit = diffusers.SD3Transformer2DModel(**_SD3 | dict(num_layers=num_layers))
-    dit = dit.to_empty(device="cpu").requires_grad_(False)
-    _fill(dit, dtype)
-    dit.pos_embed.pos_embed.copy_(positions)
-    return dit.eval(), inputs("sd3", dit, device="cpu", height=512, width=512)
+    options = dict(num_layers=num_layers, num_attention_heads=24, attention_head_dim=64, cross_attention_dim=1536)
+    torch.manual_seed(0)
+    dit = diffusers.PixArtTransformer2DModel(**_PIXART | options | dict(sample_size=64, out_channels=4))
+    return dit.requires_grad_(False).eval(), inputs("pixart", dit, device="cpu", height=512, width=512)

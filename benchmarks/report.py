@@ -9,6 +9,8 @@ import re
 import aims
 import goals
 import measure
+import memory
+import quality_pipelined
 import quality_predict_tables
 import quality_steps_tables
 import roofline
@@ -152,6 +154,18 @@ def forms_of_steps():
     return f"{title}\n\n{table(*quality_steps_tables.forms(measure.read_rows('steps_forms')))}"
 
 
+def quality_of_pipelined():
+    """Patches through stages beside the other modes where pictures wait for about as many calls."""
+    result, *others = (measure.read_result(f"quality_{name}") for name in ("pipelined", "predict", "steps"))
+    return "\n".join([result["title"], "", *quality_pipelined.beside(result, *others)])
+
+
+def memory_of_shards():
+    """What processes hold of a denoiser that is divided as it is loaded."""
+    rows = measure.read_rows("memory")
+    return f"{rows[-1]['device']}, torch {rows[-1]['torch']}, {rows[-1]['date']}.\n\n{table(*memory.cells(rows))}"
+
+
 def batch_steps():
     """What a block would take on one device as one batch, against its steps one after the other."""
     steps = measure.read_result("quality_steps")["rows"]
@@ -249,7 +263,9 @@ MAKERS = {
     "quality predict": quality_of_predictions,
     "quality steps": quality_of_steps,
     "steps forms": forms_of_steps,
+    "quality pipelined": quality_of_pipelined,
     "batch steps": batch_steps,
+    "memory": memory_of_shards,
     "kernels": kernels,
     "exchange": exchange,
 }

@@ -25,6 +25,9 @@ def twin_of(denoiser):
     with torch.device("meta"):
         twin = type(denoiser).from_config(denoiser.config)
     twin.load_state_dict(denoiser.state_dict(), assign=True)
+    # Tables of positions may be in no state dict.
+    for mine, theirs in zip(twin.modules(), denoiser.modules(), strict=True):
+        mine._buffers.update(theirs._buffers)
     return twin.eval().requires_grad_(False)
 
 

@@ -23,11 +23,14 @@ class ResultCheck:
     What is explained is measured: how far a result moves if its input is changed in the last place of the coarsest
     dtype at work. As a first picture is noise, all of whose rows are alike, and gates may be closed yet, patches must
     be right for a picture of another kind too: late in time, bright at one end and dark at the other.
+
+    Args:
+        refusal, way_out: what an error says after the denoiser's name, and in the end.
     """
 
-    def __init__(self, denoiser, signature, world):
-        self._name, self._signature, self._world = type(denoiser).__name__, signature, world
-        self._denoiser = denoiser
+    def __init__(self, denoiser, signature, world, refusal="cannot be shared out as patches", way_out=WAY_OUT):
+        self._refusal, self._signature, self._world = f"{type(denoiser).__name__} {refusal}", signature, world
+        self._denoiser, self._way_out = denoiser, way_out
 
     def expect(self, run, args, kwargs, whole=None):
         """(result of the whole picture, what rounding explains of each distance to it) of one call.
@@ -47,9 +50,9 @@ class ResultCheck:
             worst = max(self._world.gather(worst, "a result of the patches"))
         if not worst <= 1:
             raise ValueError(
-                f"{self._name} cannot be shared out as patches: together they differ from the whole picture by "
-                f"{worst:.3g} times what rounding explains, so something in it mixes rows in a way that is neither a "
-                f"convolution, a GroupNorm nor scaled_dot_product_attention; {WAY_OUT}"
+                f"{self._refusal}: together they differ from the whole picture by {worst:.3g} times what rounding "
+                "explains, so something in it mixes rows in a way that is neither a convolution, a GroupNorm nor "
+                f"scaled_dot_product_attention; {self._way_out}"
             )
 
     def _ulp(self, args, kwargs):

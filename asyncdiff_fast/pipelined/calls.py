@@ -4,26 +4,28 @@ Calls begin exact, every rank computing all. From then on a call is a micro-step
 last one's prediction has come to every rank.
 """
 
+import contextlib
 import functools
 
 import torch
-from torch.utils._pytree import tree_leaves
 
 from ..calls import schedule
 from ..calls.schedule import Mode, PatchMode
 from ..calls.signature import device_of
+from ..calls.watch import last_scheduler
 from ..modules import Attachment
+from ..patches.check import ResultCheck
 from ..patches.hooks import Hooks
+from ..prediction.trend import Instants
 from ..stages.buffers import Placeholders
 from ..tracing import side_effects
-from . import batches
+from . import batches, heap
 from .passage import Learning, Pipeline
 from .planning import MicroPlanner
 
 # Plans kept for inputs seen before, per denoiser.
 KEPT_PIPELINES = 8
-# How far patches together may be from the whole picture, of its largest element.
-CLOSE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+WAY_OUT = "pass pipeline_patches=1, or stages alone"
 
 
 class PipelineCalls:
@@ -35,8 +37,11 @@ class PipelineCalls:
     def __init__(self, shared, world, exchange, shards=None):
         self.denoiser, self.config, self.world, self.exchange = shared.denoiser, shared.config, world, exchange
         self.plan, self.hooks, self._shards = None, Hooks(shared.denoiser), shards
+        self._scheduler = shared.scheduler
         self._signature, self._planner = shared.signature, MicroPlanner(shared, world, self.hooks, self._learn)
         self._pipelines, self._hooks, self._placeholders, self._phases = {}, {}, {}, 0
+        refusal = f"does not work with pipeline_patches={self.config.pipeline_patches}"
+        self._check = ResultCheck(self.denoiser, self._signature, world, refusal, WAY_OUT)
         # What the hooks on modules hand calls to, or None.
         self._active = None
 
@@ -56,23 +61,32 @@ class PipelineCalls:
         """
         place = (tick.call, key)
         if place not in self._pipelines:
-            with planning() as quiet:
+            reads = self._shards is not None and not self._shards.complete
+            with planning() as quiet, heap.mapped() if reads else contextlib.nullcontext():
                 current, result = self._first(place, quiet, args, kwargs)
-            current.last_step = tick.step
+            self._begin(current, tick, args, kwargs)
+            current.trend.made(tick.step)
             return result, Mode.EXACT
         current = self._pipelines[place] = self._pipelines.pop(place)
         mode = schedule.mode(self.config, tick.step, current.last_step == tick.step - 1)
-        current.last_step = tick.step
+        self._begin(current, tick, args, kwargs)
+        # Only what the next call may read is kept, and with predictions what that of the one after is made from.
+        passes, predicts = mode is Mode.COMPUTE and current.passing is not None, self.config.predict != "none"
+        kept = passes or tick.step >= self.config.warmup_steps - 1 - predicts
+        for store in current.kept.values() if predicts and kept else ():
+            store.carry_on(current.trend.weight) if passes else store.put_aside()
         with self.exchange.step():
-            if mode is Mode.COMPUTE and current.passing is not None:
-                return self._passed_through(current, forward, args, kwargs), mode
-            # Only what the next call may read is kept.
-            kept = tick.step >= self.config.warmup_steps - 1
-            exact = self._exact if current.exact is None else self._exact_in_parts
-            return exact(current, forward, args, kwargs, kept), mode
+            if passes:
+                result = self._passed_through(current, forward, args, kwargs)
+            else:
+                exact = self._exact if current.exact is None else self._exact_in_parts
+                result = exact(current, forward, args, kwargs, kept)
+        if kept:
+            current.trend.made(tick.step)
+        return result, mode
 
     def errors(self):
-        """Nothing is predicted."""
+        """Predictions are not compared with what comes."""
         return {}
 
     def forget(self, released=False):
@@ -87,6 +101,14 @@ class PipelineCalls:
         self.plan = None
 
     # One call.
+
+    def _begin(self, current, tick, args, kwargs):
+        """A call begins, perhaps the first of a generation."""
+        if current.last_step < 0:
+            timestep = self._signature.timestep(args, kwargs)
+            current.trend.begin(Instants(self._scheduler or last_scheduler(), timestep, tick.step))
+        current.last_step = tick.step
+        current.trend.weigh(tick.step)
 
     def _exact(self, current, forward, args, kwargs, kept=True):
         """The result of all, computed here; what later calls read is `kept`."""
@@ -153,7 +175,7 @@ class PipelineCalls:
         self._phases += 1
         self._attach(sorted(plan.route.spared))
         current = Pipeline(plan, patches, structures, self.world, self.exchange, device, placeholders, phase)
-        results = []
+        results, exact = [], self._exact if complete else self._exact_in_parts
         if complete:
             results.append(self._exact(current, forward, args, kwargs))
         with side_effects.restored(self.denoiser), torch.no_grad(), self.exchange.step():
@@ -165,7 +187,14 @@ class PipelineCalls:
             passed = [self._passed_through(current, forward, args, kwargs, exact=True)] if current.passing else []
             for store in current.kept.values():
                 store.restore()
-        self._verify([*results, *passed])
+
+            def run(args, kwargs):
+                return exact(current, forward, args, kwargs, kept=False)
+
+            # Nothing that micro-steps of the same call read is stale.
+            expected = self._check.expect(run, args, kwargs, results[0])
+        for other in (*results[1:], *passed):
+            self._check.judge(other, expected)
         if shards is not None:
             shards.divide(plan.whole, plan.division)
         self._pipelines[place] = current
@@ -174,23 +203,6 @@ class PipelineCalls:
         for old in list(self._pipelines)[:-KEPT_PIPELINES]:
             self._pipelines.pop(old).release()
         return current, results[-1]
-
-    def _verify(self, results):
-        """Micro-steps of the same call must give what the exact one gave: nothing that they read is stale then."""
-        error = 0.0
-        for other in results[1:]:
-            for a, b in zip(tree_leaves(other), tree_leaves(results[0]), strict=True):
-                if isinstance(b, torch.Tensor):
-                    limit = CLOSE.get(b.dtype, 1e-1) * max(float(b.abs().max()), 1e-12)
-                    error = max(error, float((a - b).abs().max()) / limit)
-        worst = max(self.world.gather(error, "the first result of micro-steps"))
-        if not worst <= 1:
-            raise ValueError(
-                f"{type(self.denoiser).__name__} does not work with pipeline_patches={self.config.pipeline_patches}: "
-                f"together they differ from the whole picture by {worst:.3g} times what rounding explains, so "
-                "something in it mixes rows in a way that is neither a convolution, a GroupNorm nor "
-                "scaled_dot_product_attention; pass pipeline_patches=1, or stages alone"
-            )
 
     def _learn(self, graph, run):
         """(what `run()` returns, {unit: structure of its result} of the forward in it)."""

@@ -13,11 +13,12 @@ from ..patches.kinds import make_state
 from ..patches.norm import NormState, normalise, statistics
 from ..patches.ring import RingState
 from ..patches.site import Halo, Norm, Ring
+from .carried import Carried, Reused
 
 _ATTENTION_NAMES = ("query", "key", "value")
 
 
-class KeptRing:
+class KeptRing(Carried):
     """Keys and values of all tokens, as `RingState` has them."""
 
     def __init__(self, site, device):
@@ -28,6 +29,10 @@ class KeptRing:
         self.sample, self._waiting, self._saved = None, [], None
         places = [i for p in range(len(site.shapes)) for i in site.tokens.places(p)]
         self._places = None if places == sorted(places) else torch.tensor(places, device=device)
+
+    def tensors(self):
+        """The buffer."""
+        return (self.ring,)
 
     def fill(self, args, kwargs, part=0):
         """Keep what attention to the whole picture is given, of one part of the batch."""
@@ -100,7 +105,7 @@ class _Saved:
         self._saved = None
 
 
-class KeptHalo(_Saved):
+class KeptHalo(_Saved, Carried):
     """The rows that patches read of each other before a convolution."""
 
     def __init__(self, site, device):
@@ -131,7 +136,7 @@ class _MicroHalo(HaloState):
         self.buffers, self.received = {m: kept.buffers[m] for m in self.buffers}, []
 
 
-class KeptNorm(_Saved):
+class KeptNorm(_Saved, Reused):
     """Mean and biased variance of all patches."""
 
     def __init__(self, site, device):
@@ -203,7 +208,7 @@ def merge_in_turn(parts, weights, patch, old=None):
 KINDS = {Ring: KeptRing, Halo: KeptHalo, Norm: KeptNorm}
 
 
-class _KeptNothing(_Saved):
+class _KeptNothing(_Saved, Reused):
     """A site where a patch needs no other."""
 
     def __init__(self, site):

@@ -2,6 +2,8 @@
 
 import torch
 
+from ..patches.patch import LAYER_HOPS
+from ..prediction.trend import Trend
 from ..stages.replay import Replay, structure_of, with_tensors
 from .kept import keep
 from .micro import MicroStep
@@ -33,6 +35,7 @@ class Pipeline:
 
     def __init__(self, plan, patches, structures, world, exchange, device, placeholders, phase):
         self.plan, self.patches, self.last_step = plan, patches, -1
+        self.trend = Trend(plan.config.pipeline_count + LAYER_HOPS)
         made = (world, exchange, device, placeholders)
         self.passing = plan.passing and Passage(plan.passing, structures["passing"], *made, phase)
         self.exact = plan.exact and Passage(plan.exact, structures["exact"], *made, f"{phase}, exact")

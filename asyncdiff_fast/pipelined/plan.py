@@ -3,10 +3,11 @@
 from dataclasses import dataclass
 
 from ..patches.plan import PatchPlan, hash_of
+from ..patches.site import Norm
 from ..stages import cutset
 from ..stages.division import Division
 from ..stages.graph import Graph
-from ..stages.plan import aligned, ranges
+from ..stages.plan import aligned, ranges, sends
 from ..tracing.recording import TensorRef
 
 
@@ -117,8 +118,9 @@ class PipelinePlan:
         return not inside or stage in inside
 
     def kept_bytes(self, stage):
-        """Bytes of what a stage keeps of its sites: keys and values, statistics, rows around."""
-        return sum(_kept(site) for site in self.sites(stage).values())
+        """Bytes of what a stage keeps of its sites: keys and values, statistics, rows around; and to predict, twice."""
+        predicts = self.config.predict != "none"
+        return sum(_kept(site) * (1 + (predicts and type(site) is not Norm)) for site in self.sites(stage).values())
 
     def sites(self, stage):
         """{place in `patches`: site} of those that a stage runs."""
@@ -151,9 +153,7 @@ class PipelinePlan:
             share = f"{self.division.costs[stage] / total:.1%}"
             cells = (f"{n / 1e6:.1f}" for n in sizes)
             table.append((str(stage), share, *cells, ranges(self.whole, self.division, stage)))
-        sends = [("from", "to", "MB", "tensors of")]
-        sends += [(str(s), str(t), f"{n / 1e6:.3f}", name) for (s, t, name), n in self.sent_bytes().items()]
-        return "\n".join([head, "", *aligned(table), "", *aligned(sends)])
+        return "\n".join([head, "", *aligned(table), "", *sends(self.sent_bytes())])
 
 
 def _kept(site):

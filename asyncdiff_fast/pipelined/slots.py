@@ -2,13 +2,14 @@
 
 from ..exchange.slots import Recv, Send
 from ..stages.buffers import Buffer
+from ..stages.in_order import InOrder
 from .order import in_order
 
 # A buffer is written again in the next call, when its readers are over.
 DEPTH = 1
 
 
-class MicroSlots:
+class MicroSlots(InOrder):
     """Buffers and slots of a rank for one `Route`. Collective to make.
 
     Args:
@@ -16,15 +17,14 @@ class MicroSlots:
     """
 
     def __init__(self, route, rank, device, exchange, phase):
-        self.phase, self._exchange, self._micro = phase, exchange, route.micro
-        self._buffers, self._slots, self._order = {}, {}, []
+        super().__init__(exchange)
+        self.phase, self._micro, self._buffers = phase, route.micro, {}
         numbers = []
         for place, (p, n) in enumerate(in_order([m.transfers for m in route.micro])):
             if self._register(p, n, rank, device):
                 self._order.append((p, n))
                 numbers.append(place)
         exchange.freeze(phase, numbers)
-        self._cursor = 0
 
     def begin(self):
         """A call begins."""
@@ -33,13 +33,12 @@ class MicroSlots:
 
     def send(self, p, n, tensors):
         """Post a transfer of a micro-step; `tensors` by value."""
-        slot = self._slots[p, n]
-        self._exchange.acquire(slot)
-        for v in self._micro[p].transfers[n].values:
-            self._buffers[p, n, v].view(0).copy_(tensors[v])
-        self._exchange.post(slot)
-        self._cursor += 1
-        self._post_receives()
+
+        def fill():
+            for v in self._micro[p].transfers[n].values:
+                self._buffers[p, n, v].view(0).copy_(tensors[v])
+
+        self._send((p, n), fill)
 
     def view(self, p, n, v):
         """Where a value is received, or sent from."""
@@ -74,12 +73,3 @@ class MicroSlots:
             return False
         self._slots[p, n] = self._exchange.slot(f"{transfer.name}, micro-step {p}", sends, recvs, DEPTH)
         return True
-
-    def _post_receives(self):
-        """Receives are posted as early as the plan's order allows."""
-        while self._cursor < len(self._order):
-            slot = self._slots[self._order[self._cursor]]
-            if slot.sends:
-                return
-            self._exchange.post(slot)
-            self._cursor += 1

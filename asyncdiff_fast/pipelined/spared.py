@@ -31,7 +31,9 @@ def spared(whole, part, graph, rowless, text):
 
     def visit(node):
         alike = shapes.get(node.key) == _shapes(part, node)
-        if alike and node.eligible and calls[node.name] == 1 and node.key in needless:
+        # Where one stands for several units, each of them is left out by itself: ranks follow their order.
+        whole_units = not any(child.key in units for child in _nodes(node))
+        if alike and node.eligible and calls[node.name] == 1 and node.key in needless and whole_units:
             found.append(node.name)
         else:
             for child in node.children:

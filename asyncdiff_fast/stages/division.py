@@ -135,7 +135,9 @@ def _starts(costs, labels):
         elif pieces > n + 1:
             down = first * np.arange(1, n) / n
             fractions.append(np.concatenate([down, 1 - (1 - first) * np.arange(n - 1, 0, -1) / n]))
-    return [np.searchsorted(costs.prefix, f * total).clip(0, len(costs.cost)) for f in fractions]
+    reached = [np.searchsorted(costs.prefix, f * total).clip(0, len(costs.cost)) for f in fractions]
+    # Units of one size: if all boundaries lie one unit late, no two of them that move make the largest stage smaller.
+    return reached + [np.abs(costs.prefix[None] - f[:, None] * total).argmin(1) for f in fractions]
 
 
 def _improve(costs, labels, bounds, hop_factor):

@@ -85,9 +85,7 @@ class Plan:
             share = f"{self.division.costs[stage] / total:.1%}"
             sizes = (f"{n / 1e6:.1f}" for n in (self.weight_bytes[stage], self.buffer_bytes(rank)))
             rows.append((str(rank), str(stage), share, *sizes, ranges(self.graph, self.division, stage)))
-        sends = [("from", "to", "MB", "tensors of")]
-        sends += [(str(s), str(t), f"{n / 1e6:.3f}", name) for (s, t, name), n in self.sent_bytes().items()]
-        return "\n".join([head, "", *aligned(rows), "", *aligned(sends)])
+        return "\n".join([head, "", *aligned(rows), "", *sends(self.sent_bytes())])
 
 
 def ranges(graph, division, stage):
@@ -106,6 +104,12 @@ def aligned(rows):
     """Lines of a table, from rows of cells."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
     return ["  ".join([cell.ljust(w) for cell, w in zip(row, [*widths, 0], strict=True)]).rstrip() for row in rows]
+
+
+def sends(sent_bytes):
+    """Lines of a table of what travels, from {(source, target, name): bytes}."""
+    rows = [(str(s), str(t), f"{n / 1e6:.3f}", name) for (s, t, name), n in sent_bytes.items()]
+    return aligned([("from", "to", "MB", "tensors of"), *rows])
 
 
 def make_plan(denoiser, forward, args, kwargs, config, world=None, stage_of_unit=None):
@@ -169,7 +173,11 @@ def decide(denoiser, forward, args, kwargs, config, recording):
         traced = traced.with_costs(_weights_of_units(denoiser, traced))
     if config.stages is not None:
         return traced, from_names(traced, config.stages)
-    return _merged(recording, traced, divide(traced, config.num_stages, config.predict != "none", config.pipelined))
+    return _merged(
+        recording,
+        traced,
+        divide(traced, config.num_stages, config.predict != "none" and not config.pipelined, config.pipelined),
+    )
 
 
 def _units(denoiser, recording, config):

@@ -3,9 +3,10 @@
 from ..exchange.slots import Recv, Send
 from ..prediction.trend import extrapolate
 from .buffers import DEPTH, Buffer
+from .in_order import InOrder
 
 
-class PassSlots:
+class PassSlots(InOrder):
     """Buffers and slots of a rank for one plan. `epoch` is the number of the next asynchronous exchange.
 
     Args:
@@ -15,11 +16,11 @@ class PassSlots:
     """
 
     def __init__(self, plan, rank, device, predicts, check, exchange, phase):
+        super().__init__(exchange)
         self._plan, self._rank, self._device = plan, rank, device
-        self._predicts, self._check, self._exchange = predicts, check, exchange
+        self._predicts, self._check = predicts, check
         self.phase, self.epoch = phase, 0
-        self._buffers, self._slots, self._order = {}, {}, []
-        self._cursor, self._ready = 0, set()
+        self._buffers, self._ready = {}, set()
         self._numbers = {t.name: n for n, t in enumerate(plan.transfers) if t.unit < 0}
         for number in range(len(plan.transfers)):
             self._register(number)
@@ -44,13 +45,12 @@ class PassSlots:
     def send(self, number, tensors):
         """Post a transfer: its number, or the name of a result. `tensors`: by value."""
         number = self._numbers.get(number, number)
-        slot = self._slots[number]
-        self._exchange.acquire(slot)
-        for v in self._plan.transfers[number].values:
-            self._buffers[number, v].view(self.epoch).copy_(tensors[v])
-        self._exchange.post(slot)
-        self._cursor += 1
-        self._post_receives()
+
+        def fill():
+            for v in self._plan.transfers[number].values:
+                self._buffers[number, v].view(self.epoch).copy_(tensors[v])
+
+        self._send(number, fill)
 
     def received(self, name):
         """The tensors of a result that was sent in this call; the next but one overwrites them."""
@@ -125,12 +125,3 @@ class PassSlots:
     def _note(self, key, buffer):
         if self._check.wants(key):
             self._check.note(key, buffer.flat[(self.epoch - 1) % len(buffer.flat)])
-
-    def _post_receives(self):
-        """Receives are posted as early as the plan's order allows."""
-        while self._cursor < len(self._order):
-            slot = self._slots[self._order[self._cursor]]
-            if slot.sends:
-                return
-            self._exchange.post(slot)
-            self._cursor += 1

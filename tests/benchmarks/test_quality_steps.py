@@ -7,7 +7,7 @@ import types
 import pytest
 
 BENCHMARKS = pathlib.Path(__file__).parents[2] / "benchmarks"
-MODULES = ("quality", "measure", "quality_steps", "quality_steps_plot", "quality_steps_tables")
+MODULES = ("quality", "measure", "quality_steps", "quality_steps_plot", "quality_steps_tables", "quality_pipelined")
 
 
 @pytest.fixture
@@ -94,11 +94,26 @@ def test_calls_are_counted_for_each_picture(scripts, monkeypatch):
     assert quality.draw_batches(None, None, 50, args)[1] == []
 
 
+def test_patches_through_stages_stand_beside_the_others(scripts):
+    rows = {name: row(27.0, 39.0) for name in scripts.quality_pipelined.configurations()}
+    assert all(scripts.quality.world_size(name) in (2, 4) for name in rows)
+    lines = scripts.quality_pipelined.beside({"rows": rows}, {"rows": OTHERS}, {"rows": {STEPS: row(27.0, 70.0)}})
+    assert lines[-1] == (
+        '| 4 × 8, "linear" | 39.0 (29.0), 27.0 calls | 50.0 (40.0), 27.4 calls, `num_stages=2,predict=linear` |  '
+        "| 70.0 (60.0), 27.0 calls, `parallel_steps=2,tolerance=0.006` |"
+    )
+    text = scripts.quality_steps_plot.as_plot({"rows": {}}, {"rows": OTHERS}, {"rows": rows})
+    assert text.count(">4 × 8</text>") == 2
+
+
 def test_committed_tables_and_plot_are_what_the_rows_make(scripts):
-    result, others = (scripts.measure.read_result(name) for name in ("quality_steps", "quality_predict"))
-    results = scripts.measure.RESULTS
+    names = ("quality_steps", "quality_predict", "quality_pipelined")
+    result, others, pipelined = (scripts.measure.read_result(name) for name in names)
+    results, plot = scripts.measure.RESULTS, scripts.quality_steps_plot.as_plot(result, others, pipelined)
     assert (results / "quality_steps.md").read_text() == scripts.quality_steps_tables.as_markdown(result, others)
-    assert (results / "quality_steps.svg").read_text() == scripts.quality_steps_plot.as_plot(result, others)
+    assert (results / "quality_steps.svg").read_text() == plot
+    table = "\n".join(scripts.quality_pipelined.beside(pipelined, others, result))
+    assert table in (results / "quality_pipelined.md").read_text()
 
 
 def test_forms_stand_side_by_side_as_drawn_last(scripts):

@@ -4,7 +4,7 @@ import functools
 
 import pytest
 import ranks
-from test_golden import FOLDER, TOLERANCE, load, play
+from test_golden import FOLDER, TOLERANCE, assert_reproduced, load, play
 
 # Whose text patches after the first read, by the published code of each model.
 TEXT = {"sd3": "unit", "flux": "stage"}
@@ -61,15 +61,7 @@ def results(world_size):
 
 @pytest.mark.parametrize("name", cases())
 def test_golden(name):
-    case, _, expected = load.load_case(FOLDER / name)
-    noise, latents = expected["ref_noise"], expected["ref_latents"]
-    for rank, result in enumerate(results(_size(case))):
-        mine, final = result[name]
-        for step in range(len(noise)):
-            error = (mine[step] - noise[step]).abs().max() / noise[step].abs().max()
-            assert error <= TOLERANCE, f"rank {rank}, step {step}: prediction differs by {error:.1e} of its maximum"
-        error = (final - latents).abs().max() / latents.abs().max()
-        assert error <= TOLERANCE, f"rank {rank}: latents differ by {error:.1e} of their maximum"
+    assert_reproduced(results(_size(cases()[name])), name)
 
 
 @pytest.mark.parametrize("name", cases())

@@ -114,7 +114,6 @@ REFUSED = [
     (dict(pipeline_patches=2, num_stages=2, parallel_steps=2), "one patch passes through"),
     (dict(pipeline_patches=2, num_stages=2, group_norm="sync"), "'corrected' or 'stale' or 'local' only"),
     (dict(pipeline_patches=2, num_stages=2, exchange="none"), "exchange='displaced' only"),
-    (dict(pipeline_patches=2, num_stages=2, predict="linear"), "predict='auto' or 'none' only"),
     (dict(pipeline_patches=2, num_stages=2, time_shift=True), "time_shift=False only"),
     (dict(pipeline_patches=2, num_stages=2, warmup_steps="auto"), "warmup_steps"),
     (dict(pipeline_patches=2, num_stages=2, pipeline_text="first"), "pipeline_text must be"),

@@ -5,7 +5,7 @@ import functools
 import pytest
 import ranks
 import torch
-from oracle_models import MODELS, predictions
+from oracle_models import INSIDE_A_BLOCK, MODELS, predictions
 from workers import collect
 
 import asyncdiff_fast
@@ -45,6 +45,7 @@ CASES = {
     "patches, sharded": ("pixart", dict(pipeline_patches=3, warmup_steps=2, shard_weights=True)),
     "text": ("flux", dict(pipeline_patches=3, warmup_steps=1)),
     "text, sharded": ("flux", dict(pipeline_patches=3, warmup_steps=1, shard_weights=True)),
+    "text, cut inside a block": ("sd3", dict(pipeline_patches=3, warmup_steps=1, stages=INSIDE_A_BLOCK)),
     "unet": ("unet", dict(pipeline_patches=2, warmup_steps=1)),
     "unet, sharded": ("unet", dict(pipeline_patches=2, warmup_steps=1, shard_weights=True)),
 }

@@ -10,6 +10,7 @@ import torch
 from oracle_models import MODELS, TIMES, predictions
 
 import asyncdiff_fast
+from asyncdiff_fast.prediction.trend import damping
 
 # Of the largest element: rounding, carried on from step to step.
 TOLERANCE = 3e-5
@@ -22,6 +23,9 @@ CASES = [
     *[(name, 2, 3, 1, {}) for name in ("sd3", "flux")],
     ("flux", 2, (5, 1, 10, 8), 1, {}),
     *[(name, 3, 2, 1, {}) for name in ("unet", "pixart", "sd3")],
+    ("unet", 2, 2, 1, dict(predict="linear")),
+    ("pixart", 2, 4, 2, dict(predict="linear")),
+    ("sd3", 2, 3, 1, dict(predict="linear")),
 ]
 
 
@@ -46,6 +50,10 @@ def patched(num_stages):
 
 def _simulated(case, held):
     name, _, _, warmup_steps, options = case
+    options = dict(options)
+    if options.pop("predict", "none") == "linear":
+        # Two layers' hops, steps of one length, as many as where no scheduler tells.
+        options["carried"] = damping(len(held) + 2, 25)
     make, _, _, sequences = MODELS[name]
     model = make()
     with torch.no_grad():

@@ -4,7 +4,7 @@ import functools
 
 import pytest
 import torch
-from oracle_models import MODELS
+from oracle_models import INSIDE_A_BLOCK, MODELS
 
 import asyncdiff_fast
 from asyncdiff_fast.calls.signature import CallSignature
@@ -16,7 +16,7 @@ class _Stop(Exception):
 
 
 @functools.cache
-def spared(name, text):
+def spared(name, text, stages=None):
     """Names of the modules that run in the first micro-step only."""
     make, call, shape, _ = MODELS[name]
     model = make()
@@ -31,7 +31,7 @@ def spared(name, text):
         inputs = found.args[0]
     finally:
         attachment.remove()
-    plan = asyncdiff_fast.plan(model, inputs, num_stages=2, pipeline_patches=2, pipeline_text=text)
+    plan = asyncdiff_fast.plan(model, inputs, num_stages=2, stages=stages, pipeline_patches=2, pipeline_text=text)
     return plan.passing.spared
 
 
@@ -75,3 +75,9 @@ def test_embeddings_and_projections_of_the_prompt_are_left_out(text):
     assert len(_ends(spared("pixart", text), ".attn2.to_k")) == 6
     assert {"time_text_embed", "context_embedder"} <= spared("sd3", text)
     assert _ends(spared("unet", text), ".time_emb_proj") and _ends(spared("unet", text), ".attn2.to_v")
+
+
+def test_units_are_left_out_one_by_one():
+    names = spared("sd3", "unit", INSIDE_A_BLOCK)
+    assert not [n for n in names for stage in INSIDE_A_BLOCK for unit in stage if unit.startswith(f"{n}.")]
+    assert "transformer_blocks.0.ff_context.net.0" in names

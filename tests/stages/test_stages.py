@@ -100,6 +100,12 @@ def test_even_chain_is_divided_evenly(num_stages):
     assert division.hops == (num_stages - 1, num_stages - 1)
 
 
+@pytest.mark.parametrize("num_stages", [2, 4, 5])
+def test_a_small_unit_at_the_end_moves_no_boundary(num_stages):
+    division = divide(chain([1.0] * 20 + [0.1]), num_stages, contiguous=True)
+    assert max(division.costs) == pytest.approx(20 / num_stages + 0.1)
+
+
 @pytest.mark.parametrize("imbalance, predicts, hops", [(0.04, False, 2), (0.04, True, 1), (0.08, True, 2)])
 def test_predictions_pay_balance_for_fewer_hops(imbalance, predicts, hops):
     """One unit makes half of the work. The others divide evenly around it, or unevenly with a hop less."""

@@ -43,6 +43,12 @@ MODELS = {
     "flux": (tiny_denoisers.flux_transformer, _flux, (1, 24, 16), {24 + TEXT: (TEXT, 24)}),
 }
 
+# Stages of SD3: the first ends in what a block does for its text.
+INSIDE_A_BLOCK = (
+    ("transformer_blocks.0.norm1", "transformer_blocks.0.attn", "transformer_blocks.0.ff_context.net.0"),
+    ("transformer_blocks.0.ff_context.net.2", *(f"transformer_blocks.{i}" for i in range(1, 6))),
+)
+
 
 @torch.no_grad()
 def predictions(name):

@@ -10,18 +10,30 @@ import torch
 
 
 class Simulation(patch_oracle.Simulation):
-    """As the one of displaced patches, in turn."""
+    """As the one of displaced patches, in turn; with `carried` so much of its last change is added to what is stale,
+    but for statistics.
+    """
+
+    def __init__(self, *args, carried=0.0, **options):
+        super().__init__(*args, **options)
+        self.carried = carried
+
+    def restart(self):
+        super().restart()
+        self.before = None
 
     @torch.no_grad()
     def _call(self, latent, *args, **kwargs):
         self.step += 1
         exact = self.step <= self.warmup_steps
+        if not exact:
+            self._carry_on()
         parts = []
         for patch in [None] if exact else range(len(self.held)):
             with _View(self, patch) as view:
                 result = self.forward(latent, *args, **kwargs)
             if exact:
-                self.memory = view.made
+                self.before, self.memory = self.memory or None, view.made
                 return result
             self._take_over(patch, view)
             dim = -2 if result.sample.dim() == 4 else 1
@@ -29,6 +41,14 @@ class Simulation(patch_oracle.Simulation):
             parts.append(result.sample.narrow(dim, start, stop - start))
         result.sample = torch.cat(parts, dim)
         return result
+
+    def _carry_on(self):
+        last = {site: (kind, [x.clone() for x in known]) for site, (kind, known) in self.memory.items()}
+        for site, (kind, known) in self.memory.items() if self.before else ():
+            if kind != "norm":
+                for x, before in zip(known, self.before[site][1], strict=True):
+                    x += self.carried * (x - before)
+        self.before = last
 
     def _take_over(self, patch, view):
         """What a patch's run had for its own rows takes the place of what was known of them."""
