@@ -6,6 +6,9 @@ import torch
 
 from . import modules
 from .calls.signature import CallSignature
+from .decoder.place import Place
+from .decoder.plan import DecoderPlan
+from .decoder.planning import config_of, planned
 from .fused.packed import PackedWeights
 from .halves.cuts import guess, size_of
 from .patches.alone import LonePlanner
@@ -37,6 +40,27 @@ def first_call(pipe, denoiser, inputs):
     finally:
         attachment.remove()
     raise ValueError(f"{type(pipe).__name__} did not call its denoiser; pass inputs= that make it run")
+
+
+def plan_decode(pipe, vae, each, config, inputs):
+    """The plan of a pipeline's calls with that of its decode, from a run of one step; `each`: of the denoiser's."""
+    place = Place.of(vae)
+
+    def stop(forward, args, kwargs):
+        raise _FirstCall(args, kwargs)
+
+    undo = place.attach(stop)
+    try:
+        with torch.no_grad():
+            pipe(**{"num_inference_steps": 1} | inputs)
+    except _FirstCall as first:
+        args, kwargs = first.args
+    else:
+        raise ValueError(f"{type(pipe).__name__} did not decode; pass inputs= that make it, without output_type")
+    finally:
+        undo()
+    plan, _ = planned(place, config_of(config.world_size), args, kwargs)
+    return DecoderPlan(each, type(vae).__name__, plan)
 
 
 def plan_call(denoiser, config, args, kwargs, guided=False):
