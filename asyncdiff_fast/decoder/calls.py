@@ -156,9 +156,19 @@ class Decoder:
 
     # The end.
 
+    @property
+    def exchange_kind(self):
+        """How slots travel: "nccl", "shm" or "torch.distributed"; None before the first decode."""
+        return self._exchange and self._exchange.kind
+
     def stats(self):
         """Dict: what the exchange counts, {} before the first decode."""
         return {} if self._exchange is None else self._exchange.stats()
+
+    def clear_stats(self):
+        """Begin to count anew."""
+        if self._exchange is not None:
+            self._exchange.clear_stats()
 
     def _forget(self, released=False):
         for patch in () if released else self._plans.values():
