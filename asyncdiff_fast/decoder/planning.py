@@ -65,7 +65,12 @@ def _refuse_kept(place, ghost, args, kwargs):
 
 def small(signature, config, args, kwargs):
     """(args, kwargs) of the same call on a corner of its latent, and on its first frames."""
-    latent = signature.latent(args, kwargs)
-    corner = latent[..., : max(_ROWS * config.num_patches, _COLUMNS), :_COLUMNS]
-    corner = corner[:, :, :_FRAMES] if latent.dim() == 5 else corner
-    return signature.with_latent(args, kwargs, corner.clone())
+    like = signature.latent(args, kwargs).shape[2:]
+
+    def corner(x):
+        if x.shape[2:] != like:
+            return x
+        x = x[..., : max(_ROWS * config.num_patches, _COLUMNS), :_COLUMNS]
+        return (x[:, :, :_FRAMES] if x.dim() == 5 else x).clone()
+
+    return tree_map_only(torch.Tensor, corner, (args, kwargs))

@@ -4,15 +4,22 @@
 """
 
 import diffusers
+import tiny_denoisers
 import tiny_parts
 import torch
 
-_VIDEO_DOWN, _VIDEO_UP = "{}DownBlock3D", "{}UpBlock3D"
+
+class Pipe:
+    """As a pipeline with a denoiser and an autoencoder."""
+
+    def __init__(self, vae):
+        self.components = {"unet": tiny_denoisers.sd15_unet(), "vae": vae}
 
 
 def _blocks(family, number):
     return dict(
-        down_block_types=(_VIDEO_DOWN.format(family),) * number, up_block_types=(_VIDEO_UP.format(family),) * number
+        down_block_types=(f"{family}DownBlock3D",) * number,
+        up_block_types=(f"{family}UpBlock3D",) * number,
     )
 
 
