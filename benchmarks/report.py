@@ -7,6 +7,7 @@ import pathlib
 import re
 
 import aims
+import decode_tables
 import goals
 import measure
 import quality_predict_tables
@@ -245,6 +246,8 @@ MAKERS = {
     "batch steps": batch_steps,
     "kernels": kernels,
     "exchange": exchange,
+    "decoder": lambda: decode_tables.decoder(table),
+    "text encoder": lambda: decode_tables.text_encoder(table),
 }
 
 

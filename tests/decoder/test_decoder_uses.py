@@ -2,6 +2,7 @@
 
 import functools
 
+import accelerate
 import numpy as np
 import pytest
 import ranks
@@ -59,6 +60,9 @@ def _settings(size):
     vae = tiny_parts.image_vae(sample_size=16)
     vae.enable_tiling()
     found["tiles"] = _against_plain(vae, latent, size)
+    vae = tiny_parts.image_vae()
+    accelerate.cpu_offload(vae, torch.device("cpu"))
+    found["offloaded"] = _against_plain(vae, latent, size)
     found["half"] = _against_plain(tiny_parts.image_vae().to(torch.bfloat16), latent.bfloat16(), size)
     return found
 
@@ -115,7 +119,7 @@ def test_the_ranks_of_every_way_share_the_decode(way):
         assert errors[way] < 1e-4 and alike[way]
 
 
-@pytest.mark.parametrize("setting, tolerance", (("slices", 2e-5), ("tiles", 2e-5), ("half", 4e-2)))
+@pytest.mark.parametrize("setting, tolerance", (("slices", 2e-5), ("tiles", 2e-5), ("offloaded", 2e-5), ("half", 4e-2)))
 def test_settings_of_diffusers_go_on_working(setting, tolerance):
     for _, found, _ in two():
         error, sent = found[setting]
