@@ -1,5 +1,6 @@
 """The first call of a pipeline's denoiser, and the plan of it that one process makes before anything is patched."""
 
+import inspect
 from dataclasses import replace
 
 import torch
@@ -49,10 +50,11 @@ def plan_decode(pipe, vae, each, config, inputs):
     def stop(forward, args, kwargs):
         raise _FirstCall(args, kwargs)
 
+    few = {"num_inference_steps": 1} if "num_inference_steps" in inspect.signature(pipe.__call__).parameters else {}
     undo = place.attach(stop)
     try:
         with torch.no_grad():
-            pipe(**{"num_inference_steps": 1} | inputs)
+            pipe(**few | inputs)
     except _FirstCall as first:
         args, kwargs = first.args
     else:
