@@ -147,5 +147,6 @@ def test_after_a_failure_the_next_decode_is_right_and_unpatch_restores():
 
 
 def test_the_plan_shows_what_a_decode_sends():
-    text = str(asyncdiff_fast.plan(tiny_pipelines.build("sd15"), num_patches=3, exchange="sync", vae=True))
+    inputs = dict(prompt="a cat", height=32, width=32)
+    text = str(asyncdiff_fast.plan(tiny_pipelines.build("sd15"), inputs, num_patches=3, exchange="sync", vae=True))
     assert "decoder AutoencoderKL, 3 ranks" in text and "MB sent per decode" in text
