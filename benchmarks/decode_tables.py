@@ -23,14 +23,14 @@ def decoder(table):
     rows = latest()
     if not rows:
         return NOT_MEASURED
-    header = ["ranks, picture", "s alone", "s", "speed-up (paired median)", "peak memory of a decode alone, MB"]
+    header = ["ranks, picture", "s alone", "s", "speed-up (paired median), rounds", "peak memory of a decode alone, MB"]
     header += ["of each rank, MB", "MB sent by each rank", "largest difference", "machine"]
     body = [
         [
             f"{row['nproc']}, {row['size']}²",
             f"{row['decode_s_alone']:.1f}",
             f"{row['decode_s']:.1f}",
-            f"{row['speedup']:.2f}×",
+            f"{row['speedup']:.2f}×, {len(row['speedups'])}",
             f"{row['memory_mb_alone']:.0f}",
             " / ".join(f"{m:.0f}" for m in row["memory_mb"]),
             " / ".join(f"{n / 1e6:.1f}" for n in row["sent_bytes"]),

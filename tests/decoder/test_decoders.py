@@ -10,7 +10,6 @@ from sequences import quick
 
 import asyncdiff_fast
 
-
 # What patching puts on a module; some autoencoders keep frames of their own from their first call on.
 OURS = {"forward", "_decode", "_asyncdiff_fast", "_diffusers_hook", "__reduce_ex__"}
 
