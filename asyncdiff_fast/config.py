@@ -78,6 +78,7 @@ class Config:
         pipeline_text: whose values without rows, such as a text stream, the patches after the first go on with: the
             first one's, behind every "unit" or as they come into a "stage"; or each "patch" has its own.
         shard_weights: a rank holds the weights of its own stage and of the modules between stages only.
+        vae: all ranks share the decoder of the pipeline's autoencoder too, as patches that are exact.
     Raises: ValueError that names the option, the value and the allowed values.
     Source: AsyncDiff (Chen et al., 2024), sections 3.2 to 3.4; DistriFusion (Li et al., 2024), section 4; PipeFusion
         (Fang et al., 2024), section 4.
@@ -107,6 +108,7 @@ class Config:
     pipeline_patches: int | tuple[int, ...] | None = None
     pipeline_text: str = "unit"
     shard_weights: bool = False
+    vae: bool = False
 
     def __post_init__(self):
         if self.stages is not None:
@@ -122,7 +124,7 @@ class Config:
         for name, allowed in _CHOICES.items():
             quoted = [f'"{a}"' for a in allowed]
             self._check(getattr(self, name) in allowed, name, f"{', '.join(quoted[:-1])} or {quoted[-1]}")
-        for name in ("cfg_parallel", "bessel", "time_shift", "graphs", "shard_weights"):
+        for name in ("cfg_parallel", "bessel", "time_shift", "graphs", "shard_weights", "vae"):
             self._check(isinstance(getattr(self, name), bool), name, "True or False")
         self._check(type(self.stride) is int and self.stride in (1, 2), "stride", "1 or 2")
         self._check(_is_number(self.timeout_s) and self.timeout_s > 0, "timeout_s", "a positive number of seconds")

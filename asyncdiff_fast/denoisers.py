@@ -5,6 +5,9 @@ import torch
 from .calls.signature import takes_timestep
 from .modules import own
 
+# Where a patched module keeps what patched it.
+ATTRIBUTE = "_asyncdiff_fast"
+
 
 def denoisers(target):
     """The UNets and DiTs of a pipeline, or the module itself. Raises: TypeError if there are none.
@@ -32,6 +35,11 @@ def _is_named(name, part):
 
 def _takes_timestep(name, part):
     return "control" not in name and "adapter" not in name and takes_timestep(own(part))
+
+
+def is_patched(module):
+    """True if a denoiser, or an autoencoder, is patched."""
+    return ATTRIBUTE in vars(own(module))
 
 
 def forbid_copies(module):

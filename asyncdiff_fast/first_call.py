@@ -1,11 +1,15 @@
 """The first call of a pipeline's denoiser, and the plan of it that one process makes before anything is patched."""
 
+import inspect
 from dataclasses import replace
 
 import torch
 
 from . import modules
 from .calls.signature import CallSignature
+from .decoder.place import Place
+from .decoder.plan import DecoderPlan
+from .decoder.planning import config_of, planned
 from .fused.packed import PackedWeights
 from .halves.cuts import guess, size_of
 from .patches.alone import LonePlanner
@@ -37,6 +41,28 @@ def first_call(pipe, denoiser, inputs):
     finally:
         attachment.remove()
     raise ValueError(f"{type(pipe).__name__} did not call its denoiser; pass inputs= that make it run")
+
+
+def plan_decode(pipe, vae, each, config, inputs):
+    """The plan of a pipeline's calls with that of its decode, from a run of one step; `each`: of the denoiser's."""
+    place = Place.of(vae)
+
+    def stop(forward, args, kwargs):
+        raise _FirstCall(args, kwargs)
+
+    few = {"num_inference_steps": 1} if "num_inference_steps" in inspect.signature(pipe.__call__).parameters else {}
+    undo = place.attach(stop)
+    try:
+        with torch.no_grad():
+            pipe(**few | inputs)
+    except _FirstCall as first:
+        args, kwargs = first.args
+    else:
+        raise ValueError(f"{type(pipe).__name__} did not decode; pass inputs= that make it, without output_type")
+    finally:
+        undo()
+    plan, _ = planned(place, config_of(config.world_size), args, kwargs)
+    return DecoderPlan(each, type(vae).__name__, plan)
 
 
 def plan_call(denoiser, config, args, kwargs, guided=False):

@@ -1,23 +1,21 @@
 """`patch` and `unpatch`: the whole way from a pipeline to hooks on its denoiser, and back."""
 
-import dataclasses
 import weakref
 
 import torch
 
 from . import modules
+from .agreement import agree
 from .alike import share_seeds
 from .config import Config
-from .denoisers import allow_copies, denoisers, forbid_copies
-from .exchange import fingerprint
+from .decoder.calls import Decoder
+from .decoder.place import autoencoder, autoencoders
+from .denoisers import ATTRIBUTE, allow_copies, denoisers, forbid_copies, is_patched
 from .exchange.engine import described
 from .exchange.world import World, device, start_process_group, stop_process_group
-from .first_call import first_call, plan_call
-from .fused import choice
+from .first_call import first_call, plan_call, plan_decode
 from .runtime import Runtime
 from .steps.calls import StepCalls
-
-_ATTRIBUTE = "_asyncdiff_fast"
 
 
 def patch(target, *, mesh=None, scheduler=None, **options):
@@ -34,9 +32,10 @@ def patch(target, *, mesh=None, scheduler=None, **options):
     Returns: the `Runtime` (a list of them if the pipeline has several denoisers): `.plan`, `.stats()`.
     Raises: ValueError or TypeError on every rank alike, before anything is changed.
     """
-    config, found, problem, world, runtimes = None, [], None, None, []
+    config, found, vae, problem, world, made = None, [], None, None, None, []
     try:
         config, found = Config.from_options(options), denoisers(target)
+        vae = autoencoder(target) if config.vae else None
     except (ValueError, TypeError) as error:
         # Refused below, where the other ranks learn of it.
         problem = error
@@ -44,17 +43,22 @@ def patch(target, *, mesh=None, scheduler=None, **options):
     start_process_group(timeout_s)
     try:
         world = World(_ranks(mesh, config), timeout_s)
-        _agree(world, config, found, problem)
+        agree(world, config, found, vae, problem)
         share_seeds(world)
         steps = _steps(config, world, target, scheduler)
         for number, denoiser in enumerate(found):
-            runtimes.append(_patch_one(denoiser, config, world, scheduler, target, steps, number))
+            made.append((denoiser, _patch_one(denoiser, config, world, scheduler, target, steps, number)))
+        runtimes = [runtime for _, runtime in made]
+        if vae is not None and world.size > 1:
+            made.append((vae, _patch_decoder(vae, config, world)))
+            for runtime in runtimes:
+                runtime.decoder = made[-1][1]
         world.gather(None, "the end of patch()")
     except BaseException as error:
         if world is not None:
             world.leave(described(error))
-        for runtime in runtimes:
-            _release(runtime.denoiser, "patch() has failed")
+        for module, _ in made:
+            _release(module, "patch() has failed")
         raise
     finally:
         # Each runtime has counted itself as a user of the process group.
@@ -70,15 +74,16 @@ def unpatch(target):
     Raises: ValueError if the target is not patched; ExchangeError if a rank that holds weights is gone.
     """
     found = [d for d in denoisers(target) if is_patched(d)]
-    if not found:
+    others = [m for m in autoencoders(target) if is_patched(m)]
+    if not found and not others:
         raise ValueError(
             f"{type(target).__name__} is not patched: call patch() first, or unpatch the object that was patched"
         )
     for denoiser in found:
         # Before anything is undone: where a rank is missing, the others stay patched.
-        getattr(modules.own(denoiser), _ATTRIBUTE).gather_weights()
-    for denoiser in found:
-        _release(denoiser)
+        getattr(modules.own(denoiser), ATTRIBUTE).gather_weights()
+    for module in (*found, *others):
+        _release(module)
 
 
 def plan(target, inputs=None, **options):
@@ -88,20 +93,20 @@ def plan(target, inputs=None, **options):
         target: as for `patch`; needs no process group. A denoiser may lie on the meta device.
         inputs: dict of arguments: of the pipeline's call (default: a prompt), or of the denoiser's forward.
         options: see `Config`.
-    Returns: `StepPlan` of steps side by side, `Plan` of stages, `PatchPlan`, both in a `MeshPlan`, or `PipelinePlan`.
+    Returns: `StepPlan` of steps side by side, `Plan` of stages, `PatchPlan`, both in a `MeshPlan`, or `PipelinePlan`;
+        with `vae=True` in a `DecoderPlan`.
     """
     config = Config.from_options(options)
     denoiser = denoisers(target)[0]
+    vae = autoencoder(target) if config.vae else None
     if denoiser is target:
         args, kwargs = (), dict(inputs or {})
     else:
-        args, kwargs = first_call(target, denoiser, {"prompt": "a photograph"} if inputs is None else inputs)
-    return plan_call(denoiser, config, args, kwargs, getattr(target, "do_classifier_free_guidance", False) is True)
-
-
-def is_patched(denoiser):
-    """True if this denoiser is patched."""
-    return _ATTRIBUTE in vars(modules.own(denoiser))
+        inputs = {"prompt": "a photograph"} if inputs is None else inputs
+        args, kwargs = first_call(target, denoiser, inputs)
+    guided = getattr(target, "do_classifier_free_guidance", False) is True
+    each = plan_call(denoiser, config, args, kwargs, guided)
+    return each if vae is None or config.world_size == 1 else plan_decode(target, vae, each, config, inputs)
 
 
 def _ranks(mesh, config):
@@ -135,81 +140,6 @@ def _ranks(mesh, config):
     return ranks
 
 
-def _agree(world, config, found, problem):
-    """Check everything that can be checked beforehand, on all ranks together. Raises on all if one refuses."""
-    try:
-        if problem is None:
-            _check(world, config, found)
-    except (ValueError, TypeError) as error:
-        problem = error
-    # Alone, there is nobody to differ from: no pass over the weights.
-    digests = [fingerprint.model_digest(d) for d in found] if problem is None and world.size > 1 else []
-    reports = world.gather((problem and str(problem), config and dataclasses.asdict(config), digests), "patch")
-    if problem is not None:
-        raise problem
-    mine = dataclasses.asdict(config)
-    for rank, (refusal, theirs, digest) in zip(world.ranks, reports, strict=True):
-        if theirs != mine and theirs is not None:
-            here, there = ({n: options.get(n) for n in mine if theirs.get(n) != mine[n]} for options in (mine, theirs))
-            raise ValueError(
-                f"every rank must pass the same options: rank {world.name} has {here}, rank {rank} has {there}"
-            )
-        if refusal:
-            raise ValueError(f"rank {rank} refused to patch: {refusal}")
-        if digest != digests:
-            raise ValueError(
-                f"every rank must hold the same model: rank {world.name} and rank {rank} have different denoisers or "
-                "weights; load the same checkpoint, or seed before building the model"
-            )
-
-
-def _check(world, config, found):
-    choice.check(config.kernels)
-    if config.world_size != world.size:
-        raise ValueError(
-            f"world_size must be parallel_steps * cfg halves * num_patches * (num_stages + stride - 1): got "
-            f"{config.parallel_steps} * {config.mesh.halves} * {config.num_patches} * ({config.num_stages} + "
-            f"{config.stride} - 1) = {config.world_size}, world_size {world.size}; start {config.world_size} processes "
-            f"(torchrun --nproc-per-node {config.world_size}) or pass {_fitting(world.size, config)}"
-        )
-    for denoiser in found:
-        kind = type(denoiser).__name__
-        if is_patched(denoiser):
-            raise ValueError(f"{kind} is patched already: call unpatch() first")
-        if modules.is_compiled(denoiser) and config.inside:
-            raise ValueError(
-                f"{kind} is compiled as a whole, so its parts cannot be shared out: patch it uncompiled, or pass "
-                "parallel_steps or cfg_parallel, which leave it whole"
-            )
-        if modules.step_cache(denoiser) and world.size > 1:
-            raise ValueError(
-                f"{kind} has a step cache of diffusers enabled: both reuse activations; call disable_cache(), or use "
-                "the cache with one process"
-            )
-        known = dict(denoiser.named_modules())
-        unknown = [name for names in config.stages or () for name in names if name not in known]
-        if unknown:
-            raise ValueError(
-                f"stages names modules that {kind} does not have: {', '.join(unknown)}; see named_modules()"
-            )
-        leaves = sum(1 for m in known.values() if not any(True for _ in m.children()))
-        if leaves < config.num_stages:
-            raise ValueError(
-                f"num_stages must not exceed the number of units: got num_stages={config.num_stages}, {kind} has "
-                f"{leaves} modules; use fewer stages"
-            )
-
-
-def _fitting(size, config):
-    """Options that a number of ranks fits."""
-    if config.parallel_steps > 1:
-        return f"parallel_steps={max(size * config.parallel_steps // config.world_size, 1)}"
-    others = size // config.mesh.halves
-    if config.num_patches > 1:
-        return f"num_patches={max(others // config.stage_ranks, 1)}"
-    return f"num_stages={max(others - config.stride + 1, 1)}"
-
-
 def _steps(config, world, target, scheduler):
     """The steps side by side that a pipeline's denoisers share, or None."""
     if config.parallel_steps == 1:
@@ -228,17 +158,31 @@ def _patch_one(denoiser, config, world, scheduler, target, steps, number):
         stop_process_group()
         raise
     runtime.on_refused = lambda: _release(denoiser)
-    setattr(denoiser, _ATTRIBUTE, runtime)
+    setattr(denoiser, ATTRIBUTE, runtime)
     forbid_copies(modules.own(denoiser))
     return runtime
 
 
-def _release(denoiser, why=None):
+def _patch_decoder(vae, config, world):
+    start_process_group(config.timeout_s)
     try:
-        allow_copies(modules.own(denoiser))
-        vars(modules.own(denoiser)).pop(_ATTRIBUTE).close(why)
+        decoder = Decoder(vae, config, world)
+    except BaseException:
+        stop_process_group()
+        raise
+    decoder.on_refused = lambda: _release(vae)
+    setattr(vae, ATTRIBUTE, decoder)
+    forbid_copies(vae)
+    return decoder
+
+
+def _release(module, why=None):
+    """Undo what was done to a denoiser, or to an autoencoder."""
+    try:
+        allow_copies(modules.own(module))
+        vars(modules.own(module)).pop(ATTRIBUTE).close(why)
     finally:
         stop_process_group()
 
 
-__all__ = ["device", "patch", "plan", "unpatch"]
+__all__ = ["denoisers", "device", "is_patched", "patch", "plan", "unpatch"]

@@ -36,6 +36,8 @@ class Runtime:
         # The steps of the pipeline, and which of its denoisers this is.
         self._steps, self._number = steps, number
         self.on_refused = self._forward_error = self._structure = None
+        # The `Decoder` of the pipeline's autoencoder, where it is shared.
+        self.decoder = None
         self._pipeline = pipeline
         # What was compiled as a whole keeps its layers.
         inside = replace(config, kernels="torch") if is_compiled(denoiser) else config

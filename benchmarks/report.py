@@ -7,6 +7,7 @@ import pathlib
 import re
 
 import aims
+import decode_tables
 import goals
 import measure
 import memory
@@ -268,6 +269,8 @@ MAKERS = {
     "memory": memory_of_shards,
     "kernels": kernels,
     "exchange": exchange,
+    "decoder": lambda: decode_tables.decoder(table),
+    "text encoder": lambda: decode_tables.text_encoder(table),
 }
 
 

@@ -20,7 +20,7 @@ class LonePlanner(Planner):
 
         Returns: `PatchPlan`. Raises: ValueError if the denoiser cannot be shared out as patches.
         """
-        plan, patches, samples, whole, run = self._planned(forward, args, kwargs)
+        plan, patches, samples, whole, run = self.planned(forward, args, kwargs)
         if not self.config.naive and not self._signature.latent(args, kwargs).is_meta:
             self._check_alone(plan, patches, samples, run, whole, args, kwargs)
         return plan
@@ -52,7 +52,7 @@ class LonePlanner(Planner):
         Returns: (`PatchPlan`, a function of a `PatchMode` that carries out the patch's call with these arguments). The
             exchange sees all its posts and waits; received is what it writes.
         """
-        plan, patches, samples, whole, run = self._planned(forward, args, kwargs)
+        plan, patches, samples, whole, run = self.planned(forward, args, kwargs)
         patch = patches[number]
         patch.learn_result(whole, self._on_patch(patch, PatchMode.LOCAL, run, args, kwargs))
         patch.bind(plan, exchange, "emulated", samples)
@@ -66,7 +66,7 @@ class LonePlanner(Planner):
 
         return plan, call
 
-    def _planned(self, forward, args, kwargs):
+    def planned(self, forward, args, kwargs):
         """(plan, a patch of every patch, samples of its sites, the whole result, a quiet forward)."""
         whole, recorder = self._look(forward, args, kwargs)
         run, axis, problem = self._quiet(forward), schedule.patch_axis(self.config, 0), None

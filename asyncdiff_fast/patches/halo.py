@@ -130,6 +130,17 @@ class PoolState(HaloState):
         return func(self._gathered(x, step), *more, **{k: v for k, v in kwargs.items() if k != "input"})
 
 
+class PadState(HaloState):
+    """Padding of this patch's rows: by those around them, and at the picture's borders as the function does it."""
+
+    def run(self, func, args, kwargs, step):
+        named = dict(zip(("input", "pad", "mode", "value"), args, strict=False)) | kwargs
+        left, right, _, _, *rest = named["pad"]
+        named["pad"] = (left, right, *self.site.edges[self.patch], *rest)
+        named["input"] = self._gathered(named["input"], step)
+        return func(**named)
+
+
 class ResizeState(State):
     """A nearest-neighbour interpolation where a patch's rows are not whole multiples."""
 

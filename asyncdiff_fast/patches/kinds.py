@@ -1,14 +1,15 @@
 """The state of each kind of site on one patch."""
 
-from .halo import HaloState, PoolState, ResizeState
+from .halo import HaloState, PadState, PoolState, ResizeState
 from .norm import NormState
 from .ring import RingState
-from .site import Halo, Norm, Pool, Resize, Ring, Sum
+from .site import Halo, Norm, Pad, Pool, Resize, Ring, Sum
 from .state import State
 from .sums import SumState
 
 KINDS = {
-    Halo: HaloState, Pool: PoolState, Norm: NormState, Ring: RingState, Resize: ResizeState, Sum: SumState,
+    Halo: HaloState, Pool: PoolState, Pad: PadState, Norm: NormState, Ring: RingState, Resize: ResizeState,
+    Sum: SumState,
 }  # fmt: skip
 
 

@@ -213,6 +213,11 @@ class Patch:
         """Learn where the rows are in the denoiser's results, on the whole picture and on this patch."""
         self._result = PatchResult(self.cutter.rows, self.number, whole, mine, self.config.checks)
 
+    def move(self, device):
+        """From now on all buffers are on a device: it was planned on the meta device. Before `bind`."""
+        self.device = device
+        self._result.move(device)
+
     def bind_result(self, exchange, phase):
         """Register the slot for the parts of the result. Collective."""
         self.probing, self.bound = False, True

@@ -25,6 +25,9 @@ MOST_TRIES = 4
 class Planner:
     """Makes the patches of one denoiser. `world` is None where one process plans alone; `hooks`: its `Hooks`."""
 
+    # What to do with what cannot be shared.
+    way_out = WAY_OUT
+
     def __init__(self, shared, world, hooks):
         self._shared, self.world, self.hooks = shared, world, hooks
         self.denoiser, self.config = shared.denoiser, shared.config
@@ -152,7 +155,7 @@ class Planner:
             with torch.no_grad():
                 forward(*args, **kwargs)
             raise ValueError(
-                f"{type(self.denoiser).__name__} runs, but not while it is looked at for patches; {WAY_OUT}: "
+                f"{type(self.denoiser).__name__} runs, but not while it is looked at for patches; {self.way_out}: "
                 f"{type(error).__name__}: {error}"
             ) from error
 
@@ -191,7 +194,9 @@ class Planner:
         others, problem = [str(call) for call in found if not call.sums], None
         if others:
             more = f" (and {len(others) - 1} more)" if len(others) > 1 else ""
-            problem = f"{type(self.denoiser).__name__} cannot be shared out as patches: {others[0]}{more}; {WAY_OUT}"
+            problem = (
+                f"{type(self.denoiser).__name__} cannot be shared out as patches: {others[0]}{more}; {self.way_out}"
+            )
         return (
             patch.found,
             patch.sees_latent,

@@ -31,6 +31,11 @@ class PatchResult:
             device = self._parts[0][1][0].device
             self.reports = torch.zeros(len(rows.held), 1, device=device) if reports else None
 
+    def move(self, device):
+        """Put the buffers on a device, before `bind`."""
+        with torch.inference_mode(False):
+            self._parts = [(dim, [torch.zeros_like(x, device=device) for x in parts]) for dim, parts in self._parts]
+
     def bind(self, exchange, phase):
         """Register the slot for the parts. Collective."""
         self._exchange, self._phase = exchange, f"{phase} result"

@@ -116,4 +116,8 @@ class RingState(State):
         if mask.shape[-1] == 1:
             return mask
         picture, others = self._split(mask, -1)
-        return torch.cat((picture[..., :1].expand(*mask.shape[:-1], self.picture), others), -1)
+        # Of a clip it may tell frames apart, of which every part has some tokens.
+        frames = picture.unflatten(-1, (self.site.tokens.outer, -1))[..., :1]
+        counts = [self.site.tokens.count(p) // self.site.tokens.outer for p in range(len(self.parts))]
+        parts = [frames.expand(*frames.shape[:-1], count).flatten(-2) for count in counts]
+        return torch.cat((*parts, others), -1)

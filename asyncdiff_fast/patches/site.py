@@ -98,6 +98,18 @@ class Pool(Halo):
 
 
 @dataclass(frozen=True)
+class Pad(Halo):
+    """Padding of a picture's rows by a call of its own: inside the picture, neighbours' rows take its place.
+
+    `edges`: for each patch, the rows that the padding itself adds above and below it.
+    """
+
+    edges: tuple = ()
+
+    plain = False
+
+
+@dataclass(frozen=True)
 class Sum(Site):
     """A sum over rows, or tokens of the picture. Each patch sends its own; `shapes` are those of the result.
 

@@ -3,8 +3,8 @@
 import math
 
 from . import layout
-from .site import Halo, Norm, Pool, Resize, Ring, Site, Sum
-from .sites import CONV, NORM, POOL, RESIZE, SUM, SUMS
+from .site import Halo, Norm, Pad, Pool, Resize, Ring, Site, Sum
+from .sites import CONV, NORM, PAD, POOL, RESIZE, SUM, SUMS
 
 _RESAMPLING = (CONV, RESIZE, POOL)
 
@@ -12,8 +12,8 @@ _RESAMPLING = (CONV, RESIZE, POOL)
 def factor_of(recorder, size, axis=-2):
     """Rows of the latent in one row of the coarsest resolution, by the convolutions and interpolations of a forward."""
     known = {size: 1}
-    for found in resamplings(recorder):
-        before, after = found.shape[axis], found.result[axis]
+    for _, found, shape in _changes(recorder):
+        before, after = shape[axis], found.result[axis]
         if before in known and after not in known:
             larger = after > before
             known[after] = max(known[before] * before // after, 1) if larger else known[before] * -(-before // after)
@@ -21,32 +21,62 @@ def factor_of(recorder, size, axis=-2):
 
 
 def levels_of(recorder, rows, axis=-2):
-    """{size: Rows} of every resolution that convolutions, pooling and interpolations lead to."""
-    levels = {rows.size: rows}
-    for found in resamplings(recorder):
-        before, after = found.shape[axis], found.result[axis]
+    """{size: Rows} of every resolution that convolutions, pooling and interpolations lead to, or pixel shuffles."""
+    levels, latest = {rows.size: rows}, rows.size
+    made = {call.site for call in recorder.calls}
+    for site, found, shape in _changes(recorder):
+        before, after = shape[axis], found.result[axis]
+        if before not in levels and site in made and _mixes_rows(found) and before % latest == 0:
+            levels[before] = levels[latest].finer(before, before // latest)
         if before in levels and after not in levels:
             known = levels[before]
             if after < before:
                 levels[after] = known.coarser(after, -(-before // after))
             else:
                 levels[after] = known.finer(after, after // before)
+        if site in made and after in levels:
+            latest = after
     return levels
 
 
 def resamplings(recorder):
     """The `Seen` convolutions, pooling and interpolations of pictures, in order."""
-    found = [recorder.sites[key][place] for key, place in recorder.order]
-    return [s for s in found if s.kind in _RESAMPLING and len(s.shape) >= 4]
+    return [found for _, found, _ in _changes(recorder)]
+
+
+def _changes(recorder):
+    """[(site, `Seen`, shape)] of these: the shape is that before rows were padded by a call of its own."""
+    padded, found = _padded(recorder), []
+    for key, place in recorder.order:
+        seen, site = recorder.sites[key][place], (*key, place)
+        if seen.kind in _RESAMPLING and len(seen.shape) >= 4:
+            pad = padded.get(site)
+            found.append((site, seen, seen.shape if pad is None else recorder.sites[pad[:2]][pad[2]].shape))
+    return found
+
+
+def _padded(recorder):
+    """{site of a convolution: that of the padding of rows which it reads}"""
+    found, pad = {}, None
+    for key, place in recorder.order:
+        seen = recorder.sites[key][place]
+        if pad is not None and seen.kind == CONV and seen.shape == recorder.sites[pad[:2]][pad[2]].result:
+            found[*key, place] = pad
+        pad = (*key, place) if seen.kind == PAD and any(seen.options[0]) else None
+    return found
+
+
+def _mixes_rows(seen):
+    return seen.kind != CONV or seen.options[len(seen.shape) - 4][0] > 1
 
 
 def resampling_sites(recorder, levels):
     """Sites of convolutions and interpolations alone, which are known before the patches' shapes."""
-    sites = []
+    sites, padded = [], _padded(recorder)
     for key, place in recorder.order:
         whole = recorder.sites[key][place]
-        if whole.kind in _RESAMPLING:
-            sites.append(_resampling((*key, place, whole.kind, (), whole.dtype), whole, levels, False))
+        if whole.kind in (*_RESAMPLING, PAD):
+            sites.append(_resampling((*key, place, whole.kind, (), whole.dtype), whole, levels, False, padded))
     return sites
 
 
@@ -59,24 +89,26 @@ def make_sites(recorder, cutter, patches, sees_latent):
         sees_latent: True if the first convolution can read rows of the latent around its own.
     Raises: ValueError that names the module if a site's rows cannot be told.
     """
-    levels, grid = cutter.levels, cutter.grid
-    sites, level, first = [], cutter.rows.size, True
+    levels, grid, padded = cutter.levels, cutter.grid, _padded(recorder)
+    sites, level, width, first = [], cutter.rows.size, 0, True
     for key, place in recorder.order:
         if any(len(p.get(key, ())) != len(recorder.sites[key]) for p in patches):
             raise ValueError(f"{key[0]} takes another way on a patch than on the whole picture")
         whole, parts = recorder.sites[key][place], [p[key][place] for p in patches]
         common = (*key, place, whole.kind, tuple(s.shape for s in parts), whole.dtype)
-        if whole.kind in _RESAMPLING:
-            site = _resampling(common, whole, levels, first and sees_latent)
+        if whole.kind in (*_RESAMPLING, PAD):
+            site = _resampling(common, whole, levels, first and sees_latent, padded)
             if type(site) is not Site:
                 _check_rows(key, site.before, parts)
-                level, first = whole.result[-2], False
+                first = False
+            if (type(site) not in (Site, Pad) or (*key, place) in padded) and whole.result[-2] in levels:
+                level, width = whole.result[-2], whole.result[-1]
             sites.append(site)
         elif whole.kind == NORM:
             sites.append(_norm(common, whole, parts, levels, level))
         else:
             rows = levels[level] if grid is None or whole.shape[-2] not in cutter.starts else grid.rows
-            sites.append(_ring(common, whole, parts, rows, 1 if grid is None else grid.outer))
+            sites.append(_ring(common, whole, parts, rows, width, None if grid is None else grid.outer))
     return tuple(sites)
 
 
@@ -112,10 +144,12 @@ def _sum(called, parts):
     return Sum(name, call, place, SUM, (called.made[0],) * len(parts), called.dtype, how, shares)
 
 
-def _resampling(common, whole, levels, first):
-    """The site of a convolution or interpolation."""
-    if len(whole.shape) < 4 or whole.shape[-2] not in levels:
+def _resampling(common, whole, levels, first, padded):
+    """The site of a convolution or interpolation, or of the padding before it; `padded`: see `_padded`."""
+    if len(whole.shape) < 4 or whole.shape[-2] not in levels or common[:3] in padded:
         return Site(*common)
+    if whole.kind == PAD:
+        return _pad(common, whole, levels) if common[:3] in padded.values() else Site(*common)
     before, after = levels[whole.shape[-2]], levels[whole.result[-2]]
     if whole.kind == RESIZE:
         return _resize(common, whole, before, after)
@@ -140,8 +174,17 @@ def _halo(kind, common, whole, before, after, first):
     return kind(*common, before, after, windows, layout.halos(before, windows), first and kernel > 1)
 
 
+def _pad(common, whole, levels):
+    (above, below), rows = whole.options[0], levels[whole.shape[-2]]
+    needs = [(max(start - above, 0), min(stop + below, rows.size)) for start, stop in rows.held]
+    windows = tuple(layout.Window(need, (0, 0)) for need in needs)
+    edges = tuple((max(above - start, 0), max(stop + below - rows.size, 0)) for start, stop in rows.held)
+    return Pad(*common, rows, rows, windows, layout.halos(rows, windows), False, edges)
+
+
 def _resize(common, whole, before, after):
-    if whole.options[0] != "nearest":
+    # Where the rows become a whole multiple, both are the same.
+    if whole.options[0] != "nearest" and not (whole.options[0] == "nearest-exact" and after.size % before.size == 0):
         raise ValueError(f"{common[0]} interpolates {whole.options[0]}: patches support nearest-neighbour only")
     for (low, high), (start, stop) in zip(before.held, after.held, strict=True):
         first, last = (row * before.size // after.size for row in (start, stop - 1))
@@ -170,7 +213,7 @@ def _norm(common, whole, parts, levels, level):
     return Norm(*common, whole.options[0], rows)
 
 
-def _ring(common, whole, parts, rows, frames):
+def _ring(common, whole, parts, rows, width, frames):
     if all(s.shape[-2] == whole.shape[-2] for s in parts):
         return Site(*common)
     try:
@@ -184,4 +227,9 @@ def _ring(common, whole, parts, rows, frames):
     # (b, s, d) is one head.
     heads = [s[1] if len(s) == 4 else 1 for s in (shape, value_shape)]
     key, value = (shape[0], heads[0], shape[-1]), (shape[0], heads[1], value_shape[-1])
+    if frames is None:
+        # A clip's tokens, made of its pixels.
+        frames = per_row // width if width and per_row % width == 0 else 1
+    elif per_row % frames:
+        frames = 1
     return Ring(*common, layout.Tokens(rows, per_row, extra, frames), key, value)

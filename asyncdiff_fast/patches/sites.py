@@ -16,7 +16,8 @@ from ..exchange import wire
 from ..fused.projections import KeptBytes
 from .following import Called, Followed
 
-CONV, NORM, ATTENTION, RESIZE, POOL, SUM = "convolution", "norm", "attention", "resize", "pool", "sum"
+CONV, NORM, ATTENTION, RESIZE, POOL, PAD = "convolution", "norm", "attention", "resize", "pool", "padding"
+SUM = "sum"
 KINDS = {
     torch.conv1d: CONV,
     torch.conv2d: CONV,
@@ -27,6 +28,7 @@ KINDS = {
     F.interpolate: RESIZE,
     F.avg_pool2d: POOL,
     F.max_pool2d: POOL,
+    F.pad: PAD,
 }
 # Functions that may sum over rows, and what they make of them. Of norms, those of order 2; of pools, to one pixel.
 SUMS = {
@@ -96,7 +98,14 @@ def _pool_options(input, kernel_size, stride=None, padding=0, *more, **named):
     return tuple((k, s, 0 if plain else None, 1) for k, s in zip(*pairs, strict=True))
 
 
-_OPTIONS = {CONV: conv_options, NORM: _norm_options, RESIZE: _resize_options, POOL: _pool_options}
+def _pad_options(input, pad, *_, **__):
+    """((above, below) in rows,) of a padding: (0, 0) if it adds no rows to a picture."""
+    return (tuple(pad[2:4]) if input.dim() >= 4 and len(pad) >= 4 else (0, 0),)
+
+
+_OPTIONS = {
+    CONV: conv_options, NORM: _norm_options, RESIZE: _resize_options, POOL: _pool_options, PAD: _pad_options,
+}  # fmt: skip
 
 
 def sample_of(key):
