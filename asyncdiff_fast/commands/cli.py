@@ -1,4 +1,4 @@
-"""The command `asyncdiff-fast`: demo, run, plan, doctor.
+"""The command `asyncdiff-fast`: demo, run, plan, profile, doctor.
 
 Nothing heavy is imported before a command needs it, so that help and errors come at once.
 """
@@ -13,7 +13,7 @@ import typing
 from pathlib import Path
 
 from ..config import Config, environment_options
-from .launch import UsageError, as_text, complete, is_rank, launch
+from .launch import UsageError, as_text, complete, is_rank, launch, start_ranks
 
 # What the demo draws without options: ways for two processes to share a picture.
 MODES = ({"parallel_steps": 2}, {"num_stages": 2, "predict": "linear"}, {"num_patches": 2})
@@ -51,6 +51,7 @@ def _parser():
     _add_demo(commands)
     _add_run(commands)
     _add_plan(commands)
+    _add_profile(commands)
     doctor = commands.add_parser("doctor", help="what is installed, found, and would be used")
     doctor.add_argument("--json", action="store_true", help="print JSON")
     doctor.set_defaults(command=_doctor)
@@ -84,13 +85,29 @@ def _add_run(commands):
 def _add_plan(commands):
     plan = commands.add_parser("plan", help="which process would compute what, and what would travel")
     _add_path(plan)
-    plan.add_argument("--prompt", default="a photograph", help="what the pipeline is called with")
-    plan.add_argument("--height", type=_positive, help="pixels (default: the pipeline's)")
-    plan.add_argument("--width", type=_positive, help="pixels (default: the pipeline's)")
+    _add_inputs(plan)
     plan.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="default: float32")
     plan.add_argument("--json", action="store_true", help="print JSON")
     _add_options(plan, "without any way to share, two steps side by side")
     plan.set_defaults(command=_plan)
+
+
+def _add_profile(commands):
+    text = "what all processes do in each step: a trace for Perfetto, a picture of one step, a table"
+    profile = commands.add_parser("profile", help=text, description=text)
+    _add_path(profile)
+    _add_inputs(profile)
+    profile.add_argument("--nproc", type=_positive, help="processes (default: as many as the options need)")
+    profile.add_argument("--steps", type=_positive, default=12, help="steps of the sampler (default: 12)")
+    profile.add_argument("--out", type=Path, default=Path("out"), help="folder for what is found (default: out)")
+    _add_options(profile, "where they name no way to share, as many steps side by side as processes")
+    profile.set_defaults(command=_profile)
+
+
+def _add_inputs(parser):
+    parser.add_argument("--prompt", default="a photograph", help="what the pipeline is called with")
+    parser.add_argument("--height", type=_positive, help="pixels (default: the pipeline's)")
+    parser.add_argument("--width", type=_positive, help="pixels (default: the pipeline's)")
 
 
 def _add_path(parser):
@@ -154,17 +171,52 @@ def _demo(args):
     given = _options(args)
     configs = [_config(options) for options in ([_for_two(given)] if given else MODES)]
     path = folder.checked(args.path)
-    if args.out.exists() and not args.out.is_dir():
-        raise UsageError(f"--out must be a folder: {args.out} is a file; name another")
+    _check_out(args.out)
+    if not is_rank():
+        return start_ranks(configs[0].world_size, args.command_line)
+    _check_world(configs[0])
     from . import demo
 
-    needed = configs[0].world_size
-    if not is_rank():
-        return demo.start(needed, args.command_line)
-    world_size = int(os.environ["WORLD_SIZE"])
-    if world_size != needed:
-        raise UsageError(f"these options need {needed} processes: got WORLD_SIZE={world_size}; start as many")
     return demo.draw_and_compare(path, configs, args.prompts or demo.PROMPTS, args.steps, args.out, args.seed)
+
+
+def _check_out(out):
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"--out must be a folder: {out} is a file; name another")
+
+
+def _check_world(config):
+    world_size = int(os.environ["WORLD_SIZE"])
+    if world_size != config.world_size:
+        raise UsageError(
+            f"these options need {config.world_size} processes: got WORLD_SIZE={world_size}; start as many"
+        )
+
+
+def _profile(args):
+    from . import folder
+
+    given = _options(args)
+    options = complete(given, args.nproc) if args.nproc else _for_two(given)
+    config = _config(options)
+    if args.nproc and args.nproc != config.world_size:
+        raise _other_nproc(args.nproc, options, config)
+    path = folder.checked(args.path)
+    _check_out(args.out)
+    if not is_rank():
+        return start_ranks(config.world_size, args.command_line)
+    _check_world(config)
+    from . import trace
+
+    inputs = {name: getattr(args, name) for name in ("prompt", "height", "width") if getattr(args, name) is not None}
+    return trace.draw(path, options, inputs | {"num_inference_steps": args.steps}, args.out)
+
+
+def _other_nproc(nproc, options, config):
+    return UsageError(
+        f"--nproc must be what the options need: got --nproc {nproc}, {as_text(options)} needs {config.world_size}; "
+        "leave one of them out"
+    )
 
 
 def _run(args):
@@ -178,10 +230,7 @@ def _run(args):
     config = _config(options)
     num_processes = args.nproc or config.world_size
     if num_processes != config.world_size:
-        raise UsageError(
-            f"--nproc must be what the options need: got --nproc {num_processes}, {as_text(options)} needs "
-            f"{config.world_size}; leave one of them out"
-        )
+        raise _other_nproc(num_processes, options, config)
     command = ["-m", "asyncdiff_fast.auto", args.script, *args.arguments]
     return launch(num_processes, command, ASYNCDIFF_FAST=as_text(options))
 
