@@ -36,7 +36,7 @@ def profile(out="out", timeout_s=TIMEOUT_S):
     `trace.json`, for Perfetto or chrome://tracing, holds all ranks on one clock: operators and kernels as torch's
     profiler sees them, and ranges for calls, units, sites, micro-steps, blocks, posts and waits; `step.png` shows one
     step; `profile.txt` and `profile.json` say where a step's time goes. Nothing of it costs time outside of the block.
-    Call the pipeline once before: at its first call it is planned.
+    Call the pipeline once before: at its first call it is planned. All ranks enter and leave between two generations.
 
     Args:
         out: folder, which rank 0 makes; one that only rank 0 sees will do.
