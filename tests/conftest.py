@@ -10,7 +10,7 @@ import re
 import pytest
 
 # A file that starts ranks says so in its text.
-STARTS_RANKS = re.compile(r'^import (?:ranks|workers|shm_ranks|pipelines_to_load)$|"--nproc"', re.M)
+STARTS_RANKS = re.compile(r'^import (?:ranks|workers|shm_ranks|pipelines_to_load|uvicorn)$|"--nproc"', re.M)
 # These start none, and compare times.
 MEASURES = {"test_bench_exchange.py", "test_connecting.py"}
 # These wait for limits of time, more than half of theirs.

@@ -55,7 +55,7 @@ def test_an_import_upwards_is_seen(checkout, file, line):
 def test_public_names_stay():
     names = [
         "Cancelled", "Config", "ExchangeError", "Workers", "__version__", "device", "load", "patch", "plan",
-        "sample_window", "unpatch",
+        "profile", "sample_window", "unpatch",
     ]  # fmt: skip
     assert sorted(asyncdiff_fast.__all__) == names
     assert all(getattr(asyncdiff_fast, name) is not None for name in names)

@@ -142,14 +142,18 @@ def _stepped(method, scheduler, *args, **kwargs):
     _seen.timestep = kwargs.get("timestep", args[1] if len(args) > 1 else None)
     _seen.inside, before = True, random_states()
     try:
-        for listener in _listeners:
-            if listener.expects_step:
-                return listener.step(scheduler, method, args, kwargs)
-        return method(scheduler, *args, **kwargs)
+        return _carried_out(method, scheduler, args, kwargs)
     finally:
         _seen.inside, after = False, random_states()
         if after != before:
             _seen.drawn = [zlib.crc32(state) for state in after]
+
+
+def _carried_out(method, scheduler, args, kwargs):
+    for listener in _listeners:
+        if listener.expects_step:
+            return listener.step(scheduler, method, args, kwargs)
+    return method(scheduler, *args, **kwargs)
 
 
 def _wrap(cls):

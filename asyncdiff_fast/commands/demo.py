@@ -1,13 +1,10 @@
 """The demo: the same pictures unpatched and in each mode, compared by eye, by time and by number."""
 
-import os
 import sys
-import tempfile
 import time
 from dataclasses import asdict, dataclass
 
 from . import doctor, folder, report
-from .launch import UsageError, launch
 
 PROMPTS = (
     "a striped red star left of a blue ring, sunset background",
@@ -19,8 +16,6 @@ PROMPTS = (
 GUIDANCE = 5.0
 # The other ranks wait this long while rank 0 draws alone; a rank that dies is noticed by the launcher, at once.
 _PATIENCE_S = 3600.0
-# So many processes a machine bears, however few its cores.
-_FEW = 4
 
 
 @dataclass(frozen=True)
@@ -35,25 +30,6 @@ class Drawn:
     seconds: float
     step_s: float | None
     core_s: float
-
-
-def start(num_processes, command_line):
-    """Start the ranks, each with the command line that this process got. Returns their exit code.
-
-    Raises: UsageError if there are neither GPUs nor CPU cores for so many.
-    """
-    import torch
-
-    on_gpus, cores = torch.cuda.device_count() >= num_processes, len(os.sched_getaffinity(0))
-    if not on_gpus and num_processes > max(cores, _FEW):
-        raise UsageError(
-            f"the demo needs a CPU core for each process, or no more than {_FEW} processes: got {num_processes} "
-            f"processes, {cores} cores; share between fewer"
-        )
-    kind = "GPU" if on_gpus else "CPU"
-    print(f"starting {num_processes} {kind} processes; they import torch and diffusers first", flush=True)
-    hidden = {} if on_gpus else {"CUDA_VISIBLE_DEVICES": ""}
-    return launch(num_processes, ["-m", "asyncdiff_fast.commands.cli", *command_line], **hidden)
 
 
 @dataclass(frozen=True)
@@ -81,17 +57,20 @@ def draw_and_compare(path, configs, prompts, steps, out, seed):
 
     from ..exchange.world import World, device, start_process_group, stop_process_group
     from ..patching import denoisers
+    from ..profiling.session import unwritable
 
     place = device()
     if place.type == "cpu":
         torch.set_num_threads(1)
     start_process_group(_PATIENCE_S)
     world = World(range(configs[0].world_size), _PATIENCE_S)
-    problem = world.broadcast(_unwritable(out) if world.rank == 0 else None, "the folder for the pictures")
+    problem = world.broadcast(unwritable(out) if world.rank == 0 else None, "the folder for the pictures")
     if problem:
         stop_process_group()
         if world.rank == 0:
-            print(f"asyncdiff-fast: {problem}", file=sys.stderr, flush=True)
+            print(
+                f"asyncdiff-fast: --out must be a folder that can be written: {problem}; name another", file=sys.stderr
+            )
         return 2
     pipe = folder.load(path, place, torch.float32 if place.type == "cpu" else torch.float16)
     wanted = [(prompt, seed + i) for i, prompt in enumerate(prompts)]
@@ -113,16 +92,6 @@ def draw_and_compare(path, configs, prompts, steps, out, seed):
     if world.rank == 0:
         _tell(out, _about(path, place, world.size, steps, seed), prompts, alone, modes, refused)
     return 0 if modes else 2
-
-
-def _unwritable(out):
-    """Why nothing can be written into a folder, which is made if need be; None if it can."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out):
-            return None
-    except OSError as error:
-        return f"--out must be a folder that can be written: {out}: {error.strerror}; name another"
 
 
 def _in_mode(artist, pipe, config, world, wanted):

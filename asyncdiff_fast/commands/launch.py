@@ -5,6 +5,8 @@ import os
 import secrets
 import sys
 
+# So many processes a machine bears, however few its cores.
+_FEW = 4
 # Options that say how a call is shared, or how stages share it.
 _WAYS = {"num_stages", "stages", "num_patches", "parallel_steps"}
 _OF_STAGES = {
@@ -37,6 +39,25 @@ def as_text(options):
 def is_rank():
     """True in a process that torch's elastic launcher (torchrun) has started."""
     return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def start_ranks(num_processes, command_line):
+    """Start ranks that each carry out the command line that this process got. Returns their exit code.
+
+    Raises: UsageError if there are neither GPUs nor CPU cores for so many.
+    """
+    import torch
+
+    on_gpus, cores = torch.cuda.device_count() >= num_processes, len(os.sched_getaffinity(0))
+    if not on_gpus and num_processes > max(cores, _FEW):
+        raise UsageError(
+            f"{command_line[0]} needs a CPU core for each process, or no more than {_FEW} processes: got "
+            f"{num_processes} processes, {cores} cores; share between fewer"
+        )
+    kind = "GPU" if on_gpus else "CPU"
+    print(f"starting {num_processes} {kind} processes; they import torch and diffusers first", flush=True)
+    hidden = {} if on_gpus else {"CUDA_VISIBLE_DEVICES": ""}
+    return launch(num_processes, ["-m", "asyncdiff_fast.commands.cli", *command_line], **hidden)
 
 
 def launch(num_processes, arguments, **environment):

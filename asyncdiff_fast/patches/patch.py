@@ -90,6 +90,10 @@ class Patch:
             lost(f"{key[0]} was called once more")
         index, state = entry
         self._follow(index)
+        return self._at_site(index, state, func, args, kwargs)
+
+    def _at_site(self, index, state, func, args, kwargs):
+        """What a site of the plan gives on this patch."""
         if self.mode is not PatchMode.DISPLACED:
             return state.run(func, args, kwargs, self)
         self._slots.before(index)

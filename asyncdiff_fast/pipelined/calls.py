@@ -142,14 +142,17 @@ class PipelineCalls:
         """The result of all micro-steps of a route; `run(p)` is the denoiser's in one of them."""
         passage.slots.begin()
         for p, step in enumerate(passage.steps):
-            step.begin()
-            self._active = step
-            try:
-                result = run(p)
-            finally:
-                self._active = None
-            step.end(result)
+            result = self._micro_step(p, step, run)
         return passage.result(result)
+
+    def _micro_step(self, p, step, run):
+        step.begin()
+        self._active = step
+        try:
+            result = run(p)
+        finally:
+            self._active = None
+        return step.end(result)
 
     def _at_sites(self, picture, mode, forward, args, kwargs, exact=False):
         def run(args, kwargs):

@@ -64,11 +64,11 @@ class Pass:
         if index is None:
             return forward(*args, **kwargs)
         if self._mode is Mode.EXACT:
-            result = forward(*args, **kwargs)
+            result = self._computed(name, forward, args, kwargs)
             self._learn(index, result, args, kwargs)
             return result
         if index in self.program.computes:
-            result = forward(*args, **kwargs)
+            result = self._computed(name, forward, args, kwargs)
             if index in self.program.sends:
                 self._slots.send(self.program.sends[index], self._units.tensors(index, result, args, kwargs))
         else:
@@ -79,6 +79,10 @@ class Pass:
         for number in self.program.waits.get(index + 1, ()):
             self._slots.wait_stale(number, self.trend.weight)
         return result
+
+    def _computed(self, name, forward, args, kwargs):
+        """A unit's result, made here."""
+        return forward(*args, **kwargs)
 
     def end(self, result):
         """The denoiser's result on every rank: this rank's own, or the one received."""

@@ -44,6 +44,8 @@ def _command(*arguments, cwd=None):
         (["run", "no_such_script.py"], "no file no_such_script.py"),
         (["run", "--nproc", "3", "--num-stages", "2", __file__], "got --nproc 3, num_stages=2 needs 2"),
         (["run", "--nproc", "2", "--balance", "luck", __file__], 'balance must be "flops", "time" or "memory"'),
+        (["profile", "--nproc", "3", "--num-stages", "2"], "got --nproc 3, num_stages=2 needs 2"),
+        (["profile", "--out", __file__], "--out must be a folder"),
         (["plan", "--warmup-steps", "some"], "got warmup_steps='some'"),
         (["plan", "--warmup-steps", "-1"], "got warmup_steps=-1"),
     ],
