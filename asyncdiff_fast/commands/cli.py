@@ -1,35 +1,27 @@
-"""The command `asyncdiff-fast`: demo, run, plan, doctor.
+"""The command `asyncdiff-fast`: demo, run, plan, tune, doctor.
 
 Nothing heavy is imported before a command needs it, so that help and errors come at once.
 """
 
-import argparse
-import dataclasses
 import json
 import os
-import re
 import sys
-import typing
 from pathlib import Path
 
 from ..config import Config, environment_options
+from . import arguments
+from .arguments import patch_options
 from .launch import UsageError, as_text, complete, is_rank, launch
 
 # What the demo draws without options: ways for two processes to share a picture.
 MODES = ({"parallel_steps": 2}, {"num_stages": 2, "predict": "linear"}, {"num_patches": 2})
 
 
-class _Parser(argparse.ArgumentParser):
-    """Answers a wrong command line with one line and exit code 2."""
-
-    def error(self, message):
-        self.exit(2, f"{self.prog}: {message}\n")
-
-
 def main(argv=None):
     """Carry out one command line. Returns its exit code; wrong usage exits with 2."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    parser = _parser()
+    commands = {"demo": _demo, "run": _run, "plan": _plan, "tune": _tune, "doctor": _doctor}
+    parser = arguments.parser(commands)
     args = parser.parse_args(argv)
     args.command_line = argv
     try:
@@ -38,102 +30,6 @@ def main(argv=None):
         parser.error(str(error))
     except KeyboardInterrupt:
         return 130
-
-
-def _parser():
-    from .. import __version__
-
-    parser = _Parser(
-        prog="asyncdiff-fast", description="One image of a diffusers pipeline faster, by several processes."
-    )
-    parser.add_argument("--version", action="version", version=f"asyncdiff_fast {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    _add_demo(commands)
-    _add_run(commands)
-    _add_plan(commands)
-    doctor = commands.add_parser("doctor", help="what is installed, found, and would be used")
-    doctor.add_argument("--json", action="store_true", help="print JSON")
-    doctor.set_defaults(command=_doctor)
-    return parser
-
-
-def _add_demo(commands):
-    text = "the same pictures unpatched and shared between processes: a picture, a table, a report"
-    demo = commands.add_parser("demo", help=text, description=text)
-    _add_path(demo)
-    demo.add_argument("--prompts", nargs="+", metavar="PROMPT", help="default: five captions of the small pipeline")
-    demo.add_argument("--steps", type=_positive, default=50, help="steps of the sampler (default: 50)")
-    demo.add_argument("--seed", type=int, default=0, help="seed of the first picture (default: 0)")
-    demo.add_argument(
-        "--out", type=Path, default=Path("out"), help="folder for compare.png and report.json (default: out)"
-    )
-    _add_options(demo, "without any, three ways to share are drawn: steps side by side, stages, patches")
-    demo.set_defaults(command=_demo)
-
-
-def _add_run(commands):
-    text = "start a script of yours in several processes, its pipelines patched if an option is given"
-    run = commands.add_parser("run", help=text, description=f"{text}. Options stand before the script.")
-    run.add_argument("--nproc", type=_positive, help="processes (default: as many as the options need)")
-    _add_options(run, "where they name no way to share, as many steps side by side as processes")
-    run.add_argument("script", help="a Python script")
-    run.add_argument("arguments", nargs=argparse.REMAINDER, help="its arguments")
-    run.set_defaults(command=_run)
-
-
-def _add_plan(commands):
-    plan = commands.add_parser("plan", help="which process would compute what, and what would travel")
-    _add_path(plan)
-    plan.add_argument("--prompt", default="a photograph", help="what the pipeline is called with")
-    plan.add_argument("--height", type=_positive, help="pixels (default: the pipeline's)")
-    plan.add_argument("--width", type=_positive, help="pixels (default: the pipeline's)")
-    plan.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="default: float32")
-    plan.add_argument("--json", action="store_true", help="print JSON")
-    _add_options(plan, "without any way to share, two steps side by side")
-    plan.set_defaults(command=_plan)
-
-
-def _add_path(parser):
-    parser.add_argument(
-        "path", nargs="?", metavar="PATH", help="folder of a pipeline (default: the checkout's small one)"
-    )
-
-
-def _add_options(parser, description):
-    """One option for each field of `Config` that a word can express, with the help that its docstring has."""
-    group = parser.add_argument_group("options of patch()", description)
-    for field in dataclasses.fields(Config):
-        kinds = [k for k in (field.type, *typing.get_args(field.type)) if k in (bool, int, float, str)]
-        if kinds:
-            kind = _number_or_word if {int, str} <= set(kinds) else kinds[0]
-            value = {"type": kind, "metavar": "|".join(k.__name__.upper() for k in kinds)}
-            how = {"action": argparse.BooleanOptionalAction} if kinds[0] is bool else value
-            # What depends on other options, the docstring says.
-            default = "" if field.default is None else f" (default: {field.default})"
-            text = f"{_help(field.name)}{default}"
-            group.add_argument(f"--{field.name.replace('_', '-')}", dest=f"option_{field.name}", help=text, **how)
-
-
-def _help(name):
-    """What the docstring of `Config` says of a field."""
-    found = re.search(rf"^ +{name}: (.*?)(?=^ +\w+: |^ *Raises:)", Config.__doc__ or "", re.DOTALL | re.MULTILINE)
-    return " ".join(found[1].split()).rstrip(".").replace("%", "%%") if found else ""
-
-
-def _number_or_word(text):
-    return int(text) if text.removeprefix("-").isdigit() else text
-
-
-def _positive(text):
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be an integer of at least 1: got {text!r}")
-    return int(text)
-
-
-def _options(args):
-    """{name: value} of the options of `patch` that were given."""
-    given = {name.removeprefix("option_"): value for name, value in vars(args).items() if name.startswith("option_")}
-    return {name: value for name, value in given.items() if value is not None}
 
 
 def _for_two(options):
@@ -151,7 +47,7 @@ def _config(options):
 def _demo(args):
     from . import folder
 
-    given = _options(args)
+    given = patch_options(args)
     configs = [_config(options) for options in ([_for_two(given)] if given else MODES)]
     path = folder.checked(args.path)
     if args.out.exists() and not args.out.is_dir():
@@ -170,7 +66,7 @@ def _demo(args):
 def _run(args):
     if not Path(args.script).is_file():
         raise UsageError(f"the script must be a file: there is no file {args.script}; options stand before the script")
-    given = _options(args)
+    given = patch_options(args)
     if not given:
         return launch(args.nproc or _config(_from_environment()).world_size, [args.script, *args.arguments])
     options = _from_environment() | given
@@ -196,8 +92,15 @@ def _from_environment():
 def _plan(args):
     from . import folder
 
-    options = _for_two(_options(args))
+    options, request = _for_two(patch_options(args)), None
     _config(options)
+    if args.simulate is not None:
+        from ..simulation import cluster
+
+        try:
+            request = cluster.parse(args.simulate)
+        except ValueError as error:
+            raise UsageError(f"--simulate: {error}") from error
     path = folder.checked(args.path)
     inputs = {name: getattr(args, name) for name in ("prompt", "height", "width") if getattr(args, name) is not None}
     import torch
@@ -210,7 +113,27 @@ def _plan(args):
         made = plan(pipe, inputs, **options)
     except (ValueError, TypeError) as error:
         raise UsageError(f"no plan: {error}") from error
-    print(json.dumps(plan_json.as_dict(made), indent=1) if args.json else made)
+    found = plan_json.as_dict(made) if args.json else made
+    if request is not None:
+        from . import simulated
+
+        try:
+            times = simulated.as_asked(pipe, inputs, made, request, args.steps)
+        except ValueError as error:
+            raise UsageError(f"--simulate: {error}") from error
+        found = found | {"simulated": simulated.as_dict(times)} if args.json else f"{found}\n\n{times}"
+    print(json.dumps(found, indent=1) if args.json else found)
+
+
+def _tune(args):
+    from . import folder
+
+    path = folder.checked(args.path)
+    if args.out.exists() and not args.out.is_dir():
+        raise UsageError(f"--out must be a folder: {args.out} is a file; name another")
+    from .tune import main
+
+    return main.tune(path, args)
 
 
 def _doctor(args):
