@@ -90,6 +90,8 @@ def _add_tune(commands):
     tune.add_argument("--minutes", type=float, default=10.0, help="nothing new is begun after these (default: 10)")
     tune.add_argument("--all", action="store_true", help="try every set on every prompt, without leaving any out early")
     tune.add_argument("--seed", type=int, default=0, help="seed of the first picture (default: 0)")
+    # What remains of the minutes, told to the ranks.
+    tune.add_argument("--until", type=float, help=argparse.SUPPRESS)
     tune.add_argument("--out", type=Path, default=Path("out"), help="folder for tune.json, .md, .png (default: out)")
 
 
