@@ -165,6 +165,8 @@ def batch_steps():
 
 def tuned():
     """What `tune` recommends against the best of a full grid: the latest row."""
+    if not (measure.RESULTS / "tuned.jsonl").exists():
+        return "Not measured yet: `python benchmarks/tuned.py --save`."
     row = measure.read_rows("tuned")[-1]
     header = ["recommended", "s by the grid", "best of the grid", "s", "drawn", "minutes", "grid, minutes"]
     cells = [

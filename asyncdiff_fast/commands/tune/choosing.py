@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 WORTH = 0.05
 # Why a trial was not drawn that a later run may draw.
 NO_TIME = "no time was left"
-# What is slower than the best so far by more than this after one picture will not become the best.
-HOPELESS = 0.25
+# What is slower than the best so far by more than this in two pictures, or by much more in one, is given up.
+HOPELESS, HOPELESS_AT_ONCE = 0.25, 1.0
 
 
 @dataclass
@@ -76,7 +76,8 @@ class Aim:
         limit = self.max_seconds
         if limit is None and best is not None:
             limit = best.picture_s
-        if limit is not None and min(trial.seconds) > limit * (1 + HOPELESS):
+        worse = HOPELESS_AT_ONCE if len(trial.seconds) == 1 else HOPELESS
+        if limit is not None and min(trial.seconds) > limit * (1 + worse):
             return f"{min(trial.seconds):.2f} s, where {limit:.2f} s are wanted"
         return None
 

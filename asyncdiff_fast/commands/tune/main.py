@@ -99,9 +99,9 @@ def _rank(path, args, prompts, key):
 def _lead(session, pipe, artist, world):
     from tqdm import tqdm
 
-    with tqdm(unit="set", mininterval=0.5) as bar:
+    with tqdm(bar_format="{elapsed}, {n} tried; now {desc}") as bar:
         for description, task in session.tasks():
-            bar.set_description(description)
+            bar.set_description_str(description)
             world.broadcast(task, "what is tried next")
             session.ended(carry_out(task, pipe, artist, world, session.take))
             bar.update(1)

@@ -11,8 +11,8 @@ from ..report import psnr_db
 _WIDTH, _HEIGHT, _LEFT, _TOP, _RIGHT, _BOTTOM = 980, 470, 70, 56, 330, 50
 _PAPER, _INK, _GREY, _GRID = (250, 250, 248), (28, 30, 36), (110, 115, 125), (222, 222, 218)
 _COLOURS = ((31, 119, 180), (214, 96, 20), (44, 140, 60), (148, 83, 180), (190, 40, 60), (120, 90, 70), (20, 150, 160))
-# What is the same picture is drawn here, at the top.
-_SAME_DB = 6.0
+# At the top is the same picture, and what only rounding tells from it, from so many dB on.
+_SAME_DB, _ROUNDING_DB = 6.0, 90.0
 
 
 def drawn(found, prompts, exact):
@@ -44,7 +44,7 @@ def drawn(found, prompts, exact):
 def _plot(found):
     canvas = Image.new("RGB", (_WIDTH, _HEIGHT), _PAPER)
     pen, trials = ImageDraw.Draw(canvas), found.drawn
-    finite = [t.worst_db for t in trials if not math.isinf(t.worst_db)] or [40.0]
+    finite = [t.worst_db for t in trials if t.worst_db < _ROUNDING_DB] or [40.0]
     low, high = math.floor(min(finite) / 5) * 5, math.ceil(max(finite) / 5) * 5 + _SAME_DB
     most = max(t.picture_s for t in trials) * 1.05 if trials else 1.0
 
@@ -53,7 +53,7 @@ def _plot(found):
 
     def at(trial):
         x = _LEFT + trial.picture_s / most * (_WIDTH - _LEFT - _RIGHT)
-        return x, at_db(high if math.isinf(trial.worst_db) else trial.worst_db)
+        return x, at_db(high if trial.worst_db >= _ROUNDING_DB else trial.worst_db)
 
     title = f"{found.args.nproc} processes, {found.args.steps} steps: seconds of a picture against its worst PSNR"
     pen.text((_LEFT, 14), title, _INK, _font(16))
