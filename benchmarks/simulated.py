@@ -86,39 +86,42 @@ def measure_rank(nproc):
 
 
 def page(rows):
-    """The page of results."""
-    body = []
-    latest = {(r["nproc"], r["options"]): r for r in rows}
+    """The page of results, by the latest row of each case."""
+    title = "# The simulation against the clock, and against papers"
+    return "\n\n".join([title, *(_against_the_clock(rows) if rows else ()), simulated_published.page()]) + "\n"
+
+
+def _against_the_clock(rows):
+    latest, body = {(r["nproc"], r["options"]): r for r in rows}, []
     for r in latest.values():
         off = r["simulated_s"] / r["call_s"] - 1
         cells = (f"{r[name] * 1e3:.1f}" for name in ("call_s_alone", "call_s", "simulated_s"))
         body.append([f"`{r['denoiser']}`", f"{r['nproc']}: `{r['options']}`", *cells, f"{off:+.1%}"])
     header = ["denoiser", "processes: options", "exact call, ms", "measured, ms", "simulated, ms", "off by"]
     last = rows[-1]
-    text = [
-        "# The simulation against the clock, and against papers",
+    yield (
         f"{last['device']}, torch {last['torch']}, {last['date']}; a call after the exact ones, medians of {ROUNDS} "
         f"rounds of {CALLS}. `sleeping` sleeps as long as it would compute, so that four processes keep their pace on "
-        "two cores; `sd15_width` computes.",
-        table(header, body),
-        simulated_published.page(),
-    ]
-    return "\n\n".join(text) + "\n"
+        "two cores; `sd15_width` computes."
+    )
+    yield table(header, body)
 
 
 def main(argv):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--nproc", type=int, nargs="+", choices=tuple(CASES), default=list(CASES))
+    parser.add_argument("--page", action="store_true", help="measure nothing, write the page of what there is")
     parser.add_argument("--save", action="store_true", help="keep the rows, and write benchmarks/results/simulated.md")
     options = parser.parse_args(argv)
     if "RANK" not in os.environ:
-        for nproc in options.nproc:
+        for nproc in () if options.page else options.nproc:
             save = ["--save"] if options.save else []
             code = launch(nproc, ["--", __file__, "--nproc", str(nproc), *save], **KEEP_MEMORY)
             if code:
                 return code
-        if options.save:
-            (measure.RESULTS / "simulated.md").write_text(page(measure.read_rows("simulated")))
+        if options.save or options.page:
+            kept = measure.RESULTS / "simulated.jsonl"
+            (measure.RESULTS / "simulated.md").write_text(page(measure.read_rows("simulated") if kept.exists() else []))
         return 0
     dist.init_process_group("gloo")
     for row in measure_rank(dist.get_world_size()) or ():
