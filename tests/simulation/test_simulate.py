@@ -117,8 +117,9 @@ def test_bytes_tell_no_times():
 def test_a_thousand_ranks_take_seconds():
     x = torch.zeros(2, 4, 64, 8)
     inputs = {"x": x, "t": torch.tensor([500.0, 500.0])}
-    plan = asyncdiff_fast.plan(Bare(32), inputs, cfg_parallel=True, num_patches=16, num_stages=32)
+    options = dict(parallel_steps=64, cfg_parallel=True, num_patches=8, exchange="sync")
+    plan = asyncdiff_fast.plan(Bare(), inputs, **options)
     assert _size(plan) == 1024
     began = time.process_time()
     found = simulate(plan, Times(CALL_S), Cluster(128, 8), 50)
-    assert time.process_time() - began < 20 and found.speed_up > 5
+    assert time.process_time() - began < 20 and found.speed_up > 100
