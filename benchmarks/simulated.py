@@ -105,7 +105,8 @@ def _against_the_clock(rows):
         f"rounds of {CALLS}, beside other work (load average up to {max(r['load_average'] for r in rows):.0f}). "
         "`sleeping` sleeps as long as it would compute, so that four processes keep their pace on two cores; "
         "`sd15_width` computes. A displaced patch and a micro-step run the host's code of a whole call each, of which "
-        "only their share of rows is counted here: where processors are busy otherwise, that is much."
+        "only their share of rows is counted here: where processors are busy otherwise, that is much. The latency of a "
+        "link, measured beside the same work, is counted at every site of synchronous patches."
     )
     yield table(header, body)
 

@@ -32,7 +32,7 @@ def start(num_processes, command_line):
     on_gpus, cores = torch.cuda.device_count() >= num_processes, len(os.sched_getaffinity(0))
     if not on_gpus and num_processes > max(cores, _FEW):
         raise UsageError(
-            f"the demo needs a CPU core for each process, or no more than {_FEW} processes: got {num_processes} "
+            f"drawing needs a CPU core for each process, or no more than {_FEW} processes: got {num_processes} "
             f"processes, {cores} cores; share between fewer"
         )
     kind = "GPU" if on_gpus else "CPU"
