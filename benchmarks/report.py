@@ -184,6 +184,22 @@ def batch_steps():
     return f"{first['device']}, one thread, {first['date']}.\n\n{table(header, body)}"
 
 
+def tuned():
+    """What `tune` recommends against the best of a full grid: the latest row."""
+    if not (measure.RESULTS / "tuned.jsonl").exists():
+        return "Not measured yet: `python benchmarks/tuned.py --save`."
+    row = measure.read_rows("tuned")[-1]
+    header = ["recommended", "s by the grid", "best of the grid", "s", "drawn", "minutes", "grid, minutes"]
+    cells = [
+        f"`{row['recommended']}`", f"{row['recommended_s']:.2f}", f"`{row['best']}`", f"{row['best_s']:.2f}",
+        f"{row['drawn']} of {row['sets']}", f"{row['minutes']:.1f}", f"{row['grid_minutes']:.1f}",
+    ]  # fmt: skip
+    title = (
+        f"{row['processes']} processes, {row['steps']} steps, {row['prompts']} prompts; {row['device']}, {row['date']}."
+    )
+    return f"{title}\n\n{table(header, [cells])}"
+
+
 def _place_and_way(name):
     """((patches, warm-up steps), the other options) of a configuration of patches."""
     options = name.rpartition("@")[0]
@@ -271,6 +287,7 @@ MAKERS = {
     "exchange": exchange,
     "decoder": lambda: decode_tables.decoder(table),
     "text encoder": lambda: decode_tables.text_encoder(table),
+    "tuned": tuned,
 }
 
 

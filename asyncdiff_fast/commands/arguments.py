@@ -1,4 +1,4 @@
-"""The command line: every command, and an option of `patch` for each field of `Config`, with the help it has there."""
+"""The command line: what each command is asked by. The options of `patch` come from `Config` and its docstring."""
 
 import argparse
 import dataclasses
@@ -9,28 +9,27 @@ from pathlib import Path
 from ..config import Config
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """Answers a wrong command line with one line and exit code 2."""
 
     def error(self, message):
         self.exit(2, f"{self.prog}: {message}\n")
 
 
-def parser():
-    """Of the whole command line; `command` is the name of what was asked for."""
+def parser(carry_out):
+    """The parser of all commands; `carry_out` has the function of each, by name."""
     from .. import __version__
 
-    made = _Parser(prog="asyncdiff-fast", description="One image of a diffusers pipeline faster, by several processes.")
-    made.add_argument("--version", action="version", version=f"asyncdiff_fast {__version__}")
-    commands = made.add_subparsers(required=True, metavar="COMMAND")
-    _add_demo(commands)
-    _add_run(commands)
-    _add_plan(commands)
-    _add_profile(commands)
+    whole = Parser(prog="asyncdiff-fast", description="One image of a diffusers pipeline faster, by several processes.")
+    whole.add_argument("--version", action="version", version=f"asyncdiff_fast {__version__}")
+    commands = whole.add_subparsers(required=True, metavar="COMMAND")
+    for add in (_add_demo, _add_run, _add_plan, _add_profile, _add_tune):
+        add(commands)
     doctor = commands.add_parser("doctor", help="what is installed, found, and would be used")
     doctor.add_argument("--json", action="store_true", help="print JSON")
-    doctor.set_defaults(command="doctor")
-    return made
+    for name, command in commands.choices.items():
+        command.set_defaults(command=carry_out[name])
+    return whole
 
 
 def _add_demo(commands):
@@ -44,7 +43,6 @@ def _add_demo(commands):
         "--out", type=Path, default=Path("out"), help="folder for compare.png and report.json (default: out)"
     )
     _add_options(demo, "without any, three ways to share are drawn: steps side by side, stages, patches")
-    demo.set_defaults(command="demo")
 
 
 def _add_run(commands):
@@ -54,7 +52,6 @@ def _add_run(commands):
     _add_options(run, "where they name no way to share, as many steps side by side as processes")
     run.add_argument("script", help="a Python script")
     run.add_argument("arguments", nargs=argparse.REMAINDER, help="its arguments")
-    run.set_defaults(command="run")
 
 
 def _add_plan(commands):
@@ -63,8 +60,13 @@ def _add_plan(commands):
     _add_inputs(plan)
     plan.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="default: float32")
     plan.add_argument("--json", action="store_true", help="print JSON")
+    plan.add_argument(
+        "--simulate",
+        metavar="nodes=N,gpus=N,link=NAME",
+        help="what a picture would take on a cluster; also nics=, inside= and call_ms= or tflops=, of one device",
+    )
+    plan.add_argument("--steps", type=_positive, default=50, help="of a simulated picture (default: 50)")
     _add_options(plan, "without any way to share, two steps side by side")
-    plan.set_defaults(command="plan")
 
 
 def _add_profile(commands):
@@ -76,7 +78,30 @@ def _add_profile(commands):
     profile.add_argument("--steps", type=_positive, default=12, help="steps of the sampler (default: 12)")
     profile.add_argument("--out", type=Path, default=Path("out"), help="folder for what is found (default: out)")
     _add_options(profile, "where they name no way to share, as many steps side by side as processes")
-    profile.set_defaults(command="profile")
+
+
+def _add_tune(commands):
+    text = "try ways to share a pipeline on these devices, and say which to take"
+    tune = commands.add_parser("tune", help=text, description=f"{text}. Begun again, it goes on where it stopped.")
+    _add_path(tune)
+    tune.add_argument("--nproc", type=_positive, default=2, help="processes, of which each takes a device (default: 2)")
+    tune.add_argument("--prompts", type=Path, help="text file, one prompt a line (default: those of the demo)")
+    tune.add_argument("--steps", type=_positive, default=30, help="steps of the sampler (default: 30)")
+    aim = tune.add_mutually_exclusive_group()
+    aim.add_argument(
+        "--min-psnr",
+        type=float,
+        default=35.0,
+        metavar="DB",
+        help="the fastest whose worst picture has it (default: 35)",
+    )
+    aim.add_argument("--max-seconds", type=float, metavar="S", help="or the closest that draws a picture in so long")
+    tune.add_argument("--minutes", type=float, default=10.0, help="nothing new is begun after these (default: 10)")
+    tune.add_argument("--all", action="store_true", help="try every set on every prompt, without leaving any out early")
+    tune.add_argument("--seed", type=int, default=0, help="seed of the first picture (default: 0)")
+    # What remains of the minutes, told to the ranks.
+    tune.add_argument("--until", type=float, help=argparse.SUPPRESS)
+    tune.add_argument("--out", type=Path, default=Path("out"), help="folder for tune.json, .md, .png (default: out)")
 
 
 def _add_inputs(parser):
@@ -120,3 +145,9 @@ def _positive(text):
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be an integer of at least 1: got {text!r}")
     return int(text)
+
+
+def patch_options(args):
+    """{name: value} of the options of `patch` that were given."""
+    given = {name.removeprefix("option_"): value for name, value in vars(args).items() if name.startswith("option_")}
+    return {name: value for name, value in given.items() if value is not None}

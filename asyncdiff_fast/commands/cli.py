@@ -1,4 +1,4 @@
-"""The command `asyncdiff-fast`: demo, run, plan, profile, doctor.
+"""The command `asyncdiff-fast`: demo, run, plan, profile, tune, doctor.
 
 Nothing heavy is imported before a command needs it, so that help and errors come at once.
 """
@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ..config import Config, environment_options
 from . import arguments
+from .arguments import patch_options
 from .launch import UsageError, as_text, complete, is_rank, launch, start_ranks
 
 # What the demo draws without options: ways for two processes to share a picture.
@@ -19,21 +20,16 @@ MODES = ({"parallel_steps": 2}, {"num_stages": 2, "predict": "linear"}, {"num_pa
 def main(argv=None):
     """Carry out one command line. Returns its exit code; wrong usage exits with 2."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    parser = arguments.parser()
+    commands = {"demo": _demo, "run": _run, "plan": _plan, "profile": _profile, "tune": _tune, "doctor": _doctor}
+    parser = arguments.parser(commands)
     args = parser.parse_args(argv)
     args.command_line = argv
     try:
-        return _COMMANDS[args.command](args) or 0
+        return args.command(args) or 0
     except UsageError as error:
         parser.error(str(error))
     except KeyboardInterrupt:
         return 130
-
-
-def _options(args):
-    """{name: value} of the options of `patch` that were given."""
-    given = {name.removeprefix("option_"): value for name, value in vars(args).items() if name.startswith("option_")}
-    return {name: value for name, value in given.items() if value is not None}
 
 
 def _for_two(options):
@@ -51,7 +47,7 @@ def _config(options):
 def _demo(args):
     from . import folder
 
-    given = _options(args)
+    given = patch_options(args)
     configs = [_config(options) for options in ([_for_two(given)] if given else MODES)]
     path = folder.checked(args.path)
     _check_out(args.out)
@@ -79,7 +75,7 @@ def _check_world(config):
 def _profile(args):
     from . import folder
 
-    given = _options(args)
+    given = patch_options(args)
     options = complete(given, args.nproc) if args.nproc else _for_two(given)
     config = _config(options)
     if args.nproc and args.nproc != config.world_size:
@@ -105,7 +101,7 @@ def _other_nproc(nproc, options, config):
 def _run(args):
     if not Path(args.script).is_file():
         raise UsageError(f"the script must be a file: there is no file {args.script}; options stand before the script")
-    given = _options(args)
+    given = patch_options(args)
     if not given:
         return launch(args.nproc or _config(_from_environment()).world_size, [args.script, *args.arguments])
     options = _from_environment() | given
@@ -128,8 +124,15 @@ def _from_environment():
 def _plan(args):
     from . import folder
 
-    options = _for_two(_options(args))
+    options, request = _for_two(patch_options(args)), None
     _config(options)
+    if args.simulate is not None:
+        from ..simulation import cluster
+
+        try:
+            request = cluster.parse(args.simulate)
+        except ValueError as error:
+            raise UsageError(f"--simulate: {error}") from error
     path = folder.checked(args.path)
     inputs = {name: getattr(args, name) for name in ("prompt", "height", "width") if getattr(args, name) is not None}
     import torch
@@ -142,7 +145,26 @@ def _plan(args):
         made = plan(pipe, inputs, **options)
     except (ValueError, TypeError) as error:
         raise UsageError(f"no plan: {error}") from error
-    print(json.dumps(plan_json.as_dict(made), indent=1) if args.json else made)
+    found = plan_json.as_dict(made) if args.json else made
+    if request is not None:
+        from . import simulated
+
+        try:
+            times = simulated.as_asked(pipe, inputs, made, request, args.steps)
+        except ValueError as error:
+            raise UsageError(f"--simulate: {error}") from error
+        found = found | {"simulated": simulated.as_dict(times)} if args.json else f"{found}\n\n{times}"
+    print(json.dumps(found, indent=1) if args.json else found)
+
+
+def _tune(args):
+    from . import folder
+
+    path = folder.checked(args.path)
+    _check_out(args.out)
+    from .tune import main
+
+    return main.tune(path, args)
 
 
 def _doctor(args):
@@ -151,8 +173,6 @@ def _doctor(args):
     facts = doctor.facts()
     print(json.dumps(facts, indent=1) if args.json else doctor.text(facts))
 
-
-_COMMANDS = {"demo": _demo, "run": _run, "plan": _plan, "profile": _profile, "doctor": _doctor}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,10 +1,10 @@
 """The demo: the same pictures unpatched and in each mode, compared by eye, by time and by number."""
 
 import sys
-import time
 from dataclasses import asdict, dataclass
 
 from . import doctor, folder, report
+from .artist import GUIDANCE, Artist, draw_together
 
 PROMPTS = (
     "a striped red star left of a blue ring, sunset background",
@@ -13,23 +13,8 @@ PROMPTS = (
     "a striped white ring, field background",
     "a blue star right of a red circle, desert background",
 )
-GUIDANCE = 5.0
 # The other ranks wait this long while rank 0 draws alone; a rank that dies is noticed by the launcher, at once.
-_PATIENCE_S = 3600.0
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """One picture: (3, h, w) fp32 in 0..1; seconds for all of it, and for a step after warm-up (None: no such step).
-
-    The latter is the mean over those steps, since those of a block end together. `core_s` are the seconds of a CPU core
-    that this process got meanwhile.
-    """
-
-    picture: object
-    seconds: float
-    step_s: float | None
-    core_s: float
+PATIENCE_S = 3600.0
 
 
 @dataclass(frozen=True)
@@ -62,8 +47,8 @@ def draw_and_compare(path, configs, prompts, steps, out, seed):
     place = device()
     if place.type == "cpu":
         torch.set_num_threads(1)
-    start_process_group(_PATIENCE_S)
-    world = World(range(configs[0].world_size), _PATIENCE_S)
+    start_process_group(PATIENCE_S)
+    world = World(range(configs[0].world_size), PATIENCE_S)
     problem = world.broadcast(unwritable(out) if world.rank == 0 else None, "the folder for the pictures")
     if problem:
         stop_process_group()
@@ -76,7 +61,7 @@ def draw_and_compare(path, configs, prompts, steps, out, seed):
     wanted = [(prompt, seed + i) for i, prompt in enumerate(prompts)]
     total, modes, refused = (1 + len(configs)) * len(prompts) * steps, [], {}
     with tqdm(total=total, unit="step", mininterval=0.5, disable=world.rank != 0) as bar:
-        artist = _Artist(pipe, denoisers(pipe), place, steps, bar)
+        artist = Artist(pipe, denoisers(pipe), place, steps, bar)
         bar.set_description("unpatched, 1 process")
         shortest = min(_warmup_steps(config) for config in configs)
         alone = [artist.draw(*one, shortest) for one in wanted] if world.rank == 0 else []
@@ -101,7 +86,7 @@ def _in_mode(artist, pipe, config, world, wanted):
     try:
         runtimes = patch(pipe, **asdict(config))
         runtimes = runtimes if isinstance(runtimes, list) else [runtimes]
-        drawn = [_draw_together(artist, world, *one, _warmup_steps(config)) for one in wanted]
+        drawn = [draw_together(artist, world, *one, _warmup_steps(config)) for one in wanted]
         stats = world.gather([r.stats() for r in runtimes], "the statistics")
         return Mode(config, drawn, stats, sum(r.plan.bytes_per_call for r in runtimes if r.plan is not None))
     finally:
@@ -124,61 +109,6 @@ def _tell(out, about, prompts, alone, modes, refused):
 def _warmup_steps(config):
     """Steps that count as warm-up in the times; "auto" tells only of the first."""
     return 1 if config.warmup_steps == "auto" else config.warmup_steps
-
-
-class _Artist:
-    """Draws with one pipeline, and keeps the times."""
-
-    def __init__(self, pipe, denoisers, device, steps, bar):
-        self._pipe, self._device, self._steps, self._bar = pipe, device, steps, bar
-        self._ends = []
-        for denoiser in denoisers:
-            denoiser.register_forward_hook(self._call_ended)
-
-    def _call_ended(self, *_):
-        self._ends.append(self._now())
-        # A sampler may call the denoiser more than once a step.
-        self._bar.update(min(1, self._steps / len(self._ends)))
-
-    def _now(self):
-        if self._device.type == "cuda":
-            import torch
-
-            torch.cuda.synchronize(self._device)
-        return time.perf_counter()
-
-    def draw(self, prompt, seed, warmup_steps):
-        """`Drawn`: the picture of one prompt, its noise from `seed`."""
-        import torch
-
-        self._ends.clear()
-        begin, core_begin = self._now(), time.process_time()
-        made = self._pipe(
-            prompt,
-            num_inference_steps=self._steps,
-            guidance_scale=GUIDANCE,
-            generator=torch.Generator().manual_seed(seed),
-            output_type="pt",
-        ).images[0]
-        seconds, core_s = self._now() - begin, time.process_time() - core_begin
-        return Drawn(made.float().cpu(), seconds, self._step_s(begin, warmup_steps), core_s)
-
-    def _step_s(self, begin, warmup_steps):
-        steady = self._steps - warmup_steps
-        if steady <= 0:
-            return None
-        num_exact = warmup_steps * len(self._ends) // self._steps
-        # Naive patches have no warm-up.
-        return (self._ends[-1] - (self._ends[num_exact - 1] if num_exact else begin)) / steady
-
-
-def _draw_together(artist, world, prompt, seed, warmup_steps):
-    """A picture that all ranks draw, with the times of the slowest, from barrier to barrier."""
-    world.gather(None, "the start of a picture")
-    drawn = artist.draw(prompt, seed, warmup_steps)
-    times = world.gather((drawn.seconds, drawn.step_s or 0.0), "the end of a picture")
-    seconds, step_s = (max(column) for column in zip(*times, strict=True))
-    return Drawn(drawn.picture, seconds, step_s or None, drawn.core_s)
 
 
 def _about(path, device, num_processes, steps, seed):

@@ -57,7 +57,7 @@ def start_ranks(num_processes, command_line):
     kind = "GPU" if on_gpus else "CPU"
     print(f"starting {num_processes} {kind} processes; they import torch and diffusers first", flush=True)
     hidden = {} if on_gpus else {"CUDA_VISIBLE_DEVICES": ""}
-    return launch(num_processes, ["-m", "asyncdiff_fast.commands.cli", *command_line], **hidden)
+    return launch(num_processes, ["-m", "--", "asyncdiff_fast.commands.cli", *command_line], **hidden)
 
 
 def launch(num_processes, arguments, **environment):

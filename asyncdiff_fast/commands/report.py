@@ -18,6 +18,28 @@ def psnr_db(picture, exact):
     return (10 * torch.log10(1 / mse)).item() if mse > 0 else None
 
 
+def ssim(picture, exact):
+    """Structural similarity of two pictures (3, h, w) in 0..1: mean over 7x7 windows and channels.
+
+    Source: Wang et al., 2004, with uniform windows and unbiased variances.
+    """
+    from torch.nn.functional import avg_pool2d
+
+    side, c1, c2 = min(7, *picture.shape[-2:]), 0.01**2, 0.03**2
+    unbiased = side * side / max(side * side - 1, 1)
+
+    def mean(x):
+        return avg_pool2d(x, side, 1)
+
+    a, b = picture.double(), exact.double()
+    ma, mb = mean(a), mean(b)
+    va, vb, vab = (
+        unbiased * (mean(x * y) - mx * my) for x, y, mx, my in ((a, a, ma, ma), (b, b, mb, mb), (a, b, ma, mb))
+    )
+    found = (2 * ma * mb + c1) * (2 * vab + c2) / ((ma * ma + mb * mb + c1) * (va + vb + c2))
+    return found.mean().item()
+
+
 def name(options):
     """How a picture is shared out, in words."""
     stride = f" with stride {options['stride']}" if options["stride"] > 1 else ""
