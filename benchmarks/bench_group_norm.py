@@ -72,7 +72,6 @@ class Inputs:
 def kernel_ops(inputs):
     """Name → (callable, bytes it has to move at least) of the kernels and their passes."""
     from asyncdiff_fast.kernels import group_norm
-    from asyncdiff_fast.kernels.group_norm_merge_apply import group_norm_merge_apply
     from asyncdiff_fast.kernels.group_norm_small import group_norm_small
 
     arguments, keywords = inputs.norm()
@@ -80,11 +79,6 @@ def kernel_ops(inputs):
     write = {name: keywords[name] for name in ("act", "halo", "above", "below", "top", "bottom")}
     once, rows = inputs.x.nbytes, inputs.border_bytes()
     partials = group_norm.group_norm_partials(inputs.x)
-
-    def two_launches():
-        return group_norm_merge_apply(
-            inputs.x, group_norm.group_norm_partials(inputs.x), *arguments[1:], **merge, **write
-        )
 
     def three_launches():
         made = group_norm.group_norm_partials(inputs.x)
@@ -94,7 +88,6 @@ def kernel_ops(inputs):
     return {
         "group_norm": (lambda: group_norm.group_norm(*arguments, **keywords), 3 * once + rows),
         "group_norm, three launches": (three_launches, 3 * once + rows),
-        "group_norm, two launches": (two_launches, 3 * once + rows),
         "group_norm, one launch": (lambda: group_norm_small(*arguments, **keywords), 3 * once + rows),
         "group_norm, partials known": (
             lambda: group_norm.group_norm(*arguments, **keywords, partials=partials),
@@ -131,7 +124,7 @@ def check(inputs, ops):
     want, stats = reference.group_norm_reference(*arguments, **keywords)
     borders = inputs.top.clone(), inputs.bottom.clone()
     tolerance = TOLERANCE[want.dtype]
-    for name in (f"group_norm, {launches}" for launches in ("three launches", "two launches", "one launch")):
+    for name in (f"group_norm, {launches}" for launches in ("three launches", "one launch")):
         inputs.top.fill_(torch.nan)
         inputs.bottom.fill_(torch.nan)
         y, own = ops[name][0]()

@@ -1,14 +1,14 @@
 """GroupNorm of a patch, or of a whole image, with what surrounds it in a residual block: the op that callers use.
 
-Three passes: `group_norm_stats` (read), `group_norm_merge` (a few kilobytes), `group_norm_apply` (read and write). If
-chunks are few, the programs that write merge them, `group_norm_merge_apply`; small groups take one launch,
-`group_norm_small`. A norm whose input was made by `residual_partials` needs no reading pass of its own.
+Three passes: `group_norm_stats` (read), `group_norm_merge` (a few kilobytes), `group_norm_apply` (read and write); small
+groups take one launch, `group_norm_small`. A norm whose input was made by `residual_partials` needs no reading pass of
+its own. To merge in the programs that write spares a launch but was slower at every size measured on an H200, by 2 to 6
+µs where chunks are few.
 """
 
 from asyncdiff_fast.kernels import pixels, tuning
 from asyncdiff_fast.kernels.group_norm_apply import group_norm_apply
 from asyncdiff_fast.kernels.group_norm_merge import group_norm_merge
-from asyncdiff_fast.kernels.group_norm_merge_apply import group_norm_merge_apply
 from asyncdiff_fast.kernels.group_norm_small import group_norm_small
 from asyncdiff_fast.kernels.group_norm_stats import group_norm_partials, residual_partials
 
@@ -43,7 +43,5 @@ def group_norm(
         return group_norm_small(x, weight, bias, num_groups, eps, **merge, **write)
     if partials is None:
         partials = group_norm_partials(x)
-    if partials.shape[1] <= tuning.GROUP_NORM_MERGE_APPLY_CHUNKS:
-        return group_norm_merge_apply(x, partials, weight, bias, num_groups, eps, **merge, **write)
     affine, stats = group_norm_merge(partials, x.shape[2:], weight, bias, num_groups, eps, **merge)
     return group_norm_apply(x, affine, **write), stats

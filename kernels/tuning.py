@@ -35,16 +35,9 @@ GROUP_NORM_APPLY = {True: Tile(32, 64, 4), False: Tile(512, 8, 8)}
 # Elements of the tile of chunks and channels that one program merges at once, and its warps: most groups are one tile.
 GROUP_NORM_MERGE_TILE, GROUP_NORM_MERGE_WARPS = 8192, 8
 
-# Up to so many chunks each program that writes merges them itself; above, a launch of its own does it. Such a program
-# takes as many tiles as leave about so many warps, which an sm_90 device runs at once with 80 registers a thread.
-GROUP_NORM_MERGE_APPLY_CHUNKS = 32
-GROUP_NORM_MERGE_APPLY_WARPS = 132 * 24
-# Elements of the tile of chunks and channels that it merges at once.
-GROUP_NORM_MERGE_APPLY_TILE = 2048
-
 # A group up to this size is normalised in one launch by one program, which reads it twice, the second time from cache.
 # Where channels are adjacent a group is a narrow stripe of every pixel, and the program waits for many small pieces.
-GROUP_NORM_SMALL_BYTES = {True: 8 * 1024, False: 96 * 1024}
+GROUP_NORM_SMALL_BYTES = {True: 8 * 1024, False: 64 * 1024}
 
 
 def small_tile(channels_inner, wide, group_channels, pixels):

@@ -13,36 +13,34 @@ from norm_oracle import laid_out
 OPS = SimpleNamespace(**{name: getattr(group_norm, name) for name in group_norm.__all__})
 
 
-@pytest.fixture(params=[1, 2, 3], ids=["one launch", "two", "three"])
+@pytest.fixture(params=[1, 3], ids=["one launch", "three"])
 def launches(request, monkeypatch):
-    """Each way to the same result, whatever the size of a group and the number of chunks."""
+    """Each way to the same result, whatever the size of a group."""
     monkeypatch.setattr(tuning, "GROUP_NORM_SMALL_BYTES", dict.fromkeys((True, False), 2**40 * (request.param == 1)))
-    monkeypatch.setattr(tuning, "GROUP_NORM_MERGE_APPLY_CHUNKS", 2**40 * (request.param == 2))
 
 
 @pytest.mark.parametrize(
     ("shape", "layout", "launches"),
     [
         ((1, 40, 24, 24), "contiguous", 1),
-        ((1, 40, 24, 24), "channels_last", 2),
+        ((1, 40, 24, 24), "channels_last", 3),
         ((1, 8, 4, 4), "channels_last", 1),
         ((1, 8, 192, 192), "contiguous", 3),
     ],
 )
 def test_launches(shape, layout, launches, monkeypatch):
-    """As few as pay: one where a group is small, and where channels are adjacent very small; else two, if chunks are
-    few."""
+    """One where a group is small, and where channels are adjacent very small."""
     seen = []
 
     def watched(name, run):
         return lambda *args, **keywords: (seen.append(name), run(*args, **keywords))[1]
 
-    for name in ("small", "partials", "merge", "merge_apply", "apply"):
+    for name in ("small", "partials", "merge", "apply"):
         launcher = f"group_norm_{name}"
         monkeypatch.setattr(group_norm, launcher, watched(name, getattr(group_norm, launcher)))
     x = laid_out(torch.randn(shape).half(), layout)
     group_norm.group_norm(x, None, None, 2, 1e-5)
-    assert seen == {1: ["small"], 2: ["partials", "merge_apply"], 3: ["partials", "merge", "apply"]}[launches]
+    assert seen == {1: ["small"], 3: ["partials", "merge", "apply"]}[launches]
 
 
 @pytest.mark.usefixtures("launches")

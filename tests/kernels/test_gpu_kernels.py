@@ -43,13 +43,12 @@ def near(got, want, dtype):
 # GroupNorm and halo rows.
 
 
-@pytest.mark.parametrize("launches", [1, 2, 3])
+@pytest.mark.parametrize("launches", [1, 3])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_group_norm(case, launches, monkeypatch):
     from asyncdiff_fast.kernels import group_norm, tuning
 
     monkeypatch.setattr(tuning, "GROUP_NORM_SMALL_BYTES", dict.fromkeys((True, False), 2**40 * (launches == 1)))
-    monkeypatch.setattr(tuning, "GROUP_NORM_MERGE_APPLY_CHUNKS", 2**40 * (launches == 2))
     x, weight, bias, keywords = inputs(case)
     want, _, stats = group_norm_oracle(x, weight, bias, case.groups, EPS, **keywords)
     if case.tokens:
@@ -207,10 +206,12 @@ def test_pointwise(shape, dtype):
         for a, b in zip(got, want, strict=True):
             near(a, b, dtype)
     for weights in ((rows[0][0], rows[1][0]), (None, None)):
-        got = add_norm.add_layer_norm(residual, x, *weights)
-        doubled = [a if a is None else a.double() for a in (residual, x, *weights)]
-        for a, b in zip(got, reference.add_layer_norm_reference(*doubled), strict=True):
-            near(a, b, dtype)
+        total, normed = add_norm.add_layer_norm(residual, x, *weights)
+        near(total, residual.double() + x.double(), dtype)
+        # What is normalised is the sum as it was rounded.
+        doubled = [a if a is None else a.double() for a in weights]
+        want = reference.add_layer_norm_reference(total.double(), torch.zeros_like(total).double(), *doubled)
+        near(normed, want[1], dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

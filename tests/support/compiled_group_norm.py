@@ -8,7 +8,7 @@ from asyncdiff_fast.kernels.group_norm_small import group_norm_small
 from compile_kernels import Variant
 from norm_oracle import laid_out
 
-WIDE = ("_partials_kernel", "_merge_apply_kernel", "_apply_kernel")
+WIDE = ("_partials_kernel", "_apply_kernel")
 SMALL = ("_small_kernel",)
 
 
@@ -30,7 +30,7 @@ def resnet(shape, layout, dtype=torch.bfloat16, small=False, mode="corrected"):
     keywords |= {"mode": mode, "parts": torch.empty(8, 1, 32, 2), "own": 3}
     if small:
         return group_norm_small(x, vector, vector, 32, 1e-5, **keywords)
-    # Whatever its size, by two launches or three: the partials are given.
+    # Whatever its size, by three launches: the partials are given.
     partials = group_norm.group_norm_partials(x)
     return group_norm.group_norm(x, vector, vector, 32, 1e-5, partials=partials, **keywords)
 
