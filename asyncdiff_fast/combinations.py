@@ -115,7 +115,7 @@ def _check_predictions(config):
 
 
 def _check_graphs(config):
-    if config.graphs and (config.num_stages > 1 or config.num_patches > 1):
+    if config.graphs is True and (config.num_stages > 1 or config.num_patches > 1):
         raise ValueError(
             "calls that ranks share are not captured, whole ones only: got graphs=True, "
             f"num_stages={config.num_stages}, num_patches={config.num_patches}; pass graphs=False, or "

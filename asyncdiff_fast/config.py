@@ -65,7 +65,8 @@ class Config:
             "triton" wherever they can run; "torch" nowhere.
         graphs: calls are captured as CUDA graphs and replayed, one for each kind of call, a UNet's convolutions with
             weights in channels_last; what cannot be captured is launched, and logged once. For one device, steps side
-            by side and the halves of guidance.
+            by side and the halves of guidance. "auto" does so on a GPU unless modules are compiled, or of somebody
+            else's than torch's and diffusers', which might do something else at each call.
         predict: what another rank's values of the step before stand for: "linear" carries their last change forward by
             the sampler's intervals; "none" takes them as they are, as published; "auto" is "linear" where that was
             measured to be no worse in the mean and in the worst picture: for stages, and for two patches.
@@ -101,7 +102,7 @@ class Config:
     balance: str = "flops"
     timeout_s: float = 120.0
     kernels: str = "auto"
-    graphs: bool = False
+    graphs: bool | str = "auto"
     predict: str = "auto"
     tolerance: float | None = None
     resync: float = 0.2
@@ -124,8 +125,9 @@ class Config:
         for name, allowed in _CHOICES.items():
             quoted = [f'"{a}"' for a in allowed]
             self._check(getattr(self, name) in allowed, name, f"{', '.join(quoted[:-1])} or {quoted[-1]}")
-        for name in ("cfg_parallel", "bessel", "time_shift", "graphs", "shard_weights", "vae"):
+        for name in ("cfg_parallel", "bessel", "time_shift", "shard_weights", "vae"):
             self._check(isinstance(getattr(self, name), bool), name, "True or False")
+        self._check(self.graphs == "auto" or isinstance(self.graphs, bool), "graphs", 'True, False or "auto"')
         self._check(type(self.stride) is int and self.stride in (1, 2), "stride", "1 or 2")
         self._check(_is_number(self.timeout_s) and self.timeout_s > 0, "timeout_s", "a positive number of seconds")
         for name in ("tolerance", "resync"):

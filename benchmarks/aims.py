@@ -45,7 +45,7 @@ SLOW_LINK = "slow link between two"
 AIMS = (
     Aim(
         "one device", "none needed",
-        "on a GPU pass `graphs=True`; on CPU, weights of layers with few pixels are kept twice", ALONE, ALONE, EXACT,
+        "on a GPU calls are captured; on CPU, weights of layers with few pixels are kept twice", ALONE, ALONE, EXACT,
     ),
     Aim("two devices on one host, guidance", "cfg_parallel=True", "needs guidance", HALVES, HALVES, EXACT),
     SIDE_BY_SIDE,

@@ -15,6 +15,7 @@ import quality_pipelined
 import quality_predict_tables
 import quality_steps_tables
 import roofline
+import single_device_tables
 import speed_tables
 
 from asyncdiff_fast.config import LATENT_TOLERANCE, STEPS_WARMUP
@@ -262,6 +263,9 @@ def exchange():
         for row in gpu
         for what, name in names.items()
     ]
+    text.append(
+        "Two processes that take turns on one GPU and send through sockets: an upper bound, and no goal of 5 µs."
+    )
     return "\n\n".join([*text, table(header, body)])
 
 
@@ -285,6 +289,8 @@ MAKERS = {
     "memory": memory_of_shards,
     "kernels": kernels,
     "exchange": exchange,
+    "single device": lambda: single_device_tables.calls(table),
+    "single device gains": lambda: single_device_tables.gains(table),
     "decoder": lambda: decode_tables.decoder(table),
     "text encoder": lambda: decode_tables.text_encoder(table),
     "tuned": tuned,

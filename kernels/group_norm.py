@@ -1,9 +1,9 @@
 """GroupNorm of a patch, or of a whole image, with what surrounds it in a residual block: the op that callers use.
 
-Three passes: `group_norm_stats` (read), `group_norm_merge` (a few kilobytes), `group_norm_apply` (read and write); small
-groups take one launch, `group_norm_small`. A norm whose input was made by `residual_partials` needs no reading pass of
-its own. To merge in the programs that write spares a launch but was slower at every size measured on an H200, by 2 to 6
-µs where chunks are few.
+Three passes: `group_norm_stats` (read), `group_norm_merge` (a few kilobytes), `group_norm_apply` (read and write);
+small groups take one launch, `group_norm_small`. A norm whose input was made by `residual_partials` needs no reading
+pass of its own. To merge in the programs that write spares a launch, but was slower at every size measured on an H200,
+by 2 to 6 µs where chunks are few.
 """
 
 from asyncdiff_fast.kernels import pixels, tuning

@@ -2,9 +2,9 @@
 
 import functools
 
+from . import graphs
 from .choice import KernelChoice
 from .fusion import Fusion
-from .graphs import Graphs
 from .joined import Joined
 from .memory_format import ChannelsLast
 from .packed import PackedWeights, packs
@@ -25,16 +25,20 @@ class DeviceLayers:
         self.packed = PackedWeights(denoiser, active=packs(config.kernels, device_type) and not config.shard_weights)
         self._fusion = Fusion(denoiser, self.choice, patches)
         whole = self.choice.alone and self.choice.active and device_type == "cuda"
-        self._format = ChannelsLast(denoiser, whole and config.graphs)
+        captured = graphs.wanted(denoiser, config, device_type)
+        self._format = ChannelsLast(denoiser, whole and captured)
         self.choice.joined = self._joined = Joined(denoiser, whole and config.kernels == "auto")
         # Patches that pass through a rank would make them one after another. Replayed, they cost the device's time;
         # launched on one device, as much of the host's as finding out that they are the same.
-        replayed = self.choice.alone and config.graphs and config.kernels != "torch"
+        replayed = self.choice.alone and captured and config.kernels != "torch"
         again = patches or config.pipeline_count > 1 or replayed
         self.projections = Projections(
             denoiser, again, self._fusion.taken_over | self._joined.layers, self.packed.forwards
         )
-        self.graphs = Graphs(denoiser, signature, self.projections, self.choice.as_captured) if config.graphs else None
+        self.graphs = None
+        if captured:
+            first, cautious = self.choice.as_captured, config.graphs == "auto"
+            self.graphs = graphs.Graphs(denoiser, signature, self.projections, first, cautious)
 
     @property
     def keeps(self):
@@ -60,8 +64,8 @@ class DeviceLayers:
 
     def summary(self):
         """Dict, fit for JSON: which layers are replaced, what was chosen for them, and what was captured."""
-        graphs = {} if self.graphs is None else {"graphs": self.graphs.summary()}
-        return self._fusion.summary() | graphs
+        captured = {} if self.graphs is None else {"graphs": self.graphs.summary()}
+        return self._fusion.summary() | captured
 
     def remove(self):
         """Restore every forward, once the hooks above are off."""

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from ..modules import ForwardHook, step_cache, structure
 from .pinned import Pinned
+from .repeatable import stranger
 
 log = logging.getLogger(__name__)
 # Kinds of calls that are kept, such as those of several sizes.
@@ -65,12 +66,13 @@ class Graphs:
     Args:
         signature: the denoiser's `CallSignature`; projections: its `Projections`.
         first: context in which the first call of a kind is launched.
+        cautious: True launches what somebody else's modules might make another call of each time.
         captures: what captures, as `CudaGraphs`.
     """
 
-    def __init__(self, denoiser, signature, projections, first=contextlib.nullcontext, captures=None):
+    def __init__(self, denoiser, signature, projections, first=contextlib.nullcontext, cautious=False, captures=None):
         self._denoiser, self._signature, self._projections = denoiser, signature, projections
-        self._first = first
+        self._first, self._cautious, self._stranger = first, cautious, None
         self._captures = captures or CudaGraphs()
         self._kinds, self._state, self._told = OrderedDict(), None, set()
         self.captured = self.replayed = 0
@@ -82,6 +84,7 @@ class Graphs:
         if state != self._state:
             self._kinds.clear()
             self._state = state
+        self._stranger = stranger(self._denoiser) if self._cautious else None
         for kind in self._kinds.values():
             if kind.pinned is not None:
                 kind.pinned.forget()
@@ -172,7 +175,7 @@ class Graphs:
             return "the denoiser is in training mode"
         if step_cache(self._denoiser):
             return "a step cache of diffusers is enabled"
-        return None
+        return self._stranger
 
     def _kind(self, tree, leaves):
         """(the `_Kind` of a call, whether there was one before)."""
@@ -211,7 +214,16 @@ class Graphs:
     def _tell(self, why):
         if why not in self._told:
             self._told.add(why)
-            log.warning("graphs=True: %s is launched kernel by kernel: %s", type(self._denoiser).__name__, why)
+            level, given = (logging.INFO, "graphs=auto") if self._cautious else (logging.WARNING, "graphs=True")
+            log.log(level, "%s: %s is launched kernel by kernel: %s", given, type(self._denoiser).__name__, why)
+
+
+def wanted(denoiser, config, device_type):
+    """Whether the calls of a denoiser are to be captured: by the options or, where they leave it open, what it is."""
+    if config.graphs != "auto":
+        return config.graphs
+    whole = config.num_stages == config.num_patches == 1
+    return whole and device_type == CudaGraphs.device_type and stranger(denoiser) is None
 
 
 def _place_for(x):

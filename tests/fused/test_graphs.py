@@ -155,7 +155,7 @@ def test_other_modules_or_weights_are_captured_anew(captures):
 def test_calls_that_ranks_share_are_refused():
     with pytest.raises(ValueError, match="whole ones only: got graphs=True, num_stages=1, num_patches=2; pass graphs"):
         asyncdiff_fast.Config(graphs=True, num_patches=2)
-    with pytest.raises(ValueError, match="graphs must be True or False"):
+    with pytest.raises(ValueError, match='graphs must be True, False or "auto"'):
         asyncdiff_fast.Config(graphs=1)
     assert asyncdiff_fast.Config(graphs=True, parallel_steps=2, cfg_parallel=True).world_size == 4
 
@@ -171,3 +171,35 @@ def test_a_timestep_that_is_one_for_the_whole_batch(captures):
     _equal(_calls(unet, number=expanded), want)
     assert _told(runtime)["captured"] == 1
     asyncdiff_fast.unpatch(unet)
+
+
+class Counts(torch.nn.Module):
+    """Somebody's own, which knows how often it was called."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        return x
+
+
+def test_by_default_calls_are_captured_where_nothing_in_them_is_somebodys_own(captures):
+    unet = fused_checks.unet()
+    want = _calls(unet)
+    runtime = asyncdiff_fast.patch(unet)
+    _equal(_calls(unet), want)
+    assert _told(runtime) == {"captured": 1, "replayed": STEPS - 1, "refused": []}
+    # Seen at the next generation.
+    unet.conv_norm_out = torch.nn.Sequential(unet.conv_norm_out, Counts())
+    _equal(_calls(unet), want)
+    assert unet.conv_norm_out[1].calls == STEPS and "test_graphs" in _told(runtime)["refused"][0]
+    asyncdiff_fast.unpatch(unet)
+    runtime = asyncdiff_fast.patch(unet)
+    assert "graphs" not in runtime.stats()["kernels"]
+    asyncdiff_fast.unpatch(unet)
+    compiled = torch.compile(fused_checks.unet(), backend="eager")
+    runtime = asyncdiff_fast.patch(compiled)
+    assert "graphs" not in runtime.stats()["kernels"]
+    asyncdiff_fast.unpatch(compiled)
