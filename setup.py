@@ -57,8 +57,8 @@ def missing_tool():
 
 
 WINGS = (
-    "calls", "commands", "exchange", "fused", "halves", "patches", "pipelined", "prediction", "profiling", "stages",
-    "steps", "tracing", "workers",
+    "calls", "commands", "commands.tune", "decoder", "exchange", "fused", "halves", "patches", "pipelined",
+    "prediction", "profiling", "simulation", "stages", "steps", "tracing", "workers",
 )  # fmt: skip
 
 # Named one by one: find_packages() would also take folders of the checkout that are no part of the package.

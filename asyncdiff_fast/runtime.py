@@ -59,8 +59,17 @@ class Runtime:
         self._calls = dict.fromkeys(Mode, 0)
         watch_schedulers()
         self._undo_end = on_pipeline_end(own(denoiser), self._end)
+        self._root = attached(denoiser, self._entry())
+
+    def _entry(self):
+        """What the denoiser's forward runs."""
+
         # Looked up at each call: a profile puts something in its place.
-        self._root = attached(denoiser, lambda *call: self._call(*call))
+        def call(*given):
+            return self._call(*given)
+
+        # Sites of patches are found by what torch's functions are called with, which a compiled whole would not show.
+        return torch.compiler.disable(call) if self.config.num_patches > 1 else call
 
     @property
     def plan(self):

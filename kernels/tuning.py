@@ -43,7 +43,8 @@ GROUP_NORM_SMALL_BYTES = {True: 8 * 1024, False: 64 * 1024}
 def small_tile(channels_inner, wide, group_channels, pixels):
     """The `Tile` that reads a group: its channels, rounded up, by a frame's pixels; of a thread as much as above."""
     block_c = 1 << (group_channels - 1).bit_length()
-    elements = 64 if wide or channels_inner else 16
+    # Of channels_last, 64 spill on sm_90.
+    elements = 32 if channels_inner else 64 if wide else 16
     block_p = max(16, min(1 << (pixels - 1).bit_length(), 512 * elements // block_c))
     return Tile(block_p, block_c, max(1, min(16, block_p * block_c // (32 * elements))))
 

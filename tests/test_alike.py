@@ -174,7 +174,7 @@ def _threads(rank, options):
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(30)
+        thread.join(100)
     asyncdiff_fast.unpatch(model)
     return found
 

@@ -108,7 +108,9 @@ def _table(page):
     for line in page.splitlines():
         if line.startswith("| "):
             first, *rest = [cell.strip() for cell in line.strip("|").split(" | ")]
-            header = header or rest
+            if header is None:
+                header = rest
+                continue
             cells.update({(first, mode): cell for mode, cell in zip(header, rest, strict=True)})
     return cells
 

@@ -70,7 +70,7 @@ class MicroPlanner(LonePlanner):
     def _sites(self, forward, args, kwargs):
         """(`PatchPlan`, its patches). Raises: ValueError if the denoiser does not run on patches."""
         try:
-            sites, patches, *_ = self._planned(forward, args, kwargs)
+            sites, patches, *_ = self.planned(forward, args, kwargs)
             _check_sites(sites.sites)
         except Exception as error:
             raise ValueError(

@@ -39,9 +39,9 @@ class Variant:
     name: str
     launch: object
     wide: tuple = ()
-    many: tuple = ()
     tensor_core: tuple = ()
     targets: tuple = tuple(TARGETS)
+    many: tuple = ()
 
 
 class TargetOnly:

@@ -66,11 +66,10 @@ def frames(shape):
 SHAPE = (1, 640, 15, 120)
 VARIANTS = [
     *(
-        Variant(f"{name} {layout}", partial(call, shape, layout), wide, wide[:1])
+        Variant(f"{name} {layout}", partial(call, shape, layout), wide, many=wide[:1])
         for layout in ("contiguous", "channels_last")
         for name, call, shape, wide in (
             ("resnet", resnet, SHAPE, WIDE),
-            # 57,600 pixels are more chunks than programs that write should merge.
             ("resnet of many chunks", resnet, (1, 320, 120, 480), WIDE),
             ("tokens", tokens, SHAPE, WIDE),
             ("residual", residual, SHAPE, WIDE),
@@ -79,7 +78,7 @@ VARIANTS = [
     ),
     Variant("upsampled channels_last", partial(upsampled, SHAPE, "channels_last"), WIDE),
     Variant("upsampled contiguous", partial(upsampled, SHAPE, "contiguous")),
-    Variant("small contiguous", partial(resnet, (1, 1280, 4, 32), "contiguous", small=True), SMALL, SMALL),
+    Variant("small contiguous", partial(resnet, (1, 1280, 4, 32), "contiguous", small=True), SMALL, many=SMALL),
     Variant("small channels_last", partial(resnet, (1, 320, 16, 128), "channels_last", small=True)),
     Variant(
         "groups of 10, float16", partial(resnet, (1, 320, 60, 480), "channels_last", torch.float16, mode="sync"), WIDE
