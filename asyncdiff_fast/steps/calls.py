@@ -161,6 +161,8 @@ class StepCalls:
             if isinstance(error, ExchangeError) and error.ended and self.on_ended(error):
                 return step.plain()[0]
             self.world.leave(described(error))
+            if isinstance(error, ExchangeError):
+                raise self.world.explained(error) from error.__cause__
             raise
         finally:
             if self._block is None and self._step + 1 == self._num_steps:

@@ -23,7 +23,11 @@ def test_four_ranks_run_what_one_cannot_load(monkeypatch):
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=500, check=False)
     assert done.returncode == 0, done.stderr
     free, alone, limited = (json.loads(line) for line in done.stdout.splitlines() if line.startswith("{"))
-    assert "allocate" in alone["ranks"][0]["refused"] and alone["limit"] == limited["limit"] < alone["weights"]
+    # Python's own or torch's, which says what it "can't allocate".
+    assert (
+        any(word in alone["ranks"][0]["refused"] for word in ("allocate", "MemoryError"))
+        and alone["limit"] == limited["limit"] < alone["weights"]
+    )
     for row in (free, limited):
         assert row["nproc"] == len(row["ranks"]) == 4
         first = row["ranks"][0]

@@ -47,6 +47,7 @@ def test_pointwise_benchmark(load):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_patch_benchmark_runs_the_kernels(load, monkeypatch):
     bench, launched = load("patch_compute"), []
     from asyncdiff_fast.kernels import group_norm

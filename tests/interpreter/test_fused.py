@@ -22,7 +22,9 @@ PIPELINES = {
     "svd": ("ResnetBlock2D", "TemporalResnetBlock", "GroupNorm", "GEGLU"),
 }
 # What the interpreter makes slow for its size; their parts are below.
-MARKS = {"sdxl": pytest.mark.slow} | dict.fromkeys(("sd15", "animatediff"), pytest.mark.exhaustive)
+MARKS = {"sdxl": [pytest.mark.slow, pytest.mark.timeout(900)]} | dict.fromkeys(
+    ("sd15", "animatediff"), pytest.mark.exhaustive
+)
 MARKS["svd"] = [pytest.mark.exhaustive, pytest.mark.timeout(900)]
 SMALLER = {
     "svd": dict(num_frames=2, max_guidance_scale=1.0),
