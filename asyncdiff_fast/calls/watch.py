@@ -44,6 +44,11 @@ def seen():
     return (_seen.thread, _seen.restarts), (_seen.thread, _seen.steps)
 
 
+def this_thread():
+    """A number of this thread, which no other has had before."""
+    return _seen.thread
+
+
 def last_scheduler():
     """The scheduler that this thread used last, or None."""
     return _seen.scheduler() if _seen.scheduler is not None else None

@@ -10,7 +10,6 @@ errors of the last one allow.
 """
 
 import logging
-import threading
 import time
 
 import torch
@@ -85,7 +84,7 @@ class StepCalls:
     @property
     def expects_step(self):
         """True if a generation of these denoisers is under way in this thread."""
-        return self._thread == threading.get_ident()
+        return self._thread == watch.this_thread()
 
     # Calls of a denoiser.
 
@@ -104,7 +103,7 @@ class StepCalls:
             self._begin()
         if tick.call == 0 and self._called and tick.step > 0:
             self._irregular("no scheduler's step was seen between two calls: pass scheduler= to patch()")
-        self._step, self._called, self._thread = tick.step, True, threading.get_ident()
+        self._step, self._called, self._thread = tick.step, True, watch.this_thread()
         if tick.call == 0 and self._block is None:
             self._block = self._next_block(tick.step)
         place = name, tick.call, key
