@@ -14,6 +14,11 @@ GAINS = {
 }
 
 
+def _rows():
+    """All rows; [] if nothing was measured."""
+    return measure.read_rows("single_device") if (measure.RESULTS / "single_device.jsonl").exists() else []
+
+
 def _ms(rows, side):
     return 1e3 * statistics.median(row[side]["median_s"] for row in rows)
 
@@ -25,7 +30,7 @@ def _machine(row):
 def calls(table):
     """Unpatched, compiled and patched, device by device; `table` makes Markdown of a header and rows."""
     ways = {}
-    for row in measure.read_rows("single_device") if (measure.RESULTS / "single_device.jsonl").exists() else ():
+    for row in _rows():
         if row["attention"] == "default" and "without" not in row:
             what = row["model"], "×".join(map(str, row["latents"])), row["dtype"], _machine(row)
             layout, mode = row["memory_format"].removesuffix("_format"), row["mode"]
@@ -48,9 +53,8 @@ def calls(table):
 
 def gains(table):
     """What a replayed call takes longer if one thing is left out."""
-    rows = measure.read_rows("single_device") if (measure.RESULTS / "single_device.jsonl").exists() else []
     whole, body = {}, []
-    for row in rows:
+    for row in _rows():
         key = row["model"], row["kernels"]["mode"], row["memory_format"], _machine(row)
         if row["mode"] == "graphs=True" and "without" not in row:
             whole[key] = row

@@ -1,9 +1,13 @@
 """Pictures drawn and timed, by one process or by all together."""
 
+import sys
 import time
 from dataclasses import dataclass
 
 GUIDANCE = 5.0
+
+# The other ranks wait this long while rank 0 draws alone; a rank that dies is noticed by the launcher, at once.
+_PATIENCE_S = 3600.0
 
 
 @dataclass(frozen=True)
@@ -80,3 +84,27 @@ def draw_together(artist, world, prompt, seed, warmup_steps):
     times = world.gather((drawn.seconds, drawn.step_s or 0.0), "the end of a picture")
     seconds, step_s = (max(column) for column in zip(*times, strict=True))
     return Drawn(drawn.picture, seconds, step_s or None, drawn.core_s)
+
+
+def together(num_processes, out, what):
+    """(the `World` of all ranks, this one's device), ready to draw; None on all ranks where `out` cannot be written.
+
+    Rank 0 says so on stderr. Collective.
+    """
+    import torch
+
+    from ..exchange.world import World, device, start_process_group, stop_process_group
+    from ..profiling.session import unwritable
+
+    place = device()
+    if place.type == "cpu":
+        torch.set_num_threads(1)
+    start_process_group(_PATIENCE_S)
+    world = World(range(num_processes), _PATIENCE_S)
+    problem = world.broadcast(unwritable(out) if world.rank == 0 else None, what)
+    if not problem:
+        return world, place
+    stop_process_group()
+    if world.rank == 0:
+        print(f"asyncdiff-fast: --out must be a folder that can be written: {problem}; name another", file=sys.stderr)
+    return None

@@ -4,7 +4,7 @@ import sys
 from dataclasses import asdict, dataclass
 
 from . import doctor, folder, report
-from .artist import GUIDANCE, Artist, draw_together
+from .artist import GUIDANCE, Artist, draw_together, together
 
 PROMPTS = (
     "a striped red star left of a blue ring, sunset background",
@@ -13,8 +13,6 @@ PROMPTS = (
     "a striped white ring, field background",
     "a blue star right of a red circle, desert background",
 )
-# The other ranks wait this long while rank 0 draws alone; a rank that dies is noticed by the launcher, at once.
-PATIENCE_S = 3600.0
 
 
 @dataclass(frozen=True)
@@ -40,23 +38,13 @@ def draw_and_compare(path, configs, prompts, steps, out, seed):
     import torch
     from tqdm import tqdm
 
-    from ..exchange.world import World, device, start_process_group, stop_process_group
+    from ..exchange.world import stop_process_group
     from ..patching import denoisers
-    from ..profiling.session import unwritable
 
-    place = device()
-    if place.type == "cpu":
-        torch.set_num_threads(1)
-    start_process_group(PATIENCE_S)
-    world = World(range(configs[0].world_size), PATIENCE_S)
-    problem = world.broadcast(unwritable(out) if world.rank == 0 else None, "the folder for the pictures")
-    if problem:
-        stop_process_group()
-        if world.rank == 0:
-            print(
-                f"asyncdiff-fast: --out must be a folder that can be written: {problem}; name another", file=sys.stderr
-            )
+    opened = together(configs[0].world_size, out, "the folder for the pictures")
+    if opened is None:
         return 2
+    world, place = opened
     pipe = folder.load(path, place, torch.float32 if place.type == "cpu" else torch.float16)
     wanted = [(prompt, seed + i) for i, prompt in enumerate(prompts)]
     total, modes, refused = (1 + len(configs)) * len(prompts) * steps, [], {}

@@ -1,10 +1,9 @@
 """`tune` from beginning to end: the process that starts the ranks, and what each of them runs."""
 
-import sys
 import time
 
 from .. import demo, folder
-from ..artist import Artist
+from ..artist import Artist, together
 from ..launch import UsageError, is_rank, start_ranks
 from . import page, sheet
 from .choosing import Aim
@@ -62,23 +61,13 @@ def _rank(path, args, prompts, key):
     import torch
     from tqdm import tqdm
 
-    from ...exchange.world import World, device, start_process_group, stop_process_group
+    from ...exchange.world import stop_process_group
     from ...patching import denoisers
-    from ...profiling.session import unwritable
 
-    place = device()
-    if place.type == "cpu":
-        torch.set_num_threads(1)
-    start_process_group(demo.PATIENCE_S)
-    world = World(range(args.nproc), demo.PATIENCE_S)
-    problem = world.broadcast(unwritable(args.out) if world.rank == 0 else None, "the folder for the results")
-    if problem:
-        stop_process_group()
-        if world.rank == 0:
-            print(
-                f"asyncdiff-fast: --out must be a folder that can be written: {problem}; name another", file=sys.stderr
-            )
+    opened = together(args.nproc, args.out, "the folder for the results")
+    if opened is None:
         return 2
+    world, place = opened
     pipe = folder.load(path, place, torch.float32 if place.type == "cpu" else torch.float16)
     artist = Artist(pipe, denoisers(pipe), place, args.steps, tqdm(disable=True), inputs={})
     record = Record(args.out, key)
