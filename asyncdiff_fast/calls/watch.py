@@ -15,6 +15,8 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 _wrapped = []
 _users = 0
+# Two threads may patch at once: neither goes on before every class is watched.
+_changing = threading.Lock()
 _threads = itertools.count()
 # Who may carry out a step in a scheduler's stead, see `listen`.
 _listeners = []
@@ -94,23 +96,25 @@ def unlisten(listener):
 def watch_schedulers():
     """Begin to watch every scheduler class, also those defined later. Calls are counted; `unwatch` undoes one."""
     global _users
-    _users += 1
-    if _users == 1:
-        for cls in set(subclasses(SchedulerMixin)):
-            _wrap(cls)
-        SchedulerMixin.__init_subclass__ = classmethod(_wrap_later)
+    with _changing:
+        _users += 1
+        if _users == 1:
+            for cls in set(subclasses(SchedulerMixin)):
+                _wrap(cls)
+            SchedulerMixin.__init_subclass__ = classmethod(_wrap_later)
 
 
 def unwatch_schedulers():
     """Undo one `watch_schedulers`; the last one restores every class."""
     global _users
-    _users -= 1
-    if _users == 0:
-        for cls, name, method in _wrapped:
-            setattr(cls, name, method)
-        _wrapped.clear()
-        del SchedulerMixin.__init_subclass__
-        _seen.scheduler = _seen.timestep = None
+    with _changing:
+        _users -= 1
+        if _users == 0:
+            for cls, name, method in _wrapped:
+                setattr(cls, name, method)
+            _wrapped.clear()
+            del SchedulerMixin.__init_subclass__
+            _seen.scheduler = _seen.timestep = None
 
 
 def watch_instance(scheduler):
@@ -155,7 +159,7 @@ def _stepped(method, scheduler, *args, **kwargs):
 
 
 def _carried_out(method, scheduler, args, kwargs):
-    for listener in _listeners:
+    for listener in tuple(_listeners):
         if listener.expects_step:
             return listener.step(scheduler, method, args, kwargs)
     return method(scheduler, *args, **kwargs)
