@@ -45,7 +45,7 @@ CASES = {
         {"num_stages": 4, "pipeline_patches": 4, "balance": "time"},
     ],
 }
-CALLS, ROUNDS = 8, 2
+CALLS, ROUNDS = 8, 4
 
 
 def measure_rank(nproc, name):
@@ -72,7 +72,11 @@ def measure_rank(nproc, name):
             # Of these stages' warm-up, in which every rank computes all.
             call_s = min(exact)
         plan = patched.runtime.plan
-        found = simulate(plan, Times(call_s), Cluster(1, nproc, link, link), 2 + CALLS)
+        patch_s = None
+        if computes and "num_patches" in options:
+            # Fewer rows take more than their share of a call: all weights are read for them.
+            patch_s = [call_s * share_of_rows(denoiser, inputs, options["num_patches"])] * options["num_patches"]
+        found = simulate(plan, Times(call_s, patch_s=patch_s), Cluster(1, nproc, link, link), 2 + CALLS)
         measured_s = statistics.median(steady)
         rows.append(
             {
@@ -84,6 +88,18 @@ def measure_rank(nproc, name):
         asyncdiff_fast.unpatch(patched.denoiser)
         timed(Loop(denoiser, inputs, 1), 0, True)
     return rows if dist.get_rank() == 0 else None
+
+
+def share_of_rows(denoiser, inputs, num_patches):
+    """What a call on a patch's rows takes of a whole call, unpatched, on all ranks at once. Collective."""
+    name = Loop(denoiser, inputs, 1).latent_name
+    rows = inputs[name].shape[-2] // num_patches
+    seconds = []
+    for latent in (inputs[name], inputs[name][..., :rows, :].contiguous()):
+        loop = Loop(denoiser, dict(inputs) | {name: latent}, 4)
+        timed(loop, 1, True)
+        seconds.append(timed(loop, 3, True)[0])
+    return seconds[1] / seconds[0]
 
 
 def page(rows):
@@ -102,11 +118,11 @@ def _against_the_clock(rows):
     last = rows[-1]
     yield (
         f"{last['device']}, torch {last['torch']}, {last['date']}; a call after the exact ones, medians of {ROUNDS} "
-        f"rounds of {CALLS}, beside other work (load average up to {max(r['load_average'] for r in rows):.0f}). "
+        f"rounds of {CALLS}, at a load average of up to {max(r['load_average'] for r in latest.values()):.1f}. "
         "`sleeping` sleeps as long as it would compute, so that four processes keep their pace on two cores; "
-        "`sd15_width` computes. A displaced patch and a micro-step run the host's code of a whole call each, of which "
-        "only their share of rows is counted here: where processors are busy otherwise, that is much. The latency of a "
-        "link, measured beside the same work, is counted at every site of synchronous patches."
+        "`sd15_width` computes; for its patches, the share that their rows take of an unpatched call is measured, "
+        "elsewhere it is that of rows. A displaced patch and a micro-step run the host's code of a whole call each, "
+        "of which only their share is counted. The latency of a link is counted at every site of synchronous patches."
     )
     yield table(header, body)
 
