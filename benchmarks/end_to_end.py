@@ -111,7 +111,11 @@ def measure_rank(options):
             paired_round((first, second), options.calls, folder, pairs)
         else:
             one_round(first, options.calls, folder)
-    rows = [report(options, patched, alone, cpu_alone) for patched in (first, second) if patched]
+    measured = [patched for patched in (first, second) if patched]
+    rows = [report(options, patched, alone, cpu_alone) for patched in measured]
+    for row, patched in zip(rows, measured, strict=True):
+        if row and "pipeline_patches" in patched.config:
+            row |= micro_steps(patched.config, patched.runtime.plan, row)
     if one_device and rows[0]:
         rows[0] |= against_one_device(rows[0], first, one_device)
     if second:
@@ -130,6 +134,19 @@ def against_one_device(row, patched, one_device):
         "whole_speedup_over_patched": row["whole_steps"] * call / row["whole_s"],
         "replay_share": steps["replay_s"] / (row["call_s"] * sum(n * k for n, k in steps["block_lengths"].items())),
     }
+
+
+def micro_steps(config, plan, row):
+    """What a call of patches through stages is to reach, beside what it did.
+
+    Raises: AssertionError if other bytes were sent than planned.
+    """
+    stages, patches = config["num_stages"], len(plan.route.micro)
+    ideal, planned = stages * patches / (patches + stages - 1), plan.bytes_per_call
+    assert row["bytes_per_call"] == planned, (
+        f"{planned} bytes are planned for a call, {row['bytes_per_call']} were sent"
+    )
+    return {"ideal_speedup": ideal, "goal_speedup": 0.9 * ideal, "share_of_ideal": row["speedup"] / ideal}
 
 
 def balance(plan):

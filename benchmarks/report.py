@@ -88,6 +88,14 @@ def end_to_end():
     return table(*speed_tables.cells(speed_tables.latest()))
 
 
+def pipelined():
+    """What patches that pass through stages gain, and what they can."""
+    rows = speed_tables.as_patched(passing=True)
+    if not rows:
+        return "Not measured yet."
+    return f"{speed_tables.machine(rows[-1])}.\n\n{table(*speed_tables.pipelined())}"
+
+
 def quality():
     """The short form of the quality table."""
     return quality_tables(measure.read_result("quality"))
@@ -278,6 +286,7 @@ MAKERS = {
     "baselines": baselines,
     "headlines": headlines,
     "end_to_end": end_to_end,
+    "pipelined": pipelined,
     "plans": plans,
     "quality": quality,
     "quality patches": quality_of_patches,

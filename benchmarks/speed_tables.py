@@ -14,9 +14,10 @@ def latest():
     return list(found.values())
 
 
-def as_patched():
-    """Those of `latest` that travel as `patch` chooses by itself."""
-    return [row for row in latest() if row["exchange"] != "torch.distributed"]
+def as_patched(passing=False):
+    """Those of `latest` that travel as `patch` chooses by itself; `passing`: with patches that pass through stages."""
+    own = [row for row in latest() if row["exchange"] != "torch.distributed"]
+    return [row for row in own if ("pipeline_patches" in row["options"]) == passing]
 
 
 def machine(row):
@@ -35,6 +36,35 @@ def headlines():
     header, body = cells(as_patched())
     places = [header.index(name) for name in header if name.startswith(("denoiser", "ranks", "speed", "whole", "mach"))]
     return [header[i] for i in places], [[line[i] for i in places] for line in body]
+
+
+def pipelined():
+    """(header, rows) of patches that pass through stages, beside what filling and draining leaves of the stages."""
+    header = [
+        "denoiser",
+        "stages × patches",
+        "s per call alone",
+        "s per call",
+        "speed-up (rounds)",
+        "N·M / (M + N − 1)",
+    ]
+    header += ["share of it", "exposed wait", "MB per call, planned and sent"]
+    body = []
+    for row in as_patched(passing=True):
+        body.append(
+            [
+                row["model"],
+                f"{row['options']['num_stages']} × {row['options']['pipeline_patches']}",
+                f"{row['call_s_alone']:.2f}",
+                f"{row['call_s']:.2f}",
+                f"{row['speedup']:.2f}× (" + ", ".join(f"{x:.2f}" for x in row["speedups"]) + ")",
+                f"{row['ideal_speedup']:.2f}×",
+                f"{row['share_of_ideal']:.0%}",
+                f"{row['exposed_wait_share']:.1%}",
+                f"{row['bytes_per_call'] / 1e6:.2f}",
+            ]
+        )
+    return header, body
 
 
 def cells(rows):

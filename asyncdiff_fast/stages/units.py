@@ -122,7 +122,8 @@ def merge_units(recording, graph, owner):
 
     Where all units of a module belong to one stage, the module itself becomes the unit if its first unit is the first
     to read from other stages and only its last one is read by them; then nothing is posted later or awaited earlier
-    than before, and ranks that replay it skip everything between its parts.
+    than before, and ranks that replay it skip everything between its parts. If others are read too, it becomes the unit
+    where its result is smaller than all of them, as the sum of a residual block's parts is.
 
     Args:
         owner: stage of each unit of `graph`.
@@ -132,10 +133,16 @@ def merge_units(recording, graph, owner):
     producer = [value.unit for value in graph.values]
     read_elsewhere = {producer[v] for i, u in enumerate(graph.units) for v in u.reads if owner[producer[v]] != owner[i]}
     read_elsewhere |= {producer[v] for v in graph.output_reads if owner[producer[v]] != max(owner)}
-    merged = []
+    merged, sizes = [], {}
+    for v, value in enumerate(graph.values):
+        sizes[producer[v]] = sizes.get(producer[v], 0) + value.nbytes
 
     def fits(node, inside):
-        if not node.eligible or len({owner[i] for i in inside}) != 1 or read_elsewhere.intersection(inside[:-1]):
+        if not node.eligible or len({owner[i] for i in inside}) != 1:
+            return False
+        leaves = {ref.storage: ref.nbytes for ref in recording.events[node.stop].leaves if ref is not None}
+        read = read_elsewhere.intersection(inside)
+        if not read <= {inside[-1]} and sum(leaves.values()) >= sum(sizes[i] for i in read):
             return False
         reads = [(v, touch) for i in inside for v, touch in graph.units[i].reads.items()]
         return all(touch <= inside[0] for v, touch in reads if owner[producer[v]] != owner[inside[0]])
