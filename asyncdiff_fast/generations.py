@@ -4,14 +4,21 @@ import logging
 
 from .alike import Alike
 from .calls.turns import Turns
+from .exchange import fingerprint
 from .exchange.engine import described
 from .exchange.errors import ExchangeError
 
 log = logging.getLogger(__name__)
+# How long a thread with the first rank's inputs is waited for, where only one has been seen and where there are more.
+ALONE_S, SHARED_S = 1.0, 10.0
 
 
 class Generations:
-    """One thread's at a time; a rank that ends one tells the others, and one that fails.
+    """One thread's at a time, the first rank says which; a rank that ends one tells the others, and one that fails.
+
+    Where nothing tells of a generation's end, the first rank waits until all is quiet, and the others until that one
+    begins another. A thread whose inputs are not those of the first rank's thread lets one go first whose inputs they
+    are, and all ranks report once more.
 
     Args:
         world: all ranks of the mesh.
@@ -22,7 +29,9 @@ class Generations:
     def __init__(self, world, denoiser, pipeline, scheduler):
         self._world, self._pipeline = world, pipeline
         self._alike = Alike(world, denoiser, pipeline, scheduler)
-        self._turns = Turns(world.timeout_s)
+        self._turns = Turns(world.timeout_s, world.may_begin)
+        # This rank has reported other inputs than the first one, or another rank has, and all report once more.
+        self._again = False
         # An exception has ended the last one: messages may be left half-way.
         self.interrupted = False
         # Calls in the one under way or last ended; whether the others know how many.
@@ -38,30 +47,38 @@ class Generations:
         """True if another thread's goes on."""
         return self._turns.is_taken
 
-    def tick(self, timestep, key):
-        """Place the next call, see `Turns.tick`; `leave` follows."""
-        return self._turns.tick(timestep, key)
+    def tick(self, timestep, key, named):
+        """Place the next call, see `Turns.tick`; `leave` follows. `named` gives its arguments by name."""
+        return self._turns.tick(timestep, key, lambda: fingerprint.input_digests(named()))
 
     def leave(self):
         """The call is over."""
         self._turns.leave()
 
-    def begin(self, named, interrupted, moved):
+    def begin(self, named, state):
         """What every rank reports at the first call, with arguments `named`. Collective.
 
         Args:
-            interrupted: whether the last generation ended in the middle of something.
-            moved: whether this rank's weights lie on another device than exchanges were opened for.
+            state: gives what else this rank tells of itself: {"interrupted": whether the last generation ended in the
+                middle of something, "moved": whether its weights lie on another device than exchanges were opened for}.
         """
-        self._tell()
-        mine = self._alike.report(named) | {
-            "interrupted": self.interrupted or interrupted,
-            "made": self._made,
-            "moved": moved,
-        }
-        reports = self._world.begin(mine, "the start of a generation")
-        self._made, self._told = 0, False
-        return reports
+        while True:
+            self._tell()
+            again, self._again = self._again, False
+            mine = self._alike.report(named) | state()
+            mine |= {"made": self._made, "again": again, "shared": self._turns.is_shared}
+            mine["interrupted"] |= self.interrupted
+            reports = self._world.begin(mine, "the start of a generation")
+            first = reports[0]["inputs"]
+            if any(r["again"] for r in reports) or all(r["inputs"] == first for r in reports):
+                self._made, self._told = 0, False
+                return reports
+            self._again = True
+            if mine["inputs"] != first:
+                # The first rank waits meanwhile, until `timeout_s`.
+                alone_s, shared_s = (min(x, self._world.timeout_s / 2) for x in (ALONE_S, SHARED_S))
+                shared = any(r["shared"] for r in reports)
+                self._turns.hand_over(mine["inputs"], first, shared_s if shared else alone_s, shared_s)
 
     @staticmethod
     def is_whole(reports):
@@ -78,8 +95,8 @@ class Generations:
             if not self._turns.is_shared:
                 raise
             raise ValueError(
-                f"{error}; several threads share this denoiser: on every rank they must begin in the same order, one "
-                "after the other"
+                f"{error}; several threads share this denoiser: on every rank there must be the same, each with the "
+                "same inputs"
             ) from None
 
     def count(self, tick, latent):
@@ -98,6 +115,10 @@ class Generations:
         Returns if another rank has ended this generation and the pipeline stops in diffusers' own way: then any result
         of the call will do, if there is one.
         """
+        if not self._turns.is_inside:
+            # The thread waited for its turn in vain: nothing of another's generation ends by that.
+            self._turns.end()
+            raise error
         self.interrupted = True
         if has_result and isinstance(error, ExchangeError) and error.ended and self.stop(error):
             return

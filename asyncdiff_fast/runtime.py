@@ -107,10 +107,9 @@ class Runtime:
             return forward(*args, **kwargs)
         key = inputs_key(args, kwargs)
         timestep = self._signature.timestep(args, kwargs)
-        tick = self._generations.tick(timestep, key)
+        tick = self._generations.tick(timestep, key, lambda: self._signature.named(args, kwargs))
         try:
             if tick.begins:
-                self._layers.begin()
                 self._begin_generation(args, kwargs)
             self._generations.count(tick, self._signature.latent(args, kwargs))
             whole = functools.partial(self._on_halves, tick, key, forward, args, kwargs)
@@ -202,16 +201,23 @@ class Runtime:
 
     def _begin_generation(self, args, kwargs):
         if self.world.size == 1:
+            self._layers.begin()
             return
         if step_cache(self.denoiser):
             raise ValueError(
                 "a step cache of diffusers was enabled after patch(): both reuse activations; call disable_cache()"
             )
-        interrupted = self._steps is not None and self._steps.interrupted
         where = device_of(args, kwargs)
-        # The weights were elsewhere at `patch`, or have been moved since.
-        moved = where is not None and _placed(where) != self._parts.device
-        everyone = self._generations.begin(self._signature.named(args, kwargs), interrupted, moved)
+
+        def state():
+            return {
+                "interrupted": self._steps is not None and self._steps.interrupted,
+                # The weights were elsewhere at `patch`, or have been moved since.
+                "moved": where is not None and _placed(where) != self._parts.device,
+            }
+
+        everyone = self._generations.begin(self._signature.named(args, kwargs), state)
+        self._layers.begin()
         self._last = None
         if not self._generations.is_whole(everyone):
             self._parts.restart("interrupted")

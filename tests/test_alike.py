@@ -14,6 +14,7 @@ import torch
 from bare import Bare, loop
 
 import asyncdiff_fast
+from asyncdiff_fast.calls import turns
 from asyncdiff_fast.config import EXCHANGE_VARIABLE
 
 STEPS = 6
@@ -161,22 +162,46 @@ def test_a_picture_that_one_rank_stops_ends_on_all(exchange, late):
 
 
 def _threads(rank, options):
-    """How far the latents of two threads are from what they should be."""
-    model, found = Bare(), {}
+    """How far latents of three threads are from what they should be, one that ends and two that go on; and errors of
+    threads that the other rank does not have.
+    """
+    turns.QUIET_S = 0.3
+    model, found, done = Bare(), {}, threading.Event()
     asyncdiff_fast.patch(model, warmup_steps=2, timeout_s=20, **options)
-    alone = {seed: loop(model, seed=seed) for seed in (0, 1)}
+    alone = {seed: loop(model, seed=seed) for seed in range(4)}
 
-    def work(seed):
-        found[seed] = float((loop(model, seed=seed) - alone[seed]).abs().max())
+    def work(seed, again):
+        try:
+            found[seed] = [
+                float((loop(model, seed=s) - alone[s]).abs().max()) for s in ([seed, 3] if again else [seed])
+            ]
+        except ValueError as error:
+            found[seed] = str(error)
+        if again:
+            done.wait(60)
 
-    threads = [threading.Thread(target=work, args=(seed,)) for seed in (0, 1)]
-    # One after the other: whose turn it is where nothing says that a loop is over, time decides, on each rank alone.
-    for thread in threads:
-        thread.start()
-        thread.join(100)
+    def run(seeds, again=()):
+        threads = [threading.Thread(target=work, args=(seed, seed in again)) for seed in seeds]
+        for thread in threads:
+            thread.start()
+            time.sleep(0.05)
+        while len(found) < len(seeds):
+            time.sleep(0.02)
+        done.set()
+        for thread in threads:
+            thread.join(100)
+        result = dict(found)
+        found.clear()
+        return result
+
+    overlapping = run([0, 1, 2] if rank == 0 else [2, 1, 0], again=(1, 2))
+    strange = run([rank])
+    after = float((loop(model) - alone[0]).abs().max())
     asyncdiff_fast.unpatch(model)
-    return found
+    return overlapping, strange, after
 
 
 def test_threads_take_turns():
-    assert ranks.run(2, _threads, dict(num_stages=2)) == [{0: 0.0, 1: 0.0}] * 2
+    for rank, (overlapping, strange, after) in enumerate(ranks.run(2, _threads, dict(num_stages=2))):
+        assert overlapping == {0: [0.0], 1: [0.0, 0.0], 2: [0.0, 0.0]}
+        assert "with the same inputs" in strange[rank] and after == 0.0

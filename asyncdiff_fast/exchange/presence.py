@@ -76,6 +76,10 @@ class Presence:
             self._left_last.wait()
         self._store.set(f"at/{self._me}", str(epoch))
 
+    def at(self, rank):
+        """The latest epoch that a rank has begun, 0 before any."""
+        return self._number(f"at/{rank}")
+
     def leave(self, epoch, why):
         """Tell, without waiting but at the end of the process: this rank makes no more calls in an epoch.
 
@@ -105,7 +109,7 @@ class Presence:
             time.sleep(HEARD_PAUSE_S)
 
     def _has_heard(self, rank, epoch):
-        return self._store.check([f"left/{epoch}/{rank}"]) or self._number(f"at/{rank}") > epoch or self.ended(rank)
+        return self._store.check([f"left/{epoch}/{rank}"]) or self.at(rank) > epoch or self.ended(rank)
 
     def look(self, epoch, calls, ranks):
         """Raises ExchangeError if one of `ranks` is known to have died, left or ended. Never waits.
@@ -173,7 +177,7 @@ class Presence:
     def agrees(self, rank, epoch, begun):
         """Raises ExchangeError if a rank that is silent in an epoch will stay so; `begun` is the latest epoch here."""
         # Before what it says: it may have said why just before.
-        ended, at = self.ended(rank), self._number(f"at/{rank}")
+        ended, at = self.ended(rank), self.at(rank)
         self._left(rank, epoch)
         if ended:
             raise Missing([rank], died=True)

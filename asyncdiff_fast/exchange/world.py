@@ -112,6 +112,16 @@ class World:
         self._forget(f"{self._epoch}/begin")
         return found
 
+    def may_begin(self):
+        """True on the first of these ranks; on the others once that one has begun an epoch which this rank has not."""
+        if self.rank == 0:
+            return True
+        try:
+            return self._whole._rounds.presence.at(self.ranks[0]) > self._whole._rounds.epoch
+        except RuntimeError:
+            # The store is lost, which `begin` will tell.
+            return True
+
     def gather(self, value, what):
         """Every rank's `value`, in rank order. Collective; the first is a `begin`. Raises as `begin`."""
         if self.size == 1:

@@ -31,11 +31,11 @@ def _in_thread(work):
     return thread, found
 
 
-def _generation(took, times=DOWN, pause_s=0.0, ends=True):
+def _generation(took, times=DOWN, pause_s=0.0, ends=True, inputs=lambda: None):
     """Ticks of one generation."""
     ticks = []
     for t in times:
-        ticks.append(took.tick(t, "key"))
+        ticks.append(took.tick(t, "key", inputs))
         took.leave()
         time.sleep(pause_s)
     if ends:
@@ -117,4 +117,63 @@ def test_nobody_waits_for_ever():
     with pytest.raises(RuntimeError, match="one thread at a time"):
         took.tick(900.0, "key")
     done.set()
+    first.join()
+
+
+def test_threads_hand_their_turn_over_to_one_with_other_inputs_and_have_it_again():
+    took, order = Turns(5.0), []
+
+    def work(name, wanted=None):
+        assert took.tick(900.0, "key", lambda: name).begins
+        while wanted is not None and not took.hand_over(name, wanted, 5.0, 5.0):
+            pass
+        order.append(name)
+        took.leave()
+        assert _generation(took, DOWN[1:])[0].step == 1
+        order.append(name)
+
+    first, found = _in_thread(lambda: work("first", wanted="second"))
+    time.sleep(0.05)
+    # It wants the one that waits for its turn since it has handed it over.
+    second, _ = _in_thread(lambda: work("second", wanted="first"))
+    for thread in (first, second):
+        thread.join()
+    assert found == [None] and order == ["first"] * 2 + ["second"] * 2
+
+
+def test_a_turn_that_nobody_wants_stays():
+    took = Turns(5.0)
+    assert took.tick(900.0, "key").begins
+    first, found = _in_thread(lambda: _generation(took, inputs=lambda: "another"))
+    assert not took.hand_over("mine", "inputs", 60.0, 0.1)
+    took.leave()
+    assert [tick.step for tick in _generation(took, DOWN[1:])] == [1, 2]
+    first.join()
+    assert found[0][0].begins
+
+
+def test_a_thread_that_is_refused_takes_nothing_from_the_one_whose_turn_it_is():
+    took, go = Turns(5.0), threading.Event()
+
+    def slow():
+        _generation(took, DOWN[:2], ends=False)
+        go.wait(10)
+        return _generation(took, DOWN[2:])
+
+    first, found = _in_thread(slow)
+    time.sleep(0.3)
+    _generation(took, DOWN[:2], ends=False)
+    time.sleep(0.3)
+    go.set()
+    first.join()
+    assert "in the middle" in str(found[0]) and _generation(took, DOWN[2:])[0].step == 2
+
+
+def test_quiet_is_no_end_where_another_decides():
+    took, may = Turns(5.0, may_begin=lambda: time.monotonic() > ends), threading.Event()
+    ends = time.monotonic() + 0.8
+    first, _ = _in_thread(lambda: _generation(took, ends=False) and may.wait(10))
+    time.sleep(0.1)
+    assert _generation(took)[0].begins and time.monotonic() >= ends
+    may.set()
     first.join()
