@@ -201,7 +201,61 @@ MODELS = {
         lambda: dict(x=[_x(4, 1, 16, 16), _x(4, 1, 16, 16, seed=3)], t=torch.full((2,), 0.5),
             cap_feats=[_x(TEXT, 16), _x(TEXT, 16, seed=4)]),
     ),
+    "UNetMotionModel": (
+        dict(block_out_channels=(32, 32), layers_per_block=1, cross_attention_dim=32, norm_num_groups=8,
+            down_block_types=("CrossAttnDownBlockMotion", "DownBlockMotion"), num_attention_heads=4,
+            up_block_types=("UpBlockMotion", "CrossAttnUpBlockMotion"),
+            motion_num_attention_heads=4),
+        lambda: dict(sample=_x(2, 4, 3, 16, 16), timestep=900, encoder_hidden_states=_x(6, TEXT, 32, seed=1)),
+    ),
+    "UNetSpatioTemporalConditionModel": (
+        dict(block_out_channels=(32, 32), layers_per_block=1, cross_attention_dim=32, num_attention_heads=(2, 4),
+            down_block_types=("CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"),
+            up_block_types=("UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal"), addition_time_embed_dim=16,
+            projection_class_embeddings_input_dim=48),
+        lambda: dict(sample=_x(2, 3, 8, 16, 16), timestep=900, added_time_ids=torch.ones(2, 3), **_text(32, 1)),
+    ),
+    "SkyReelsV2Transformer3DModel": (
+        dict(num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=16, freq_dim=256,
+            ffn_dim=32, num_layers=2, rope_max_seq_len=32),
+        lambda: _picture(4, 3, 16, 16, **_text(16)),
+    ),
+    "WanVACETransformer3DModel": (
+        dict(num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=16, freq_dim=256,
+            ffn_dim=32, num_layers=4, rope_max_seq_len=32, vace_layers=[0, 2], vace_in_channels=8),
+        lambda: _picture(4, 3, 16, 16, control_hidden_states=_x(2, 8, 3, 16, 16, seed=5),
+            control_hidden_states_scale=torch.ones(2), **_text(16)),
+    ),
+    "Kandinsky5Transformer3DModel": (
+        dict(in_text_dim=16, in_text_dim2=8, time_dim=16, model_dim=24, ff_dim=48, num_text_blocks=1,
+            num_visual_blocks=2, axes_dims=(4, 4, 4)),
+        lambda: _picture(1, 16, 16, 4, pooled_projections=_x(2, 8),
+            visual_rope_pos=[torch.arange(1), torch.arange(8), torch.arange(8)], text_rope_pos=torch.arange(TEXT),
+            **_text(16)),
+    ),
+    "HunyuanVideo15Transformer3DModel": (
+        dict(in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=8, num_layers=2,
+            num_refiner_layers=1, mlp_ratio=2.0, text_embed_dim=16, text_embed_2_dim=8, image_embed_dim=12,
+            rope_axes_dim=(2, 2, 4), target_size=16, task_type="t2v"),
+        lambda: _picture(4, 1, 16, 16, encoder_attention_mask=torch.ones(2, TEXT),
+            encoder_hidden_states_2=_x(2, 4, 8), encoder_attention_mask_2=torch.ones(2, 4),
+            image_embeds=torch.zeros(2, 3, 12), **_text(16)),
+    ),
+    "SanaVideoTransformer3DModel": (
+        dict(in_channels=4, out_channels=4, num_layers=1, num_attention_heads=2, attention_head_dim=12,
+            num_cross_attention_heads=2, cross_attention_head_dim=12, cross_attention_dim=24, caption_channels=8,
+            sample_size=16, rope_max_seq_len=32),
+        lambda: _picture(4, 2, 16, 16, encoder_attention_mask=torch.ones(2, TEXT), **_text(8)),
+    ),
+    "LongCatImageTransformer2DModel": (
+        dict(in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
+            joint_attention_dim=32, pooled_projection_dim=32, axes_dims_rope=[4, 4, 8]),
+        lambda: _picture(64, 16, img_ids=_ids(8, 8), txt_ids=torch.zeros(TEXT, 3), **_text(32)),
+    ),
 }  # fmt: skip
+
+# Why there is none of a class.
+LEFT_OUT = {"CosmosTransformer3DModel": "it needs torchvision"}
 
 
 def build(name):
