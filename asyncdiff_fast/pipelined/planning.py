@@ -9,6 +9,7 @@ from ..patches import inputs
 from ..patches.alone import LonePlanner
 from ..patches.cutting import Cutter
 from ..patches.planning import beforehand
+from ..patches.site import Ring
 from ..stages import cutset, graph
 from ..stages.division import backward_reads, describe
 from ..stages.plan import as_rank_0, decide, weight_bytes
@@ -28,8 +29,9 @@ class MicroPlanner(LonePlanner):
     """
 
     def __init__(self, shared, world, hooks, learn=None):
-        patches = dict(num_patches=shared.config.pipeline_count, pipeline_patches=None, shard_weights=False)
-        inner = replace(shared.config, **patches, num_stages=1, stages=None, balance="flops", predict="none")
+        patches = dict(num_patches=shared.config.pipeline_count, pipeline_patches=None, run_ahead=False)
+        stages = dict(num_stages=1, stages=None, shard_weights=False, balance="flops")
+        inner = replace(shared.config, **patches, **stages, predict="none")
         # Micro-steps differ from rank to rank, so no kernels are chosen in them.
         super().__init__(replace(shared, config=inner, choice=None), hooks)
         self.world, self._options, self._learn = world, shared.config, learn
@@ -71,7 +73,7 @@ class MicroPlanner(LonePlanner):
         """(`PatchPlan`, its patches). Raises: ValueError if the denoiser does not run on patches."""
         try:
             sites, patches, *_ = self.planned(forward, args, kwargs)
-            _check_sites(sites.sites)
+            _check_sites(sites.sites, self._options.run_ahead)
         except Exception as error:
             raise ValueError(
                 f"{type(self.denoiser).__name__} does not run with pipeline_patches={self._options.pipeline_patches}: "
@@ -181,13 +183,20 @@ def _tensors(recording):
     return tuple(ref for ref in recording.output if ref is not None)
 
 
-def _check_sites(sites):
+def _check_sites(sites, run_ahead):
     """Raises: ValueError if patches share something in a way that has no place here."""
     unknown = [site for site in sites if site.exchanges and type(site) not in KINDS]
     if unknown:
         raise ValueError(
             f"patches that pass through stages share rows of convolutions, statistics of GroupNorms and keys and "
             f"values, not what {unknown[0].label} does ({unknown[0].kind})"
+        )
+    # Of later patches' rows the latent itself tells, before anybody knows them.
+    other = [site for site in sites if site.exchanges and type(site) is not Ring]
+    if run_ahead and other:
+        raise ValueError(
+            f"a next call's first patches need nothing but keys and values of the others: got {other[0].label} "
+            f"({other[0].kind}); pass run_ahead=False"
         )
 
 
