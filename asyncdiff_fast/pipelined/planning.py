@@ -73,12 +73,14 @@ class MicroPlanner(LonePlanner):
         """(`PatchPlan`, its patches). Raises: ValueError if the denoiser does not run on patches."""
         try:
             sites, patches, *_ = self.planned(forward, args, kwargs)
-            _check_sites(sites.sites, self._options.run_ahead)
+            _check_sites(sites.sites)
         except Exception as error:
             raise ValueError(
                 f"{type(self.denoiser).__name__} does not run with pipeline_patches={self._options.pipeline_patches}: "
                 f"{error}; pass pipeline_patches=1, which keeps the picture whole"
             ) from error
+        if self._options.run_ahead:
+            _check_ahead(sites.sites)
         return sites, patches
 
     def _divided(self, recording, forward, args, kwargs, owners):
@@ -183,7 +185,7 @@ def _tensors(recording):
     return tuple(ref for ref in recording.output if ref is not None)
 
 
-def _check_sites(sites, run_ahead):
+def _check_sites(sites):
     """Raises: ValueError if patches share something in a way that has no place here."""
     unknown = [site for site in sites if site.exchanges and type(site) not in KINDS]
     if unknown:
@@ -191,12 +193,15 @@ def _check_sites(sites, run_ahead):
             f"patches that pass through stages share rows of convolutions, statistics of GroupNorms and keys and "
             f"values, not what {unknown[0].label} does ({unknown[0].kind})"
         )
-    # Of later patches' rows the latent itself tells, before anybody knows them.
+
+
+def _check_ahead(sites):
+    """Raises: ValueError if a call's first patches may read rows of the latent that nobody knows before it comes."""
     other = [site for site in sites if site.exchanges and type(site) is not Ring]
-    if run_ahead and other:
+    if other:
         raise ValueError(
-            f"a next call's first patches need nothing but keys and values of the others: got {other[0].label} "
-            f"({other[0].kind}); pass run_ahead=False"
+            "run_ahead needs patches that share keys and values only, since the rows around them in the next latent "
+            f"are not known yet: got {other[0].label} ({other[0].kind}); pass run_ahead=False"
         )
 
 
