@@ -9,6 +9,8 @@ _WITH_PIPELINE = {
     "group_norm": ("corrected", "stale", "local"),
     "patch_axis": ("rows",),
 }
+# And where stages begin the next call.
+_RUN_AHEAD = {"cfg_parallel": (False,), "predict": ("auto", "none")}
 
 
 def check_pipeline(config):
@@ -25,6 +27,12 @@ def check_pipeline(config):
             f"shard_weights=True, num_stages={config.num_stages}, pipeline_patches=None; pass pipeline_patches as "
             "well (1 keeps every call exact)"
         )
+    if config.run_ahead and config.pipeline_count < max(2, config.num_stages):
+        raise ValueError(
+            "run_ahead needs at least as many patches as stages, so that the first are over before the last begin: got "
+            f"run_ahead=True, pipeline_patches={given}, num_stages={config.num_stages}; pass "
+            f"pipeline_patches={max(2, config.num_stages)} or more, or run_ahead=False"
+        )
     if given is None:
         return
     if config.num_stages < 2:
@@ -38,6 +46,12 @@ def check_pipeline(config):
             f"parallel_steps={config.parallel_steps}, pipeline_patches={config.pipeline_patches}; pass "
             "pipeline_patches=1, or one of them"
         )
+    for name, only in _RUN_AHEAD.items() if config.run_ahead else ():
+        if getattr(config, name) not in only:
+            raise ValueError(
+                f"run_ahead goes with {name}={' or '.join(repr(x) for x in only)} only: got run_ahead=True, "
+                f"{name}={getattr(config, name)!r}; pass run_ahead=False, or leave {name} out"
+            )
     for name, only in _WITH_PIPELINE.items():
         if getattr(config, name) not in only:
             raise ValueError(

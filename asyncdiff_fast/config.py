@@ -78,6 +78,9 @@ class Config:
             the rows of each; 1 keeps every call exact.
         pipeline_text: whose values without rows, such as a text stream, the patches after the first go on with: the
             first one's, behind every "unit" or as they come into a "stage"; or each "patch" has its own.
+        run_ahead: stages that have nothing to do at the end of a call begin the next one, of whose first patches they
+            foretell what the sampler makes; for denoisers that share keys and values only, and samplers that work
+            element by element and draw nothing, once a call was foretold to the last bit.
         shard_weights: a rank holds the weights of its own stage and of the modules between stages only.
         vae: all ranks share the decoder of the pipeline's autoencoder too, as patches that are exact.
     Raises: ValueError that names the option, the value and the allowed values.
@@ -108,6 +111,7 @@ class Config:
     resync: float = 0.2
     pipeline_patches: int | tuple[int, ...] | None = None
     pipeline_text: str = "unit"
+    run_ahead: bool = False
     shard_weights: bool = False
     vae: bool = False
 
@@ -125,7 +129,7 @@ class Config:
         for name, allowed in _CHOICES.items():
             quoted = [f'"{a}"' for a in allowed]
             self._check(getattr(self, name) in allowed, name, f"{', '.join(quoted[:-1])} or {quoted[-1]}")
-        for name in ("cfg_parallel", "bessel", "time_shift", "shard_weights", "vae"):
+        for name in ("cfg_parallel", "bessel", "time_shift", "run_ahead", "shard_weights", "vae"):
             self._check(isinstance(getattr(self, name), bool), name, "True or False")
         self._check(self.graphs == "auto" or isinstance(self.graphs, bool), "graphs", 'True, False or "auto"')
         self._check(type(self.stride) is int and self.stride in (1, 2), "stride", "1 or 2")

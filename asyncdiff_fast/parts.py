@@ -61,6 +61,11 @@ class Parts:
         """How slots travel: "nccl", "shm" or "torch.distributed"; None on one device."""
         return next((part.exchange.kind for part in self), None)
 
+    def drop_begun(self):
+        """A call of which a part is done will not come. Collective if there is one."""
+        if self.pipeline is not None:
+            self.pipeline.drop_begun()
+
     def stats(self):
         """Dict: the sums of what the exchanges count, and the latest errors of predictions."""
         prediction = {}
@@ -71,6 +76,8 @@ class Parts:
         names = [name for name, number in found[0].items() if not isinstance(number, dict)] if found else []
         sums = {n: sum(s[n] for s in found) for n in names}
         steps = {} if self.steps is None else {"steps": self.steps.stats()}
+        if self.pipeline is not None:
+            steps |= self.pipeline.counts()
         return {"prediction": prediction} | steps | sums | ({"wait_s_by_slot": waits} if found else {})
 
     def restart(self, why=None):
@@ -80,6 +87,13 @@ class Parts:
 
     def close(self, why=None):
         """Drop all plans and buffers, and close the exchanges; with `why` they are stopped on all ranks."""
+        failures = []
+        try:
+            if not why:
+                self.drop_begun()
+        except ExchangeError as error:
+            failures.append(error)
+            why = described(error)
         parts, self.halves, self.patches, self.stages, self.pipeline = list(self), None, None, None, None
         # Patches know of the choice as well: buffers of theirs must not wait for a garbage collection.
         self._has_opened_steps, self._shared.choice.patches = False, None
@@ -89,7 +103,6 @@ class Parts:
             if why:
                 exchange.abort(why)
             part.forget(released=True)
-        failures = []
         for exchange in exchanges:
             try:
                 exchange.close()

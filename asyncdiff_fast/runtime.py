@@ -125,6 +125,8 @@ class Runtime:
     def _end(self):
         """The pipeline has ended, or calls follow that are none of ours."""
         self._generations.end()
+        if not self._generations.interrupted:
+            self._parts.drop_begun()
         self._last = None
         if self._steps is not None:
             self._steps.pipeline_ended()
@@ -230,6 +232,7 @@ class Runtime:
         if now != self._structure:
             if self._structure is not None:
                 log.info("%s is traced again: modules were added or replaced", type(self.denoiser).__name__)
+                self._parts.drop_begun()
                 # The last one's hooks lie on top.
                 for part in reversed(list(self._parts)):
                     part.forget()

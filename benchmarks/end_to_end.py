@@ -141,8 +141,8 @@ def micro_steps(config, plan, row):
 
     Raises: AssertionError if other bytes were sent than planned.
     """
-    stages, patches = config["num_stages"], len(plan.route.micro)
-    ideal, planned = stages * patches / (patches + stages - 1), plan.bytes_per_call
+    ideal = config["num_stages"] * len(plan.route.micro) / plan.micro_steps_per_call()
+    planned = plan.bytes_per_call
     assert row["bytes_per_call"] == planned, (
         f"{planned} bytes are planned for a call, {row['bytes_per_call']} were sent"
     )

@@ -54,7 +54,8 @@ def pipelined():
         body.append(
             [
                 row["model"],
-                f"{row['options']['num_stages']} × {row['options']['pipeline_patches']}",
+                f"{row['options']['num_stages']} × {row['options']['pipeline_patches']}"
+                + (", `run_ahead`" if row["options"].get("run_ahead") else ""),
                 f"{row['call_s_alone']:.2f}",
                 f"{row['call_s']:.2f}",
                 f"{row['speedup']:.2f}× (" + ", ".join(f"{x:.2f}" for x in row["speedups"]) + ")",

@@ -4,6 +4,7 @@ The wrappers are there while at least one denoiser is patched. What was seen is 
 threads do not see each other. That, and who listens, is the only state that all patched denoisers of a process share.
 """
 
+import contextlib
 import functools
 import itertools
 import threading
@@ -18,8 +19,8 @@ _users = 0
 # Two threads may patch at once: neither goes on before every class is watched.
 _changing = threading.Lock()
 _threads = itertools.count()
-# Who may carry out a step in a scheduler's stead, see `listen`.
-_listeners = []
+# Who may carry out a step in a scheduler's stead, see `listen`; and who is told of each.
+_listeners, _observers = [], []
 
 
 class _Seen(threading.local):
@@ -93,6 +94,26 @@ def unlisten(listener):
     _listeners.remove(listener)
 
 
+def observe(observer):
+    """Have `observer.stepping(scheduler, method, args, kwargs)` called before each step, `stepped(result)` after it."""
+    _observers.append(observer)
+
+
+def unobserve(observer):
+    """Undo `observe`."""
+    _observers.remove(observer)
+
+
+@contextlib.contextmanager
+def aside():
+    """Steps made within are no part of any generation."""
+    was, _seen.inside = _seen.inside, True
+    try:
+        yield
+    finally:
+        _seen.inside = was
+
+
 def watch_schedulers():
     """Begin to watch every scheduler class, also those defined later. Calls are counted; `unwatch` undoes one."""
     global _users
@@ -150,8 +171,14 @@ def _stepped(method, scheduler, *args, **kwargs):
     _seen.scheduler = weakref.ref(scheduler)
     _seen.timestep = kwargs.get("timestep", args[1] if len(args) > 1 else None)
     _seen.inside, before = True, random_states()
+    observers = tuple(_observers)
     try:
-        return _carried_out(method, scheduler, args, kwargs)
+        for observer in observers:
+            observer.stepping(scheduler, method, args, kwargs)
+        result = _carried_out(method, scheduler, args, kwargs)
+        for observer in observers:
+            observer.stepped(result)
+        return result
     finally:
         _seen.inside, after = False, random_states()
         if after != before:

@@ -20,6 +20,7 @@ from ..prediction.trend import Instants
 from ..stages.buffers import Placeholders
 from ..tracing import side_effects
 from . import batches, heap
+from .next_call import NextCall
 from .passage import Learning, Pipeline
 from .planning import MicroPlanner
 
@@ -44,9 +45,12 @@ class PipelineCalls:
         self._check = ResultCheck(self.denoiser, self._signature, world, refusal, WAY_OUT)
         # What the hooks on modules hand calls to, or None.
         self._active = None
+        self._next = NextCall(self, shared.signature) if self.config.run_ahead else None
 
     def begin_generation(self):
         """What an earlier generation left behind is not read again."""
+        if self._next is not None:
+            self._next.begin_generation()
         for current in self._pipelines.values():
             current.last_step = -1
 
@@ -60,12 +64,15 @@ class PipelineCalls:
             forward: the denoiser's own.
         """
         place = (tick.call, key)
+        done = 0 if self._next is None else self._next.resumed(tick, place, args, kwargs)
         if place not in self._pipelines:
             reads = self._shards is not None and not self._shards.complete
             with planning() as quiet, heap.mapped() if reads else contextlib.nullcontext():
                 current, result = self._first(place, quiet, args, kwargs)
             self._begin(current, tick, args, kwargs)
             current.trend.made(tick.step)
+            if self._next is not None:
+                self._next.returned(current, result, args, kwargs)
             return result, Mode.EXACT
         current = self._pipelines[place] = self._pipelines.pop(place)
         mode = schedule.mode(self.config, tick.step, current.last_step == tick.step - 1)
@@ -77,13 +84,29 @@ class PipelineCalls:
             store.carry_on(current.trend.weight) if passes else store.put_aside()
         with self.exchange.step():
             if passes:
-                result = self._passed_through(current, forward, args, kwargs)
+                result = self._passed_through(current, forward, args, kwargs, done, place)
             else:
                 exact = self._exact if current.exact is None else self._exact_in_parts
                 result = exact(current, forward, args, kwargs, kept)
         if kept:
             current.trend.made(tick.step)
+        if self._next is not None:
+            self._next.returned(current, result, args, kwargs)
         return result, mode
+
+    @property
+    def has_begun(self):
+        """True while micro-steps of a call are done that has not come."""
+        return self._next is not None and self._next.begun is not None
+
+    def drop_begun(self):
+        """The call that was begun will not come. Collective."""
+        if self.has_begun:
+            self._next.drop()
+
+    def counts(self):
+        """Dict: calls that were begun before the one before was over, and those of them that did not come."""
+        return {} if self._next is None else dict(self._next.counts)
 
     def errors(self):
         """Predictions are not compared with what comes."""
@@ -93,6 +116,8 @@ class PipelineCalls:
         """Drop all plans, buffers and hooks; the slots too, unless they are `released`."""
         for current in () if released else self._pipelines.values():
             current.release()
+        if released and self._next is not None:
+            self._next.forget()
         self._pipelines.clear()
         for attachment in self._hooks.values():
             attachment.remove()
@@ -128,24 +153,35 @@ class PipelineCalls:
             current.whole.part = part
             return self._at_sites(current.whole, PatchMode.SYNC, forward, *cut)
 
-        return self._through(current.exact, run)
+        return self.through(current.exact, run)
 
-    def _passed_through(self, current, forward, args, kwargs, exact=False):
-        """The result of all patches; `exact`: see `MicroPatch.begin`."""
+    def _passed_through(self, current, forward, args, kwargs, done=0, place=None, exact=False):
+        """The result of all patches, of which `done` are done; `exact`: see `MicroPatch.begin`."""
 
         def run(p):
-            return self._at_sites(current.patches[p], PatchMode.DISPLACED, forward, args, kwargs, exact)
+            return self.on_patch(current.patches[p], forward, args, kwargs, exact)
 
-        return self._through(current.passing, run)
+        def then():
+            if self._next is not None and not exact:
+                self._next.begin(current, place, forward, args, kwargs)
 
-    def _through(self, passage, run):
-        """The result of all micro-steps of a route; `run(p)` is the denoiser's in one of them."""
-        passage.slots.begin()
-        for p, step in enumerate(passage.steps):
-            result = self._micro_step(p, step, run)
+        return self.through(current.passing, run, done, then)
+
+    def on_patch(self, patch, forward, args, kwargs, exact=False):
+        """What a micro-step runs."""
+        return self._at_sites(patch, PatchMode.DISPLACED, forward, args, kwargs, exact)
+
+    def through(self, passage, run, done=0, then=lambda: None):
+        """The result of all micro-steps of a route; `run(p)` is the denoiser's in one of them; `then()` comes next."""
+        if not done:
+            passage.begin()
+        for p, step in enumerate(passage.steps[done:], done):
+            result = self.micro_step(p, step, run)
+        then()
         return passage.result(result)
 
-    def _micro_step(self, p, step, run):
+    def micro_step(self, p, step, run):
+        """Micro-step `p`; `run(p)` is the denoiser's call in it."""
         step.begin()
         self._active = step
         try:

@@ -19,9 +19,13 @@ class Passage:
         self.first, shared = {}, (world.rank, placeholders)
         self.steps = [MicroStep(route, p, *shared, found, self.slots, self.first) for p, found in enumerate(structures)]
 
+    def begin(self):
+        """A call begins."""
+        self.slots.begin()
+        self.first.clear()
+
     def result(self, like):
         """The denoiser's result, as `like` is built, from those of all micro-steps."""
-        self.first.clear()
         parts = zip(*(step.prediction() for step in self.steps), strict=True)
         if self.route.joints:
             whole = [torch.cat(found, dim) for found, dim in zip(parts, self.route.joints, strict=True)]

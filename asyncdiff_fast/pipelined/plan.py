@@ -128,8 +128,8 @@ class PipelinePlan:
         return {i: site for i, site in enumerate(sites) if self.owns(site, stage)}
 
     def micro_steps_per_call(self):
-        """Micro-steps from the first one's entry to the last one's exit."""
-        return len(self.route.micro) + self.division.num_stages - 1
+        """Micro-steps from the first one's entry to the last one's exit; between two exits, where stages run ahead."""
+        return len(self.route.micro) + (0 if self.config.run_ahead else self.division.num_stages - 1)
 
     def digest(self):
         """What ranks compare."""

@@ -9,6 +9,7 @@ from ..patches import inputs
 from ..patches.alone import LonePlanner
 from ..patches.cutting import Cutter
 from ..patches.planning import beforehand
+from ..patches.site import Ring
 from ..stages import cutset, graph
 from ..stages.division import backward_reads, describe
 from ..stages.plan import as_rank_0, decide, weight_bytes
@@ -28,8 +29,9 @@ class MicroPlanner(LonePlanner):
     """
 
     def __init__(self, shared, world, hooks, learn=None):
-        patches = dict(num_patches=shared.config.pipeline_count, pipeline_patches=None, shard_weights=False)
-        inner = replace(shared.config, **patches, num_stages=1, stages=None, balance="flops", predict="none")
+        patches = dict(num_patches=shared.config.pipeline_count, pipeline_patches=None, run_ahead=False)
+        stages = dict(num_stages=1, stages=None, shard_weights=False, balance="flops")
+        inner = replace(shared.config, **patches, **stages, predict="none")
         # Micro-steps differ from rank to rank, so no kernels are chosen in them.
         super().__init__(replace(shared, config=inner, choice=None), hooks)
         self.world, self._options, self._learn = world, shared.config, learn
@@ -77,6 +79,8 @@ class MicroPlanner(LonePlanner):
                 f"{type(self.denoiser).__name__} does not run with pipeline_patches={self._options.pipeline_patches}: "
                 f"{error}; pass pipeline_patches=1, which keeps the picture whole"
             ) from error
+        if self._options.run_ahead:
+            _check_ahead(sites.sites)
         return sites, patches
 
     def _divided(self, recording, forward, args, kwargs, owners):
@@ -188,6 +192,16 @@ def _check_sites(sites):
         raise ValueError(
             f"patches that pass through stages share rows of convolutions, statistics of GroupNorms and keys and "
             f"values, not what {unknown[0].label} does ({unknown[0].kind})"
+        )
+
+
+def _check_ahead(sites):
+    """Raises: ValueError if a call's first patches may read rows of the latent that nobody knows before it comes."""
+    other = [site for site in sites if site.exchanges and type(site) is not Ring]
+    if other:
+        raise ValueError(
+            "run_ahead needs patches that share keys and values only, since the rows around them in the next latent "
+            f"are not known yet: got {other[0].label} ({other[0].kind}); pass run_ahead=False"
         )
 
 

@@ -18,6 +18,8 @@ class PipelineCalls:
     def __init__(self, plan, shares, ranks, stage, seconds, micro_s=None):
         self._plan, self._stage, self._seconds = plan, stage, seconds
         self._is_last = stage == plan.division.num_stages - 1
+        # Micro-steps of the next call that come before the end of this one; how many of this step's are done.
+        self._ahead, self._done = (plan.division.num_stages - 1 - stage) * plan.config.run_ahead, {}
         self._passing = self._exact = None
         if plan.passing is not None:
             rows = plan.patches.rows
@@ -34,14 +36,19 @@ class PipelineCalls:
         if programs is None:
             yield Compute(self._seconds)
             return
-        for p, (program, prediction) in enumerate(programs):
+        done = self._done.pop(step, 0)
+        for p, (program, prediction) in enumerate(programs[done:], done):
             key = "micro-step", step, p
             yield from program.own(key, key)
             if self._is_last:
                 yield program.post(key, prediction)
-        if not self._is_last:
-            for p, (program, prediction) in enumerate(programs):
-                yield program.wait(("micro-step", step, p), prediction)
+        ahead = self._ahead if programs is self._passing else 0
+        for p, (program, prediction) in enumerate(programs if not self._is_last else ()):
+            yield program.wait(("micro-step", step, p), prediction)
+            if p < ahead:
+                key = "micro-step", step + 1, p
+                yield from program.own(key, key)
+                self._done[step + 1] = p + 1
 
     def _programs(self, route, shares, ranks, seconds):
         """[(`Program`, number of the prediction's transfer)] of the micro-steps."""

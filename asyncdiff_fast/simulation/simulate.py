@@ -85,6 +85,8 @@ def simulate(plan, times, cluster, num_steps=50, error=0.0):
     warmup = 1 if config.warmup_steps == "auto" else min(config.warmup_steps, num_steps)
     # Enough for every way to repeat itself: whole blocks, both kinds of call of stride 2.
     steady = min(num_steps - warmup, STEADY * config.parallel_steps)
+    # Where stages run ahead the first call fills them for all.
+    steady = num_steps - warmup if config.run_ahead else steady
     # Exact steps are alike, but for the first ones of steps side by side.
     first = max(0, warmup - 1) if config.parallel_steps == 1 else 0
     builder, numbers = _Builder(plan, config, times), range(first, warmup + steady)

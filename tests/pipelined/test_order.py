@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from bare import Bare
 
 import asyncdiff_fast
 from asyncdiff_fast.pipelined.order import in_order, later_transfers, rows_of
@@ -119,6 +120,12 @@ REFUSED = [
     (dict(pipeline_patches=2, num_stages=2, pipeline_text="first"), "pipeline_text must be"),
     (dict(num_stages=2, shard_weights=True), "pass pipeline_patches as well"),
     (dict(num_stages=2, pipeline_patches=1, balance="memory"), "pass shard_weights=True"),
+    (dict(num_stages=3, pipeline_patches=2, run_ahead=True), "pass pipeline_patches=3 or more"),
+    (dict(num_stages=2, pipeline_patches=1, run_ahead=True), "pass pipeline_patches=2 or more"),
+    (dict(run_ahead=True), "got run_ahead=True, pipeline_patches=None"),
+    (dict(num_stages=2, pipeline_patches=2, run_ahead=True, predict="linear"), "leave predict out"),
+    (dict(num_stages=2, pipeline_patches=2, run_ahead=True, cfg_parallel=True), "leave cfg_parallel out"),
+    (dict(run_ahead=1), "run_ahead must be True or False"),
     (dict(shard_weights=1), "shard_weights must be True or False"),
 ]
 
@@ -128,6 +135,12 @@ def test_options_that_do_not_go_together_are_refused(options, words):
     with pytest.raises(ValueError) as error:
         asyncdiff_fast.Config.from_options(options)
     assert words in str(error.value)
+
+
+def test_what_mixes_rows_of_the_latent_cannot_run_ahead():
+    inputs = {"x": torch.zeros(2, 4, 16, 16), "t": torch.tensor([500.0, 500.0])}
+    with pytest.raises(ValueError, match=r"not known yet: got blocks.0 \(convolution\); pass run_ahead=False"):
+        asyncdiff_fast.plan(Bare(), inputs, num_stages=2, pipeline_patches=2, run_ahead=True)
 
 
 @pytest.mark.parametrize("balance", ["flops", "memory"])

@@ -108,6 +108,31 @@ def test_a_cluster_needs_a_device_for_each_rank():
         simulate(_plan(num_stages=2), Times(CALL_S), _cluster(1))
 
 
+class ByToken(torch.nn.Module):
+    """A denoiser in which no row reads another."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(8, 8) for _ in range(8))
+
+    def forward(self, x, t):
+        for layer in self.layers:
+            x = torch.tanh(layer(x))
+        return x
+
+
+@pytest.mark.parametrize("num_stages, num_patches", [(2, 2), (2, 8), (4, 8)])
+def test_stages_that_run_ahead_are_never_idle(num_stages, num_patches):
+    options = dict(num_stages=num_stages, pipeline_patches=num_patches)
+    net, inputs = ByToken(), {"x": torch.zeros(2, 16, 8), "t": torch.tensor([500.0, 500.0])}
+    plans = [asyncdiff_fast.plan(net, inputs, **options, run_ahead=run_ahead) for run_ahead in (False, True)]
+    drained, ahead = (simulate(plan, Times(CALL_S), _cluster(num_stages), 50) for plan in plans)
+    assert [plan.micro_steps_per_call() for plan in plans] == [num_patches + num_stages - 1, num_patches]
+    # A stage waits, before its next patch, for no more than the first calls of this.
+    gain = (num_patches + num_stages - 1) / num_patches
+    assert drained.step_s / ahead.step_s == pytest.approx(gain, rel=0.05)
+
+
 def test_bytes_tell_no_times():
     plan = _plan(num_stages=2, pipeline_patches=2, shard_weights=True, balance="memory")
     with pytest.raises(ValueError, match="tell no times"):
