@@ -8,13 +8,13 @@ import re
 
 import aims
 import decode_tables
-import goals
+import exchange_tables
+import kernel_tables
 import measure
 import memory
 import quality_pipelined
 import quality_predict_tables
 import quality_steps_tables
-import roofline
 import single_device_tables
 import speed_tables
 
@@ -22,18 +22,6 @@ from asyncdiff_fast.config import LATENT_TOLERANCE, STEPS_WARMUP
 
 WARMUP = re.compile(r"\bwarmup_steps=(\d+)")
 PATCHES = re.compile(r"\bnum_patches=(\d+),")
-# Benchmark → (title, our op, baselines, the ceiling that bounds it).
-OPS = {
-    "group_norm": (
-        "GroupNorm + SiLU + halo rows", "group_norm",
-        ("torch", "torch.compile", "DistriFusion's formula", "one program per group"), "share_of_copy",
-    ),
-    "attention": (
-        "Attention over all patches' keys", "attention",
-        ("ring, cudnn", "ring, flash", "cat, cudnn", "cat, flash", "cat, torch.compile"), "share_of_matmul",
-    ),
-    "pointwise": ("The small fusions", "kernel", ("torch", "torch.compile"), "share_of_copy"),
-}  # fmt: skip
 ROOT = pathlib.Path(__file__).parents[1]
 MARK = re.compile(r"<!-- (\w[\w ]*) -->\n.*?<!-- /\1 -->", re.DOTALL)
 # What no benchmark measures: tests hold those pages to what is tested.
@@ -224,63 +212,6 @@ def _by_place(head, cells):
     return table([head, *heads], [[f"`{way}`", *(of.get(p, "") for p in places)] for way, of in cells.items()])
 
 
-def kernels():
-    """The goals of the kernels and what is measured of them, and a table of each benchmark that has rows."""
-    measured = {name: roofline.latest(name) for name in OPS}
-    scripts = ", ".join(f"`bench_{name}.py`" for name in OPS)
-    text = [] if any(measured.values()) else [f"Not measured on a GPU yet. What {scripts} are to show:"]
-    text.append(
-        table(["what", "goal", "measured"], [line for name in OPS for line in goals.lines(name, measured[name])])
-    )
-    for name, rows in measured.items():
-        if rows:
-            title, own, baselines, share = OPS[name]
-            facts = ", ".join(str(rows[-1][key]) for key in ("device", "torch", "triton", "date"))
-            cells = roofline.table_cells(rows, own, baselines, share)
-            text += [f"{title} on {facts}; median (range) over shapes.", table(*cells)]
-    return "\n\n".join(text)
-
-
-def exchange():
-    """Shared memory against gloo, and what a post costs a host with a GPU: the latest row of each case."""
-    if not (measure.RESULTS / "exchange.jsonl").exists():
-        return "Not measured yet: `python benchmarks/bench_exchange.py --save`."
-    latest = {}
-    for row in measure.read_rows("exchange"):
-        latest[row["part"], row["bytes"]] = row
-    shm = [row for row in latest.values() if row["part"] == "shm"]
-    gpu = [row for row in latest.values() if row["part"] == "gpu" and "engine_post_us" in row]
-    text = []
-    if shm:
-        facts = ", ".join(str(shm[-1][name]) for name in ("device", "torch", "date"))
-        load = max(row["load_average"] for row in shm)
-        text.append(f"On {facts}, with a load average of up to {load:g} from other work.")
-        header = ["two processes, both ways", "µs", "gloo, µs", "ratio (paired median)", "CPU µs", "gloo, CPU µs"]
-        body = []
-        for row in sorted(shm, key=lambda row: row["bytes"]):
-            figures = [f"{row[name]:.0f}" for name in ("shm_us", "gloo_us", "shm_cpu_us", "gloo_cpu_us")]
-            body.append([_bytes(row["bytes"]), *figures[:2], f"{row['latency_ratio']:.2f}", *figures[2:]])
-        text.append(table(header, body))
-    if not gpu:
-        text.append("What a post costs a host with a GPU is not measured: that counts with a real NCCL only.")
-        return "\n\n".join(text)
-    header = ["host time with NCCL, µs", "engine", "torch.distributed", "machine"]
-    names = {"a post": "post_us", "acquire, post, wait": "cycle_us"}
-    body = [
-        [what, *(f"{row[f'{way}_{name}']:.1f}" for way in ("engine", "torch")), f"{row['device']}, NCCL {row['nccl']}"]
-        for row in gpu
-        for what, name in names.items()
-    ]
-    text.append(
-        "Two processes that take turns on one GPU and send through sockets: an upper bound, and no goal of 5 µs."
-    )
-    return "\n\n".join([*text, table(header, body)])
-
-
-def _bytes(n):
-    return f"{n >> 20} MiB" if n >= 1 << 20 else f"{n >> 10} KiB"
-
-
 MAKERS = {
     "aims": which_options,
     "baselines": baselines,
@@ -296,8 +227,8 @@ MAKERS = {
     "quality pipelined": quality_of_pipelined,
     "batch steps": batch_steps,
     "memory": memory_of_shards,
-    "kernels": kernels,
-    "exchange": exchange,
+    "kernels": lambda: kernel_tables.kernels(table),
+    "exchange": lambda: exchange_tables.exchange(table),
     "single device": lambda: single_device_tables.calls(table),
     "single device gains": lambda: single_device_tables.gains(table),
     "decoder": lambda: decode_tables.decoder(table),
@@ -324,7 +255,4 @@ def filled(text):
 if __name__ == "__main__":
     for page in pages():
         page.write_text(filled(page.read_text()))
-    for name, (title, own, _, share) in OPS.items():
-        if rows := roofline.latest(name):
-            title = f"{title}: share of {roofline.CEILINGS[share]}, {rows[-1]['device']}"
-            (measure.RESULTS / f"{name}.svg").write_text(roofline.picture(rows, own, title, share))
+    kernel_tables.save_pictures()

@@ -14,6 +14,7 @@ import torch
 from bare import Bare, loop
 
 import asyncdiff_fast
+from asyncdiff_fast import generations
 from asyncdiff_fast.calls import turns
 from asyncdiff_fast.config import EXCHANGE_VARIABLE
 
@@ -165,7 +166,7 @@ def _threads(rank, options):
     """How far latents of three threads are from what they should be, one that ends and two that go on; and errors of
     threads that the other rank does not have.
     """
-    turns.QUIET_S = 0.3
+    turns.QUIET_S, generations.SHARED_S = 0.3, 2.0
     model, found, done = Bare(), {}, threading.Event()
     asyncdiff_fast.patch(model, warmup_steps=2, timeout_s=20, **options)
     alone = {seed: loop(model, seed=seed) for seed in range(4)}

@@ -27,6 +27,8 @@ MARKS = {"sdxl": [pytest.mark.slow, pytest.mark.timeout(900)]} | dict.fromkeys(
 )
 MARKS["svd"] = [pytest.mark.exhaustive, pytest.mark.timeout(900)]
 SMALLER = {
+    # Programs are one after the other here, and the second half of guidance has as many.
+    "sdxl": dict(guidance_scale=1.0),
     "svd": dict(num_frames=2, max_guidance_scale=1.0),
     "animatediff": dict(num_frames=2, guidance_scale=1.0),
     # The fewest that its scheduler knows.
