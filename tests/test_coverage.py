@@ -22,7 +22,8 @@ PAGE = Path(__file__).resolve().parents[1] / "docs" / "coverage.md"
 # Each with the largest difference, relative to the largest element, of repeated calls with the same inputs.
 MODES = {
     "one device": (dict(), 1e-5),
-    "steps": (dict(parallel_steps=2), 1e-5),
+    # Of a picture: rounding of a call, as of packed weights, grows over the steps.
+    "steps": (dict(parallel_steps=2), 1e-4),
     "stages, exact": (dict(num_stages=2, warmup_steps=9), 1e-5),
     "stages, displaced": (dict(num_stages=2, warmup_steps=1), 1e-5),
     "patches, synchronous": (dict(num_patches=2, exchange="sync"), 1e-4),
@@ -31,11 +32,12 @@ MODES = {
 }
 ALONE, *SHARED = MODES
 REASONS = {
-    "cannot be shared out as patches": "rows are combined",
     "does not run on patch": "does not run on a patch",
     "needs a latent": "latents in a list",
     "gives another result on half": "halves differ",
     "leads": "rows change by slices or filters",
+    "changes the rows": "rows change by slices or filters",
+    "cannot be shared out as patches": "rows are combined",
 }
 FEW = ("UNet2DConditionModel", "Lumina2Transformer2DModel", "SanaTransformer2DModel", "DiTTransformer2DModel")
 
@@ -112,8 +114,10 @@ def _cells(rank, places):
 @functools.cache
 def table(names):
     """{(class, mode): what becomes of it}."""
-    (alone,) = ranks.run(1, _cells, [(name, ALONE) for name in names], timeout=280)
-    return alone | _shared([(name, mode) for name in names for mode in SHARED])
+    (alone,) = ranks.run(1, _cells, [(name, ALONE) for name in names], timeout=580)
+    for mode in SHARED:
+        alone |= _shared([(name, mode) for name in names])
+    return alone
 
 
 def _shared(places):
@@ -155,7 +159,7 @@ that do run side by side otherwise."""
 
 # First, since it writes what the others read.
 @pytest.mark.exhaustive
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_the_page():
     text = page()
     if os.environ.get("ASYNCDIFF_FAST_TABLES"):

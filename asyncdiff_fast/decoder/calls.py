@@ -132,7 +132,7 @@ class Decoder:
         patch, phase = patches[self.world.rank], f"decoder, plan {self._phases}"
         self._phases += 1
         patch.move(self._device)
-        self._hooks.attach_all({site.name for site in plan.sites})
+        self._hooks.attach_all(plan.modules)
         patch.bind(plan, self._exchange, phase, {})
         patch.bind_result(self._exchange, phase)
         return patch

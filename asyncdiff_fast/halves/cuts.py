@@ -109,6 +109,14 @@ def chosen(named, batch, latent_name, guessed, verdicts):
     return Cut(where, batch)
 
 
+def wholes(cut, silent, latent_name):
+    """`Cut`s that leave whole what changed nothing in trials: each such argument alone, then all of them."""
+    doubtful = sorted((path for path in cut.where if path in silent and path != (latent_name,)), key=str)
+    for left in (*([path] for path in doubtful), doubtful if len(doubtful) > 1 else []):
+        if left:
+            yield Cut({path: dim for path, dim in cut.where.items() if path not in left}, cut.batch)
+
+
 def difference(a, b):
     """Largest difference of two results, of the largest element; infinite if they have other shapes."""
     worst = 0.0

@@ -4,7 +4,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from ..tracing.side_effects import processors_that_keep, restored
-from .cuts import Join, candidates, chosen, copied, difference, guess, written
+from .cuts import Join, candidates, chosen, copied, difference, guess, wholes, written
 
 # How far half a batch may be from the same rows of the whole, of the largest element: other kernels for other sizes.
 CLOSE = 2e-2
@@ -48,8 +48,14 @@ class Trials:
         cut = guess(self._named, self._size, self._named[self._latent_name])
         join, problem = self._check(cut)
         if problem:
-            cut = self._by_argument(cut)
+            cut, silent = self._by_argument(cut)
             join, problem = self._check(cut)
+            # A weight for each layer, say, of as many layers as pictures, all of them 1.
+            for other in wholes(cut, silent, self._latent_name) if problem else ():
+                found = self._check(other)
+                if not found[1]:
+                    cut, (join, problem) = other, found
+                    break
         if problem:
             raise ValueError(
                 f"{type(self._denoiser).__name__} does not give on half of its batch what it gives on the whole: "
@@ -78,7 +84,9 @@ class Trials:
         return join, next((t for t in texts if t), None)
 
     def _by_argument(self, guessed):
-        """A `Cut` of what a half's result does not need of the other half's rows, each argument for itself."""
+        """(`Cut` of what a half's result does not need of the other half's rows, each argument for itself; paths of
+        those whose rows changed nothing).
+        """
         tried = candidates(self._named, self._size)
         mine = [[change > self._rounding for change in self._changes(cut)] for cut in tried]
         verdicts = []
@@ -86,7 +94,8 @@ class Trials:
             (place,) = cut.where.items()
             mixes, follows = any(own for own, _ in changes), any(other for _, other in changes)
             verdicts.append((place, "mixes" if mixes else "follows" if follows else None))
-        return chosen(self._named, self._size, self._latent_name, guessed, verdicts)
+        silent = {path for (path, _), verdict in verdicts if verdict is None}
+        return chosen(self._named, self._size, self._latent_name, guessed, verdicts), silent
 
     def _changes(self, cut):
         """By how much this half's result, and the other's, change where the other half has this one's rows."""

@@ -28,7 +28,7 @@ class LonePlanner(Planner):
     def _check_alone(self, plan, patches, samples, run, whole, args, kwargs):
         turns = Lockstep(len(patches), lambda number: setattr(self.hooks, "active", patches[number]))
         for patch, exchange in zip(patches, turns.exchanges, strict=True):
-            self.hooks.attach_all({site.name for site in plan.sites})
+            self.hooks.attach_all(plan.modules)
             patch.bind(plan, exchange, "alone", samples)
             patch.bind_result(exchange, "alone")
 

@@ -3,10 +3,9 @@
 import torch
 from torch.utils._pytree import tree_leaves
 
-WAY_OUT = (
-    "use num_stages or parallel_steps instead, or set its attention to a processor that calls "
-    "scaled_dot_product_attention"
-)
+OTHERWISE = "use num_stages or parallel_steps instead"
+# Where rows are mixed.
+WAY_OUT = f"{OTHERWISE}, or set its attention to a processor that calls scaled_dot_product_attention"
 # Results of other kernels may differ by this many times what the rounding of the input changes.
 FACTOR = 5
 # Units in the last place of the results' size that are always allowed: sums are taken in another order.

@@ -19,7 +19,7 @@ class PatchPlan:
 
     `sites`: in order of execution. `rows`: of the latent. `levels`: {rows: Rows} of every resolution. `kept_bytes`: of
     projections of the text and other constant inputs, which every patch keeps from call to call. `cuts`: what each
-    input is cut by, in words.
+    input is cut by, in words. `summing`: names of modules that call what may sum over rows.
     """
 
     config: object
@@ -29,6 +29,14 @@ class PatchPlan:
     result_bytes: int = 0
     kept_bytes: int = 0
     cuts: tuple = ()
+    summing: tuple = field(default=(), repr=False)
+
+    @property
+    def modules(self):
+        """Names of the modules that calls must be watched in."""
+        sums = any(site.kind == SUM for site in self.sites)
+        # What a norm inside sums over channels must not be taken for a sum of the module around it.
+        return {site.name for site in self.sites} | set(self.summing if sums else ())
 
     def displaced(self, i):
         """True if a site's messages travel after the call that makes them."""

@@ -10,7 +10,7 @@ from ..calls.schedule import PatchMode
 from ..calls.signature import copied
 from ..tracing import side_effects
 from . import inputs, site_rows, sites, tokens
-from .check import WAY_OUT, ResultCheck
+from .check import OTHERWISE, WAY_OUT, ResultCheck
 from .cutting import Cutter
 from .mixing import mixed
 from .patch import Patch
@@ -25,8 +25,8 @@ MOST_TRIES = 4
 class Planner:
     """Makes the patches of one denoiser. `world` is None where one process plans alone; `hooks`: its `Hooks`."""
 
-    # What to do with what cannot be shared.
-    way_out = WAY_OUT
+    # What to do with what cannot be shared, and where rows are mixed: the end of an error's text.
+    way_out, way_out_of_mixing = f"; {OTHERWISE}", f"; {WAY_OUT}"
 
     def __init__(self, shared, world, hooks):
         self._shared, self.world, self.hooks = shared, world, hooks
@@ -64,7 +64,7 @@ class Planner:
             return
         everyone = self.world.gather(self._seen(recorder, patch), "the rows of every site")
         plan = self._plan(patch.cutter, recorder, everyone, whole, self._signature.named(args, kwargs))
-        self.hooks.attach_all({site.name for site in plan.sites})
+        self.hooks.attach_all(plan.modules)
         if len(set(self.world.gather(plan.digest(), "the plan of the patches"))) > 1:
             raise ValueError("ranks planned different patches: the denoisers or their inputs differ")
 
@@ -155,8 +155,8 @@ class Planner:
             with torch.no_grad():
                 forward(*args, **kwargs)
             raise ValueError(
-                f"{type(self.denoiser).__name__} runs, but not while it is looked at for patches; {self.way_out}: "
-                f"{type(error).__name__}: {error}"
+                f"{type(self.denoiser).__name__} runs, but not while it is looked at for patches: "
+                f"{type(error).__name__}: {error}{self.way_out}"
             ) from error
 
     def _with_latent(self, args, kwargs):
@@ -169,7 +169,8 @@ class Planner:
         inputs.check_masks(cutter, self._signature.named(args, kwargs))
         patch = Patch(self._shared, cutter, number, latent.device)
         patch.reads = tuple(recorder.reads)
-        patch.prepare(*beforehand(recorder, cutter, self.config.naive))
+        with self._refusing():
+            patch.prepare(*beforehand(recorder, cutter, self.config.naive))
         self.hooks.attach(recorder, patch)
         return patch
 
@@ -180,13 +181,27 @@ class Planner:
             problem = next((text for *_, text in everyone if text), None)
             if problem is not None:
                 raise ValueError(problem)
-            seen, sees_latent, sums, _ = zip(*everyone, strict=True)
-            found = site_rows.make_sites(recorder, cutter, seen, all(sees_latent))
-            found = site_rows.with_sums(found, recorder, sums)
+            found = self._sites(cutter, recorder, everyone)
         nbytes = sum(x.nbytes for x in tree_leaves(whole) if isinstance(x, torch.Tensor))
-        return PatchPlan(
-            self.config, cutter.rows, cutter.levels, found, nbytes, recorder.kept_bytes, inputs.told(cutter, named)
-        )
+        told, summing = inputs.told(cutter, named), recorder.summing
+        return PatchPlan(self.config, cutter.rows, cutter.levels, found, nbytes, recorder.kept_bytes, told, summing)
+
+    def _sites(self, cutter, recorder, everyone):
+        seen, sees_latent, sums, _ = zip(*everyone, strict=True)
+        with self._refusing():
+            found = site_rows.make_sites(recorder, cutter, seen, all(sees_latent))
+            return site_rows.with_sums(found, recorder, sums)
+
+    @contextlib.contextmanager
+    def _refusing(self):
+        """What is wrong with some rows is told with the denoiser's class and the way out."""
+        try:
+            yield
+        except ValueError as error:
+            raise ValueError(self._refusal(error, self.way_out)) from error
+
+    def _refusal(self, problem, way_out):
+        return f"{type(self.denoiser).__name__} cannot be shared out as patches: {problem}{way_out}"
 
     def _seen(self, recorder, patch):
         """(sites, whether the latent is read where it lies, {place: shapes that are summed}, a problem) of a patch."""
@@ -194,9 +209,7 @@ class Planner:
         others, problem = [str(call) for call in found if not call.sums], None
         if others:
             more = f" (and {len(others) - 1} more)" if len(others) > 1 else ""
-            problem = (
-                f"{type(self.denoiser).__name__} cannot be shared out as patches: {others[0]}{more}; {self.way_out}"
-            )
+            problem = self._refusal(f"{others[0]}{more}", self.way_out_of_mixing)
         return (
             patch.found,
             patch.sees_latent,
@@ -219,7 +232,7 @@ class Planner:
             left = inputs.left_whole(patch.cutter, self._signature.named(args, kwargs))
             return (
                 f"{type(self.denoiser).__name__} does not run on patch {patch.number} of {self.config.num_patches}, "
-                f"{patch.cutter.describe(patch.number)}: {type(error).__name__}: {error}{left}"
+                f"{patch.cutter.describe(patch.number)}: {type(error).__name__}: {error}{left}{self.way_out}"
             )
         return None
 

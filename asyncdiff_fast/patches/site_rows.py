@@ -66,6 +66,10 @@ def _padded(recorder):
     return found
 
 
+def _named(module):
+    return module or "its own forward"
+
+
 def _mixes_rows(seen):
     return seen.kind != CONV or seen.options[len(seen.shape) - 4][0] > 1
 
@@ -93,7 +97,7 @@ def make_sites(recorder, cutter, patches, sees_latent):
     sites, level, width, first = [], cutter.rows.size, 0, True
     for key, place in recorder.order:
         if any(len(p.get(key, ())) != len(recorder.sites[key]) for p in patches):
-            raise ValueError(f"{key[0]} takes another way on a patch than on the whole picture")
+            raise ValueError(f"{_named(key[0])} takes another way on a patch than on the whole picture")
         whole, parts = recorder.sites[key][place], [p[key][place] for p in patches]
         common = (*key, place, whole.kind, tuple(s.shape for s in parts), whole.dtype)
         if whole.kind in (*_RESAMPLING, PAD):
@@ -136,7 +140,7 @@ def _sum(called, parts):
         over = [d for d, n in enumerate(whole) if any(shape[d] != n for shape in shapes)]
         if len(over) > 1 or any(sum(shape[d] for shape in shapes) != whole[d] for d in over):
             raise ValueError(
-                f"{name or 'the denoiser'} sums over tokens of which the patches hold some twice (text beside the "
+                f"{_named(name)} sums over tokens of which the patches hold some twice (text beside the "
                 "picture, or rows that two patches share)"
             )
     rows = [math.prod(given[0]) for given in parts]
@@ -161,15 +165,17 @@ def _check_rows(key, before, parts):
     held = [stop - start for start, stop in before.held]
     found = [s.shape[-2] for s in parts]
     if held != found:
-        raise ValueError(f"{key[0]} gets {found} rows on the patches, not {held}: something before it changes the rows")
+        raise ValueError(
+            f"{_named(key[0])} gets {found} rows on the patches, not {held}: something before it changes the rows"
+        )
 
 
 def _halo(kind, common, whole, before, after, first):
     kernel, stride, padding, dilation = whole.options[len(whole.shape) - 4]
     if padding is None and whole.kind == POOL:
-        raise ValueError(f"{common[0]} pools with padding, dilation or ceil_mode, which patches do not know")
+        raise ValueError(f"{_named(common[0])} pools with padding, dilation or ceil_mode, which patches do not know")
     if padding is None:
-        raise ValueError(f"{common[0]} pads more rows below than above (padding='same' with an even kernel)")
+        raise ValueError(f"{_named(common[0])} pads more rows below than above (padding='same' with an even kernel)")
     windows = tuple(layout.window(before, after, p, kernel, stride, padding, dilation) for p in range(len(before.held)))
     return kind(*common, before, after, windows, layout.halos(before, windows), first and kernel > 1)
 
@@ -185,13 +191,13 @@ def _pad(common, whole, levels):
 def _resize(common, whole, before, after):
     # Where the rows become a whole multiple, both are the same.
     if whole.options[0] != "nearest" and not (whole.options[0] == "nearest-exact" and after.size % before.size == 0):
-        raise ValueError(f"{common[0]} interpolates {whole.options[0]}: patches support nearest-neighbour only")
+        raise ValueError(f"{_named(common[0])} interpolates {whole.options[0]}: patches support nearest-neighbour only")
     for (low, high), (start, stop) in zip(before.held, after.held, strict=True):
         first, last = (row * before.size // after.size for row in (start, stop - 1))
         if start < stop and not low <= first <= last < high:
             raise ValueError(
-                f"{common[0]} interpolates {before.size} rows to {after.size}, and a patch that holds rows {low} to "
-                f"{high} needs rows {first} to {last + 1}: use a size that the strides divide, or num_stages"
+                f"{_named(common[0])} interpolates {before.size} rows to {after.size}, and a patch that holds rows "
+                f"{low} to {high} needs rows {first} to {last + 1}: the strides do not divide this size"
             )
     return Resize(*common, before, after, (whole.result[2:-2], whole.result[-1:]))
 
@@ -202,13 +208,13 @@ def _norm(common, whole, parts, levels, level):
     if len(whole.shape) >= 4:
         if whole.shape[-2] not in levels:
             raise ValueError(
-                f"{common[0]} normalises {whole.shape[-2]} rows, to which no convolution, pooling or interpolation "
-                "that patches know leads"
+                f"{_named(common[0])} normalises {whole.shape[-2]} rows, to which no convolution, pooling or "
+                "interpolation that patches know leads"
             )
         return Norm(*common, whole.options[0], levels[whole.shape[-2]])
     rows = levels[level]
     if not rows.aligned:
-        raise ValueError(f"{common[0]} normalises a sequence, and patches share rows of it: use fewer patches")
+        raise ValueError(f"{_named(common[0])} normalises a sequence, and patches share rows of it")
     layout.tokens_of(rows, whole.shape[-1], [s.shape[-1] for s in parts])
     return Norm(*common, whole.options[0], rows)
 
@@ -219,11 +225,11 @@ def _ring(common, whole, parts, rows, width, frames):
     try:
         per_row, extra = layout.tokens_of(rows, whole.shape[-2], [s.shape[-2] for s in parts])
     except ValueError as error:
-        raise ValueError(f"{common[0]} attends to tokens that are not rows of the picture: {error}") from error
+        raise ValueError(f"{_named(common[0])} attends to tokens that are not rows of the picture: {error}") from error
     (value_shape, causal), shape = parts[0].options, parts[0].shape
     if causal or len(shape) not in (3, 4):
         how = "causally" if causal else f"with keys of {len(shape)} dimensions"
-        raise ValueError(f"{common[0]} attends {how}: patches cannot share it")
+        raise ValueError(f"{_named(common[0])} attends {how}: patches cannot share it")
     # (b, s, d) is one head.
     heads = [s[1] if len(s) == 4 else 1 for s in (shape, value_shape)]
     key, value = (shape[0], heads[0], shape[-1]), (shape[0], heads[1], value_shape[-1])

@@ -186,6 +186,11 @@ class Recorder(TorchFunctionMode):
         self.met.append((*key, len(sites) - 1))
         return self.met[-1]
 
+    @property
+    def summing(self):
+        """Names of the modules that call what may sum over rows."""
+        return tuple(sorted({name for name, _ in self._sums_met}))
+
     def _note_use(self, leaves, result):
         """See whether a constant first meets the picture or something else that it runs along."""
         others = [x for x in leaves if x in self._inputs and not any(x in f for f in self._unused.values())]

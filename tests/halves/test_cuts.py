@@ -40,7 +40,7 @@ def _both(kind, *calls):
     return virtual.run(2, target)
 
 
-SHARED = [getattr(batch_nets, n) for n in ("Table", "Layers", "Nested", "Lists", "Popped", "Frames")]
+SHARED = [getattr(batch_nets, n) for n in ("Table", "Layers", "Weights", "Nested", "Lists", "Popped", "Frames")]
 
 
 @pytest.mark.parametrize("kind", SHARED)

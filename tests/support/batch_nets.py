@@ -34,6 +34,17 @@ class Layers(Net):
         return x
 
 
+class Weights(Net):
+    """A weight for each layer, all alike, and as many layers as pictures; and one for each picture, all alike too."""
+
+    def forward(self, x, t, weights, shift):
+        if len(weights) != 2:
+            raise ValueError("a weight for each layer")
+        for weight in weights.unbind(0):
+            x = x + weight * self.mix(x, shift[:, None, None, None])
+        return x
+
+
 class Nested(Net):
     """A table for each of as many frames as pictures, in a tuple; and text by picture in a dict."""
 
@@ -114,6 +125,7 @@ def inputs(kind):
     extra = {
         Table: lambda: dict(table=noise(64, 64, 2)),
         Layers: lambda: dict(text=noise(2, 2, 4)),
+        Weights: lambda: dict(weights=torch.ones(2), shift=torch.full((2,), 0.5)),
         Nested: lambda: dict(tables=(noise(2, 6), noise(2, 6)), extra={"text": noise(2, 4)}),
         Lists: lambda: dict(x=list(noise(2, 4, 6, 6)), text=list(noise(2, 4))),
         Popped: lambda: dict(residuals=[noise(2, 4, 6, 6), noise(2, 4, 1, 1)]),

@@ -257,6 +257,27 @@ class LinearSums(Net):
         return h + self.picture(out[..., :-1] / (out[..., -1:] + 1), h)
 
 
+class RootMeanSquare(nn.Module):
+    """A norm over channels, written out."""
+
+    def forward(self, x):
+        return x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
+
+
+class NormedSums(Net):
+    """Linear attention of which a module inside takes means of another kind before the sums."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = RootMeanSquare()
+
+    def mix(self, h, t):
+        q, k, v = self.heads(h)
+        q, k = self.norm(q).relu(), self.norm(k).relu()
+        out = q @ (k.transpose(-1, -2) @ v)
+        return h + self.picture(out / (q @ k.sum(-2)[..., None] + 1), h)
+
+
 class Einsum(Net):
     """Another way to write it, and a mean over some of the rows' dimensions at a time."""
 
