@@ -65,8 +65,8 @@ class Config:
             "triton" wherever they can run; "torch" nowhere.
         graphs: calls are captured as CUDA graphs and replayed, one for each kind of call, a UNet's convolutions with
             weights in channels_last; what cannot be captured is launched, and logged once. For one device, steps side
-            by side and the halves of guidance. "auto" does so on a GPU unless modules are compiled, or of somebody
-            else's than torch's and diffusers', which might do something else at each call.
+            by side and the halves of guidance. "auto" does so on a GPU unless a module is compiled, or comes from
+            outside torch, diffusers, transformers, peft and torchao, and so might do something else at each call.
         predict: what another rank's values of the step before stand for: "linear" carries their last change forward by
             the sampler's intervals; "none" takes them as they are, as published; "auto" is "linear" where that was
             measured to be no worse in the mean and in the worst picture: for stages, and for two patches.
@@ -84,8 +84,8 @@ class Config:
         shard_weights: a rank holds the weights of its own stage and of the modules between stages only.
         vae: all ranks share the decoder of the pipeline's autoencoder too, as patches that are exact.
     Raises: ValueError that names the option, the value and the allowed values.
-    Source: AsyncDiff (Chen et al., 2024), sections 3.2 to 3.4; DistriFusion (Li et al., 2024), section 4; PipeFusion
-        (Fang et al., 2024), section 4.
+    Source: ParaStep (Wang et al., 2025); AsyncDiff (Chen et al., 2024), sections 3.2 to 3.4; DistriFusion (Li et al.,
+        2024), section 4; PipeFusion (Fang et al., 2024), section 4.
     """
 
     num_stages: int = 1

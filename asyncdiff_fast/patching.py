@@ -95,6 +95,7 @@ def plan(target, inputs=None, **options):
         options: see `Config`.
     Returns: `StepPlan` of steps side by side, `Plan` of stages, `PatchPlan`, both in a `MeshPlan`, or `PipelinePlan`;
         with `vae=True` in a `DecoderPlan`.
+    Raises: ValueError or TypeError for what `patch` would refuse, as far as one process can tell.
     """
     config = Config.from_options(options)
     denoiser = denoisers(target)[0]

@@ -104,7 +104,12 @@ class Graphs:
             held.copy_(x)
         call = functools.partial(self._run, kind, forward, *tree_unflatten(_put_in(leaves, kind.inputs), tree))
         if not known:
-            return _copied(self._recorded(kind, call))
+            try:
+                return _copied(self._recorded(kind, call))
+            except BaseException:
+                # The next one is the first.
+                self._kinds.popitem()
+                raise
         if kind.replay is None:
             try:
                 self._capture(kind, call)

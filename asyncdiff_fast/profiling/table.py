@@ -33,12 +33,16 @@ def _said(summary):
     if waiting and len(waiting) == len(ranks) > 1:
         yield "All ranks wait: for the link between them. Let less travel (see plan), or share steps: parallel_steps."
     elif waiting:
+        numbers = ", ".join(map(str, waiting))
         yield (
-            f"Rank {', '.join(map(str, waiting))} waits, others do not: the work is divided unevenly. "
-            'Try balance="time" for stages, other sizes for patches.'
+            f"{f'Ranks {numbers} wait' if len(waiting) > 1 else f'Rank {numbers} waits'}, others do not: the work is "
+            'divided unevenly. Try balance="time" for stages, other sizes for patches.'
         )
     if max(r["host_share"] for r in ranks) > 2 * _MUCH:
-        yield "The host is slow: between operators nothing is computed. Larger pictures or batches, or graphs=True."
+        yield (
+            "The host is slow: between operators nothing is computed. Draw larger pictures or batches; on a GPU, calls "
+            "are captured where neither stages nor patches share them."
+        )
 
 
 def _aligned(rows, left=0):

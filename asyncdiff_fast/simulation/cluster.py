@@ -1,5 +1,6 @@
 """Devices and the links between them. Pure."""
 
+import math
 from dataclasses import dataclass, replace
 
 
@@ -96,7 +97,7 @@ def parse(text):
                 found[name] = _NUMBERS[name](value)
             except ValueError:
                 found[name] = 0
-            if not found[name] > 0:
+            if not 0 < found[name] < math.inf:
                 kind = "an integer of at least 1" if _NUMBERS[name] is int else "a positive number"
                 raise ValueError(f"{name} must be {kind}: got {item!r}")
         elif name in ("link", "inside"):

@@ -70,7 +70,8 @@ class Team:
 
         Raises: what one of them raised.
         """
-        self._stop_at.value = process.NEVER
+        # From here on it can be cancelled.
+        self._stop_at.value, self._busy = process.NEVER, True
         for pipe in self._pipes:
             with contextlib.suppress(OSError):
                 pipe.send_bytes(message)

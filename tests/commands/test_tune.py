@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from argparse import Namespace
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -148,6 +149,17 @@ def test_a_session_goes_on_where_it_stopped_and_ends_in_time(tmp_path):
     later.carry_out(_session(again, later))
     assert UNPATCHED not in later.drawn and PATCHED in later.drawn
     assert not Record(tmp_path, {"steps": 21}).trials
+
+
+def test_all_ranks_may_leave_out_what_is_of_something_else(tmp_path):
+    """Every rank opens the record of the folder, at the same time."""
+    pictures = tmp_path / "tune"
+    pictures.mkdir()
+    for number in range(500):
+        (pictures / f"{number}.npy").touch()
+    with ThreadPoolExecutor(4) as ranks:
+        found = list(ranks.map(lambda _: Record(tmp_path, {"steps": 20}), range(4)))
+    assert len(found) == 4 and not list(pictures.iterdir())
 
 
 def test_the_page_and_the_picture(tmp_path):

@@ -107,6 +107,24 @@ def test_what_cannot_be_captured_is_launched_and_said_once(captures, caplog):
     assert "UNet2DConditionModel is launched kernel by kernel: RuntimeError: operation not permitted" in line
 
 
+def test_a_call_that_did_not_end_is_launched_again(captures):
+    """A capture comes after a call of its kind that has compiled and chosen everything."""
+    unet = fused_checks.unet()
+    want = _calls(unet)
+    runtime = asyncdiff_fast.patch(unet, graphs=True)
+    forward, unet.mid_block.forward = unet.mid_block.forward, _out_of_memory
+    with pytest.raises(torch.OutOfMemoryError):
+        _calls(unet)
+    unet.mid_block.forward = forward
+    _equal(_calls(unet), want)
+    assert _told(runtime) == {"captured": 1, "replayed": STEPS - 1, "refused": []}
+    asyncdiff_fast.unpatch(unet)
+
+
+def _out_of_memory(*args, **kwargs):
+    raise torch.OutOfMemoryError("of this call")
+
+
 def _with_a_hook(unet):
     unet.mid_block.register_forward_hook(lambda module, args, result: None)
     return "a hook is on mid_block"

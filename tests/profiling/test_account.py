@@ -128,3 +128,19 @@ def test_clocks_of_two_hosts_are_brought_together():
     asked.join()
     # Off by half of the quickest round.
     assert abs(offset - ahead) < 50_000_000
+
+
+def _ranks(*shares):
+    """The summary of an account: (share waited, share of the host) of each rank."""
+    times = {"step_ms": 10.0, "compute_ms": 5.0, "wait_ms": 1.0, "host_ms": 1.0, "steps": 4}
+    ranks = [{"rank": r, **times, "wait_share": w, "host_share": h} for r, (w, h) in enumerate(shares)]
+    return {"measured": "the host", "steps": "exact", "ranks": ranks, "imbalance": 0.0, "largest_waits": []}
+
+
+def test_the_table_says_what_to_do():
+    """What it says of one rank and of several; calls are captured in no mode that shares them."""
+    assert "\nRank 1 waits, others do not" in table.text(_ranks((0, 0), (0.5, 0)))
+    assert "\nRanks 0, 2 wait, others do not" in table.text(_ranks((0.5, 0), (0, 0), (0.5, 0)))
+    assert "\nAll ranks wait" in table.text(_ranks((0.5, 0), (0.5, 0)))
+    slow = table.text(_ranks((0, 0.5), (0, 0)))
+    assert "\nThe host is slow" in slow and "neither stages nor patches" in slow

@@ -64,6 +64,7 @@ def test_a_cluster_in_words():
         ("link=string", "link must be one of nvlink3, .*: got 'link=string'"),
         ("hosts=2", "is told by nodes, .*: got 'hosts=2'"),
         ("call_ms=-1", "call_ms must be a positive number"),
+        ("tflops=inf", "tflops must be a positive number: got 'tflops=inf'"),
         ("call_ms=1,tflops=2", "leave one out"),
     ],
 )

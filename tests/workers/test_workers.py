@@ -1,6 +1,7 @@
 """One process in front of two workers: calls, exceptions, cancelling, deaths, and nothing left behind."""
 
 import functools
+import multiprocessing
 import os
 import pathlib
 import pickle
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 
 import numpy as np
 import pipelines_to_load
@@ -16,7 +18,9 @@ import pytest
 import torch
 
 import asyncdiff_fast
+from asyncdiff_fast.workers.messages import Done, send
 from asyncdiff_fast.workers.process import NEVER, WANTED, Bar
+from asyncdiff_fast.workers.team import Team
 
 STEPS, SIZE = 6, dict(height=32, width=32)
 
@@ -71,6 +75,31 @@ def test_what_cannot_travel_is_refused_before_anything_is_sent(workers):
     with pytest.raises((pickle.PicklingError, AttributeError, TypeError)):
         workers("a red star", callback_on_step_end=lambda *_: {})
     np.testing.assert_allclose(draw(workers), alone(), atol=1e-5)
+
+
+class _Cancelling:
+    """A worker's end of the team, at which a call is cancelled as soon as it has been sent."""
+
+    def __init__(self, pipe, cancel):
+        self._pipe, self._cancel, self.fileno = pipe, cancel, pipe.fileno
+
+    def send_bytes(self, message):
+        self._pipe.send_bytes(message)
+        self._cancel()
+
+    def recv_bytes(self):
+        return self._pipe.recv_bytes()
+
+
+def test_a_call_can_be_cancelled_once_it_was_sent():
+    """However soon: whoever closes the workers would else wait for the whole picture."""
+    here, there = multiprocessing.Pipe()
+    team = Team.__new__(Team)
+    team._stop_at, team._busy, team._processes = types.SimpleNamespace(value=NEVER), False, []
+    team._pipes = [_Cancelling(here, team.cancel)]
+    send(there, Done("a picture"))
+    assert team.ask(b"", None) == ["a picture"]
+    assert team._stop_at.value == WANTED and not team._busy
 
 
 def test_a_call_is_cancelled_and_the_next_one_is_right(workers):

@@ -27,9 +27,9 @@ class Record:
             self.trials = {t["name"]: as_trial(t) for t in kept["trials"]}
             self.running, self.link = kept["running"], kept["link"]
         else:
-            # Pictures of something else.
+            # Pictures of something else; every rank finds them, and one of them is the first to remove each.
             for old in self._pictures.glob("*.npy"):
-                old.unlink()
+                old.unlink(missing_ok=True)
 
     def add(self, trial):
         """The `Trial` of this name: the one that is kept, or this one."""
