@@ -39,14 +39,14 @@ def headlines():
 
 
 def pipelined():
-    """(header, rows) of patches that pass through stages, beside what filling and draining leaves of the stages."""
+    """(header, rows) of patches that pass through stages, beside what their micro-steps allow."""
     header = [
         "denoiser",
         "stages × patches",
         "s per call alone",
         "s per call",
         "speed-up (rounds)",
-        "N·M / (M + N − 1)",
+        "by micro-steps",
     ]
     header += ["share of it", "exposed wait", "MB per call, planned and sent"]
     body = []
