@@ -248,11 +248,11 @@ def sd15_width(dtype=torch.float32):
     return unet, inputs("sd15", unet, device="cpu", height=256, width=256)
 
 
-def tiny(device="cpu", dtype=torch.float32):
+def tiny(device="cpu", dtype=torch.float32, groups=8):
     """A UNet of two narrow levels with random weights, to try a script, and inputs: sample (2, 4, 16, 16)."""
     torch.manual_seed(0)
     unet = diffusers.UNet2DConditionModel(
-        block_out_channels=(32, 64), norm_num_groups=8, cross_attention_dim=32, attention_head_dim=8,
+        block_out_channels=(32, 64), norm_num_groups=groups, cross_attention_dim=32, attention_head_dim=8,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         layers_per_block=1,
     ).to(device, dtype)  # fmt: skip

@@ -54,6 +54,8 @@ def test_patch_benchmark_runs_the_kernels(load, monkeypatch):
 
     norm = group_norm.group_norm
     monkeypatch.setattr(group_norm, "group_norm", lambda *a, **k: launched.append(k) or norm(*a, **k))
+    # A program for each group, one after the other here.
+    monkeypatch.setitem(bench.FOR_CPU, "tiny", functools.partial(bench.FOR_CPU["tiny"], groups=2))
     options = ["--device", "cpu", "--model", "tiny", "--rounds", "1"]
     with torch.no_grad():
         for kernels, used in (("torch", False), ("triton", True)):
