@@ -13,20 +13,20 @@ class PatchResult:
         rows: `Rows` of the latent.
         patch: this one.
         whole, mine: the result on the whole picture and on this patch; the dimension in which they differ has the rows.
+            A tensor without rows, as of the sound beside a clip, is the first patch's on all of them.
         reports: whether each patch sends one number more, in `reports` (patches, 1) fp32.
-    Raises: ValueError if there is no one dimension of rows.
+    Raises: ValueError if a tensor has more than one dimension of rows, or none has any.
     """
 
     def __init__(self, rows, patch, whole, mine, reports):
         self._rows, self._patch, self._parts, self._exchange = rows, patch, [], None
         for a, b in zip(_tensors(whole), _tensors(mine), strict=True):
-            dims = [d for d in range(a.dim()) if a.shape[d] != b.shape[d]]
-            if len(dims) != 1 or a.dim() != b.dim():
-                raise ValueError(
-                    f"the denoiser returns {tuple(a.shape)} for the whole picture and {tuple(b.shape)} for a patch: "
-                    "patches need one dimension of rows in it"
-                )
-            self._parts.append((dims[0], self._buffers(a, dims[0])))
+            dims = [d for d in range(a.dim()) if a.shape[d : d + 1] != b.shape[d : d + 1]]
+            if len(dims) > 1 or a.dim() != b.dim():
+                _refuse(a, b)
+            self._parts.append((dims[0], self._buffers(a, dims[0])) if dims else (None, self._alone(a)))
+        if all(dim is None for dim, _ in self._parts):
+            _refuse(whole, mine)
         with torch.inference_mode(False):
             device = self._parts[0][1][0].device
             self.reports = torch.zeros(len(rows.held), 1, device=device) if reports else None
@@ -44,7 +44,7 @@ class PatchResult:
         for parts in (*(parts for _, parts in self._parts), *reports):
             for patch, part in enumerate(parts):
                 if patch == self._patch:
-                    sends += [Send(t, (part,)) for t in range(len(parts)) if t != patch]
+                    sends += [Send(t, (part,)) for t in range(len(self._rows.held)) if t != patch]
                 else:
                     recvs.append(Recv(patch, (part,)))
         self._slot = exchange.slot("result", sends, recvs, depth=1)
@@ -55,17 +55,24 @@ class PatchResult:
         leaves, spec = tree_flatten(result)
         mine = [i for i, x in enumerate(leaves) if isinstance(x, torch.Tensor)]
         for i, (_, parts) in zip(mine, self._parts, strict=True):
-            parts[self._patch].copy_(leaves[i])
+            if self._patch < len(parts):
+                parts[self._patch].copy_(leaves[i])
         self._exchange.post(self._slot)
         self._exchange.wait(self._slot)
         for i, (dim, parts) in zip(mine, self._parts, strict=True):
-            leaves[i] = torch.cat(parts, dim)
+            leaves[i] = parts[0].clone() if dim is None else torch.cat(parts, dim)
         return tree_unflatten(leaves, spec)
 
     def release(self):
         """Forget the slot."""
         if self._exchange is not None:
             self._exchange.release(self._phase)
+
+    @staticmethod
+    def _alone(whole):
+        """The buffer of the first patch, of a tensor without rows."""
+        with torch.inference_mode(False):
+            return [torch.zeros(whole.shape, dtype=whole.dtype, device=whole.device)]
 
     def _buffers(self, whole, dim):
         """Buffers for every patch's part of a tensor."""
@@ -80,6 +87,14 @@ class PatchResult:
                 shape[dim] = per_row * (stop - start)
                 parts.append(torch.zeros(shape, dtype=whole.dtype, device=whole.device))
         return parts
+
+
+def _refuse(whole, mine):
+    shapes = [[tuple(x.shape) for x in _tensors(result)] for result in (whole, mine)]
+    raise ValueError(
+        f"the denoiser returns {shapes[0]} for the whole picture and {shapes[1]} for a patch: patches need one "
+        "dimension of rows in it"
+    )
 
 
 def _tensors(tree):
