@@ -39,7 +39,7 @@ COLUMNS = {
 def published_stages(model, num_stages):
     """The published division of a model, from the table beside its test."""
     sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "golden"))
-    from test_golden import published_stages
+    from published import published_stages
 
     return published_stages(model, num_stages)
 
