@@ -52,7 +52,7 @@ class MicroPlanner(LonePlanner):
             hold(whole, division)
         patches, sites = (), None
         if self._options.pipeline_count > 1:
-            sites, patches = self._sites(forward, args, kwargs)
+            sites, patches = self._on_rows(forward, args, kwargs)
         if attach is not None:
             attach(dict.fromkeys(unit.name for unit in whole.units))
         passing, exact, structures = None, None, {}
@@ -69,7 +69,7 @@ class MicroPlanner(LonePlanner):
             )
         return plan, patches, structures
 
-    def _sites(self, forward, args, kwargs):
+    def _on_rows(self, forward, args, kwargs):
         """(`PatchPlan`, its patches). Raises: ValueError if the denoiser does not run on patches."""
         try:
             sites, patches, *_ = self.planned(forward, args, kwargs)
