@@ -119,7 +119,7 @@ _WRAPPED = (
     (Pass, "_computed", _UNIT),
     (MicroStep, "_spared", _UNIT),
     (Patch, "_at_site", _ranged(_site)),
-    (PipelineCalls, "_micro_step", _ranged(lambda calls, p, *_: text(MICRO, p))),
+    (PipelineCalls, "micro_step", _ranged(lambda calls, p, *_: text(MICRO, p))),
     (StepCalls, "_replay", _ranged(lambda *_: text(REPLAY, "the sampler's steps"))),
     (StepCalls, "_next_block", _marked(_block)),
     (StageCalls, "call", _marked(_stale)),
