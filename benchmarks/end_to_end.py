@@ -76,7 +76,8 @@ def same_stages(patched, options):
     if options.get("num_stages", 1) == 1 or options["num_stages"] != patched.config.get("num_stages"):
         return options
     plan, stages = patched.runtime.plan, [[] for _ in range(options["num_stages"])]
-    for unit, stage in zip(plan.graph.units, plan.division.owner, strict=True):
+    graph = plan.whole if hasattr(plan, "whole") else plan.graph
+    for unit, stage in zip(graph.units, plan.division.owner, strict=True):
         stages[stage].append(unit.name)
     return {**options, "stages": stages}
 
