@@ -7,7 +7,6 @@ of guidance are put together, what a step makes of the result, what the next cal
 is believed once it has foretold one to the last bit; whatever was foretold is compared with the call that comes.
 """
 
-import collections
 from typing import NamedTuple
 
 import torch
@@ -16,7 +15,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves
 from ..calls import watch
 from ..calls.timesteps import Timesteps
 from ..steps.given import OUTPUT, SAMPLE, TIMESTEP, Step, tensors
-from ..steps.snapshot import Draws
+from ..steps.snapshot import Draws, Snapshot
 from ..versions import version
 
 # Numbers of guidance are written with as many digits.
@@ -215,18 +214,6 @@ def _same(mine, theirs, was):
 
 def _on_rows(scheduler, shape, dim, start, stop):
     """A copy of a scheduler; of what it keeps of whole latents it has these rows."""
-
-    def copied(x):
-        if isinstance(x, torch.Tensor):
-            return (x.narrow(dim, start, stop - start) if x.shape == shape else x).clone()
-        if type(x) is dict:
-            return {key: copied(item) for key, item in x.items()}
-        if type(x) is collections.deque:
-            return collections.deque(map(copied, x), x.maxlen)
-        if type(x) in (list, tuple):
-            return type(x)(map(copied, x))
-        return x
-
     twin = object.__new__(type(scheduler))
-    vars(twin).update((name, copied(x)) for name, x in vars(scheduler).items())
+    Snapshot(scheduler, lambda x: x.narrow(dim, start, stop - start) if x.shape == shape else x).restore(twin)
     return twin

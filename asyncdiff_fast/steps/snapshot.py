@@ -9,31 +9,35 @@ _CONTAINERS = (list, tuple, set, collections.deque)
 
 
 class Snapshot:
-    """All that a scheduler keeps, copied: numbers, lists, tensors. Objects of other kinds are kept by reference."""
+    """All that a scheduler keeps, copied: numbers, lists, tensors. Objects of other kinds are kept by reference.
 
-    def __init__(self, scheduler):
+    Args:
+        part: gives what is kept of a tensor, all of it by default.
+    """
+
+    def __init__(self, scheduler, part=lambda x: x):
         known = {}
-        self._kept = {name: _copied(x, known) for name, x in vars(scheduler).items()}
+        self._kept = {name: _copied(x, known, part) for name, x in vars(scheduler).items()}
 
     def restore(self, scheduler):
-        """The scheduler is again as it was. To be used once."""
+        """The scheduler, or another one of its class, is as it was. To be used once."""
         vars(scheduler).clear()
         vars(scheduler).update(self._kept)
 
 
-def _copied(x, known):
+def _copied(x, known, part):
     """A copy in which what was one tensor is one tensor."""
     if isinstance(x, torch.Tensor):
         if id(x) not in known:
             # The original is kept too, so that nothing else gets its number.
-            known[id(x)] = x, x.clone()
+            known[id(x)] = x, part(x).clone()
         return known[id(x)][1]
     if type(x) is dict:
-        return {key: _copied(item, known) for key, item in x.items()}
+        return {key: _copied(item, known, part) for key, item in x.items()}
     if type(x) is collections.deque:
-        return collections.deque((_copied(item, known) for item in x), x.maxlen)
+        return collections.deque((_copied(item, known, part) for item in x), x.maxlen)
     if type(x) in _CONTAINERS:
-        return type(x)(_copied(item, known) for item in x)
+        return type(x)(_copied(item, known, part) for item in x)
     return x.copy() if type(x).__module__ == "numpy" and hasattr(x, "copy") else x
 
 
