@@ -46,17 +46,18 @@ def check_pipeline(config):
             f"parallel_steps={config.parallel_steps}, pipeline_patches={config.pipeline_patches}; pass "
             "pipeline_patches=1, or one of them"
         )
-    for name, only in _RUN_AHEAD.items() if config.run_ahead else ():
+    if config.run_ahead:
+        _check_beside(config, "run_ahead goes", "run_ahead=True", _RUN_AHEAD, "pass run_ahead=False")
+    _check_beside(config, "pipeline_patches go", f"pipeline_patches={given}", _WITH_PIPELINE, "pass num_stages alone")
+
+
+def _check_beside(config, goes, given, allowed, way_out):
+    """Raises: ValueError if an option is none of those `allowed` beside what is `given`."""
+    for name, only in allowed.items():
         if getattr(config, name) not in only:
             raise ValueError(
-                f"run_ahead goes with {name}={' or '.join(repr(x) for x in only)} only: got run_ahead=True, "
-                f"{name}={getattr(config, name)!r}; pass run_ahead=False, or leave {name} out"
-            )
-    for name, only in _WITH_PIPELINE.items():
-        if getattr(config, name) not in only:
-            raise ValueError(
-                f"pipeline_patches go with {name}={' or '.join(repr(x) for x in only)} only: got "
-                f"pipeline_patches={config.pipeline_patches}, {name}={getattr(config, name)!r}"
+                f"{goes} with {name}={' or '.join(repr(x) for x in only)} only: got {given}, "
+                f"{name}={getattr(config, name)!r}; {way_out}, or leave {name} out"
             )
 
 
