@@ -94,14 +94,9 @@ class PipelineCalls:
             self._next.returned(current, result, args, kwargs)
         return result, mode
 
-    @property
-    def has_begun(self):
-        """True while micro-steps of a call are done that has not come."""
-        return self._next is not None and self._next.begun is not None
-
     def drop_begun(self):
-        """The call that was begun will not come. Collective."""
-        if self.has_begun:
+        """If a call was begun, it will not come. Collective."""
+        if self._next is not None and self._next.begun is not None:
             self._next.drop()
 
     def counts(self):

@@ -63,6 +63,19 @@ def test_where_nothing_tells_of_the_end_a_thread_waits_until_all_is_quiet():
     first.join()
 
 
+def _pausing(took, go):
+    """(thread that is in the middle of its generation and goes on after `go`, what it returns), as `_in_thread`."""
+
+    def slow():
+        _generation(took, DOWN[:2], ends=False)
+        go.wait(10)
+        return _generation(took, DOWN[2:])
+
+    started = _in_thread(slow)
+    time.sleep(0.3)
+    return started
+
+
 def test_a_thread_that_has_ended_is_not_waited_for(monkeypatch):
     monkeypatch.setattr(turns, "QUIET_S", 60.0)
     took = Turns(60.0)
@@ -74,14 +87,7 @@ def test_a_thread_that_has_ended_is_not_waited_for(monkeypatch):
 
 def test_a_thread_that_was_taken_for_ended_hears_of_it():
     took, go = Turns(5.0), threading.Event()
-
-    def slow():
-        _generation(took, DOWN[:2], ends=False)
-        go.wait(10)
-        return _generation(took, DOWN[2:])
-
-    first, found = _in_thread(slow)
-    time.sleep(0.3)
+    first, found = _pausing(took, go)
     assert _generation(took)[0].begins
     go.set()
     first.join()
@@ -154,14 +160,7 @@ def test_a_turn_that_nobody_wants_stays():
 
 def test_a_thread_that_is_refused_takes_nothing_from_the_one_whose_turn_it_is():
     took, go = Turns(5.0), threading.Event()
-
-    def slow():
-        _generation(took, DOWN[:2], ends=False)
-        go.wait(10)
-        return _generation(took, DOWN[2:])
-
-    first, found = _in_thread(slow)
-    time.sleep(0.3)
+    first, found = _pausing(took, go)
     _generation(took, DOWN[:2], ends=False)
     time.sleep(0.3)
     go.set()
