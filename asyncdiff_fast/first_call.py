@@ -5,13 +5,13 @@ from dataclasses import replace
 
 import torch
 
-from . import modules
 from .calls.signature import CallSignature
 from .decoder.place import Place
 from .decoder.plan import DecoderPlan
 from .decoder.planning import config_of, planned
 from .fused.packed import PackedWeights
 from .halves.cuts import guess, size_of
+from .hooks import Attachment
 from .patches.alone import LonePlanner
 from .patches.hooks import Hooks
 from .patches.lists import stacked
@@ -32,7 +32,7 @@ def first_call(pipe, denoiser, inputs):
     def stop(forward, args, kwargs):
         raise _FirstCall(args, kwargs)
 
-    attachment = modules.Attachment(denoiser, stop)
+    attachment = Attachment(denoiser, stop)
     try:
         with torch.no_grad():
             pipe(**inputs)

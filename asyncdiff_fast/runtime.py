@@ -18,7 +18,8 @@ from .exchange.world import device
 from .fused.device_layers import DeviceLayers
 from .generations import Generations
 from .halves.calls import Unguided
-from .modules import attached, is_compiled, on_pipeline_end, own, step_cache, structure
+from .hooks import attached, on_pipeline_end
+from .modules import is_compiled, own, step_cache, structure
 from .parts import Parts
 from .shared import Shared
 

@@ -7,7 +7,7 @@ import torch
 from accelerate import init_empty_weights
 
 from ..calls.signature import CallSignature
-from ..modules import Attachment
+from ..hooks import Attachment
 
 # What pipelines call their autoencoders.
 NAMES = ("vae", "movq", "vqgan", "vqvae")

@@ -11,7 +11,7 @@ import inspect
 import logging
 from collections import Counter
 
-from ..modules import Forwards
+from ..hooks import Forwards
 from . import attending, basic_blocks, blocks, layers, patches, unet
 
 log = logging.getLogger(__name__)

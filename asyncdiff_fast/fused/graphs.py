@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from ..modules import ForwardHook, step_cache, structure
+from ..hooks import ForwardHook
+from ..modules import step_cache, structure
 from .pinned import Pinned
 from .repeatable import stranger
 

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.overrides import _get_current_function_mode_stack
 
-from ..modules import Forwards, Watch
+from ..hooks import Forwards, Watch
 from .weights import Stamp, flat
 
 # Where packing pays: weights of this many elements at least; pixels or tokens of a batch, at most.

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from ..modules import Forwards
+from ..hooks import Forwards
 from ..versions import version
 from .constants import Argument, Constant, by_place, place
 from .weights import Stamp

@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..fused.attending import attended
-from ..modules import Attachment, Watch, is_plain
+from ..hooks import Attachment, Watch
+from ..modules import is_plain
 from .sites import JOINS, KINDS, SUMS
 
 

@@ -13,7 +13,7 @@ from ..calls import schedule
 from ..calls.schedule import Mode, PatchMode
 from ..calls.signature import device_of
 from ..calls.watch import last_scheduler
-from ..modules import Attachment
+from ..hooks import Attachment
 from ..patches.check import ResultCheck
 from ..patches.hooks import Hooks
 from ..prediction.trend import Instants

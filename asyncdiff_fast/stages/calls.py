@@ -7,7 +7,8 @@ from ..calls.schedule import Mode
 from ..calls.signature import device_of
 from ..calls.timesteps import Timesteps
 from ..calls.watch import last_scheduler
-from ..modules import Attachment, other_hooks
+from ..hooks import Attachment
+from ..modules import other_hooks
 from ..prediction.self_check import Pace, summaries
 from ..prediction.trend import Instants
 from .buffers import Placeholders

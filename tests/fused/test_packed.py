@@ -8,7 +8,7 @@ from torch.overrides import TorchFunctionMode
 
 import asyncdiff_fast
 from asyncdiff_fast.fused import packed, weights
-from asyncdiff_fast.modules import Watch
+from asyncdiff_fast.hooks import Watch
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,7 @@ from oracle_models import INSIDE_A_BLOCK, MODELS
 
 import asyncdiff_fast
 from asyncdiff_fast.calls.signature import CallSignature
-from asyncdiff_fast.modules import Attachment
+from asyncdiff_fast.hooks import Attachment
 
 
 class _Stop(Exception):
