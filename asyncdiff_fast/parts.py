@@ -50,6 +50,11 @@ class Parts:
         return [self._world.ranks[r] for r in self._shared.config.mesh.along(axis, self._world.rank)]
 
     @property
+    def is_sharded(self):
+        """True if this rank holds a part of the weights only."""
+        return self.shards is not None and not self.shards.complete
+
+    @property
     def plan(self):
         """The latest plan, None before the first call: of steps, stages or patches, or both in a `MeshPlan`."""
         patches, stages, pipeline = (x and x.plan for x in (self.patches, self.stages, self.pipeline))

@@ -158,7 +158,7 @@ def _patch_one(denoiser, config, world, scheduler, target, steps, number):
     except BaseException:
         stop_process_group()
         raise
-    runtime.on_refused = lambda: _release(denoiser)
+    runtime.route.on_refused = lambda: _release(denoiser)
     setattr(denoiser, ATTRIBUTE, runtime)
     forbid_copies(modules.own(denoiser))
     return runtime

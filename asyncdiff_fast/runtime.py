@@ -1,9 +1,8 @@
-"""A patched denoiser: times and routes each of its calls, through CFG halves, patches and stages.
+"""A patched denoiser: times each of its calls and sends it on its route, through CFG halves, patches and stages.
 
 Everything that ranks must agree on is agreed on here: at the first call of a generation, and at new plans.
 """
 
-import contextlib
 import functools
 import logging
 from dataclasses import replace
@@ -11,16 +10,16 @@ from dataclasses import replace
 import torch
 from torch.utils._pytree import tree_leaves
 
-from .calls.schedule import Mode, PatchMode
-from .calls.signature import CallSignature, copied, device_of, inputs_key
+from .calls.schedule import Mode
+from .calls.signature import CallSignature, device_of, inputs_key
 from .calls.watch import unwatch_schedulers, watch_schedulers
 from .exchange.world import device
 from .fused.device_layers import DeviceLayers
 from .generations import Generations
-from .halves.calls import Unguided
 from .hooks import attached, on_pipeline_end
 from .modules import is_compiled, own, step_cache, structure
 from .parts import Parts
+from .route import Route
 from .shared import Shared
 
 log = logging.getLogger(__name__)
@@ -36,7 +35,7 @@ class Runtime:
         self.denoiser, self.config, self.world = denoiser, config, world
         # The steps of the pipeline, and which of its denoisers this is.
         self._steps, self._number = steps, number
-        self.on_refused = self._forward_error = self._structure = None
+        self._structure = None
         # The `Decoder` of the pipeline's autoencoder, where it is shared.
         self.decoder = None
         self._pipeline = pipeline
@@ -57,7 +56,7 @@ class Runtime:
             steps.on_ended = self._generations.stop
         # The result of the latest call.
         self._last = None
-        self._calls = dict.fromkeys(Mode, 0)
+        self.route = Route(self._parts, self._layers, self._signature, pipeline)
         watch_schedulers()
         self._undo_end = on_pipeline_end(own(denoiser), self._end)
         self._root = attached(denoiser, self._entry())
@@ -82,14 +81,9 @@ class Runtime:
         """How slots travel: "nccl", "shm" or "torch.distributed"; None on one device."""
         return self._parts.exchange_kind
 
-    @property
-    def is_sharded(self):
-        """True if this rank holds a part of the weights only."""
-        return self._parts.shards is not None and not self._parts.shards.complete
-
     def gather_weights(self):
         """Bring the weights that other ranks hold back to this one. Collective over the stages."""
-        if self.is_sharded:
+        if self._parts.is_sharded:
             self._parts.shards.gather()
 
     # One call of the denoiser.
@@ -99,7 +93,7 @@ class Runtime:
         if self._generations.is_inside or (alone and (not self._layers.keeps or self._generations.is_taken)):
             return forward(*args, **kwargs)
         if self._needs_gradients(args, kwargs):
-            if self.is_sharded:
+            if self._parts.is_sharded:
                 raise ValueError(
                     "calls with gradients need all weights on every rank: got shard_weights=True; call within "
                     "torch.no_grad(), or unpatch() first"
@@ -113,7 +107,7 @@ class Runtime:
             if tick.begins:
                 self._begin_generation(args, kwargs)
             self._generations.count(tick, self._signature.latent(args, kwargs))
-            whole = functools.partial(self._on_halves, tick, key, forward, args, kwargs)
+            whole = functools.partial(self.route.call, tick, key, forward, args, kwargs)
             self._last = whole() if self._steps is None else self._steps.call(self._number, timestep, key, whole)
             return self._last
         except BaseException as error:
@@ -131,74 +125,6 @@ class Runtime:
         self._last = None
         if self._steps is not None:
             self._steps.pipeline_ended()
-
-    def _guided(self):
-        """Whether the pipeline uses guidance, where it tells."""
-        return getattr(self._pipeline(), "do_classifier_free_guidance", True)
-
-    def _on_halves(self, tick, key, forward, args, kwargs):
-        """This call, shared by the halves of guidance: of all steps, or of this rank's."""
-        if self._parts.halves is None:
-            return self._on_patches(tick, key, forward, args, kwargs)
-
-        def run(tick, args, kwargs):
-            return self._on_patches(tick, inputs_key(args, kwargs), forward, args, kwargs)
-
-        with self._planning(forward) as quiet:
-            return self._parts.halves.call(tick, key, quiet, run, args, kwargs, self._guided())
-
-    def _on_patches(self, tick, key, forward, args, kwargs):
-        """This call, shared by the patches: of the whole batch, or of this rank's half of the guidance."""
-        if self._parts.patches is None:
-            return self._on_stages(tick, key, forward, args, kwargs)
-        with self._planning(forward) as quiet:
-            counted = self._parts.patches.hooks.counted(quiet)
-
-            def run(args, kwargs):
-                return self._on_stages(tick, inputs_key(args, kwargs), counted, args, kwargs)
-
-            return self._parts.patches.call(tick, key, quiet, run, args, kwargs)
-
-    def _on_stages(self, tick, key, forward, args, kwargs):
-        """This call, shared by the stages: of the whole picture, or of this rank's patch."""
-        kept = self._layers.during(forward, self._signature.latent)
-        sharing = self._parts.stages or self._parts.pipeline
-        if sharing is None:
-            result, mode = kept(*args, **kwargs), Mode.EXACT
-            if self._parts.patches is not None and self._parts.patches.mode is not PatchMode.SYNC:
-                mode = Mode.COMPUTE
-        else:
-            alone = self._parts.patches is self._parts.halves is self._parts.pipeline is None
-            planning = functools.partial(self._planning, forward, learning=alone)
-            result, mode = sharing.call(tick, key, planning, kept, args, kwargs)
-        self._calls[mode] += 1
-        return result
-
-    @contextlib.contextmanager
-    def _planning(self, forward, learning=False):
-        """What this denoiser cannot be patched with shows at its first call at the latest: then leave it as it was.
-
-        Yields the forward, such that an error of its own is told from one of ours. With `learning` all ranks run the
-        same forward in it, so that kernels can be chosen for it.
-        """
-
-        def quiet(*args, **kwargs):
-            args, kwargs = copied(args, kwargs)
-            try:
-                return forward(*args, **kwargs)
-            except Exception as error:
-                self._forward_error = error
-                raise
-
-        try:
-            with self._layers.learning() if learning else contextlib.nullcontext():
-                yield quiet
-        except (ValueError, TypeError) as error:
-            refused = error is not self._forward_error and not isinstance(error, Unguided)
-            # Without its weights a denoiser cannot be left as it was.
-            if self.on_refused is not None and refused and not self.is_sharded:
-                self.on_refused()
-            raise
 
     # The beginning of a generation.
 
@@ -251,12 +177,12 @@ class Runtime:
         """Dict: calls by mode, bytes sent and time waited by this rank, since `clear_stats`; kernels in use; and the
         latest relative errors of what was predicted, and of reuse, by what it is (waits for the device).
         """
-        calls = {f"{mode.name.lower()}_calls": n for mode, n in self._calls.items()}
+        calls = {f"{mode.name.lower()}_calls": n for mode, n in self.route.calls.items()}
         return calls | {"kernels": self._layers.summary()} | self._parts.stats()
 
     def clear_stats(self):
         """Begin to count anew."""
-        self._calls = dict.fromkeys(Mode, 0)
+        self.route.calls = dict.fromkeys(Mode, 0)
         if self._steps is not None:
             self._steps.counts.clear()
         for part in self._parts:

@@ -1,0 +1,92 @@
+"""The way of one call of a denoiser: through the halves of guidance, patches and stages, to its forward."""
+
+import contextlib
+import functools
+
+from .calls.schedule import Mode, PatchMode
+from .calls.signature import copied, inputs_key
+from .halves.calls import Unguided
+
+
+class Route:
+    """The way of each call on this rank; `calls` counts by `Mode` what was computed at its end.
+
+    Args:
+        parts: the `Parts` that share it out.
+        layers: the `DeviceLayers` that run on this device.
+        pipeline: () -> the pipeline whose denoiser this is, or None.
+    """
+
+    def __init__(self, parts, layers, signature, pipeline):
+        self._parts, self._layers, self._signature, self._pipeline = parts, layers, signature, pipeline
+        # What undoes the patch where a denoiser turns out not to be shared, or None.
+        self.on_refused = self._forward_error = None
+        self.calls = dict.fromkeys(Mode, 0)
+
+    def call(self, tick, key, forward, args, kwargs):
+        """The result of one call, whose `tick` and inputs' `key` are known: of all steps, or of this rank's."""
+        if self._parts.halves is None:
+            return self._on_patches(tick, key, forward, args, kwargs)
+
+        def run(tick, args, kwargs):
+            return self._on_patches(tick, inputs_key(args, kwargs), forward, args, kwargs)
+
+        with self._planning(forward) as quiet:
+            return self._parts.halves.call(tick, key, quiet, run, args, kwargs, self._guided())
+
+    def _guided(self):
+        """Whether the pipeline uses guidance, where it tells."""
+        return getattr(self._pipeline(), "do_classifier_free_guidance", True)
+
+    def _on_patches(self, tick, key, forward, args, kwargs):
+        """This call, shared by the patches: of the whole batch, or of this rank's half of the guidance."""
+        if self._parts.patches is None:
+            return self._on_stages(tick, key, forward, args, kwargs)
+        with self._planning(forward) as quiet:
+            counted = self._parts.patches.hooks.counted(quiet)
+
+            def run(args, kwargs):
+                return self._on_stages(tick, inputs_key(args, kwargs), counted, args, kwargs)
+
+            return self._parts.patches.call(tick, key, quiet, run, args, kwargs)
+
+    def _on_stages(self, tick, key, forward, args, kwargs):
+        """This call, shared by the stages: of the whole picture, or of this rank's patch."""
+        kept = self._layers.during(forward, self._signature.latent)
+        sharing = self._parts.stages or self._parts.pipeline
+        if sharing is None:
+            result, mode = kept(*args, **kwargs), Mode.EXACT
+            if self._parts.patches is not None and self._parts.patches.mode is not PatchMode.SYNC:
+                mode = Mode.COMPUTE
+        else:
+            alone = self._parts.patches is self._parts.halves is self._parts.pipeline is None
+            planning = functools.partial(self._planning, forward, learning=alone)
+            result, mode = sharing.call(tick, key, planning, kept, args, kwargs)
+        self.calls[mode] += 1
+        return result
+
+    @contextlib.contextmanager
+    def _planning(self, forward, learning=False):
+        """What this denoiser cannot be patched with shows at its first call at the latest: then leave it as it was.
+
+        Yields the forward, such that an error of its own is told from one of ours. With `learning` all ranks run the
+        same forward in it, so that kernels can be chosen for it.
+        """
+
+        def quiet(*args, **kwargs):
+            args, kwargs = copied(args, kwargs)
+            try:
+                return forward(*args, **kwargs)
+            except Exception as error:
+                self._forward_error = error
+                raise
+
+        try:
+            with self._layers.learning() if learning else contextlib.nullcontext():
+                yield quiet
+        except (ValueError, TypeError) as error:
+            refused = error is not self._forward_error and not isinstance(error, Unguided)
+            # Without its weights a denoiser cannot be left as it was.
+            if self.on_refused is not None and refused and not self._parts.is_sharded:
+                self.on_refused()
+            raise
