@@ -23,7 +23,8 @@ from diffusers import DiffusionPipeline
 
 from .calls.watch import subclasses
 from .commands.launch import complete
-from .config import Config, environment_options
+from .config import Config
+from .environment import environment_options
 from .patching import denoisers, device, is_patched, patch, unpatch
 
 log = logging.getLogger(__name__)

@@ -1,20 +1,10 @@
 """The options of `patch`, checked when built."""
 
 import dataclasses
-import os
 from dataclasses import dataclass
 
 from . import combinations
 from .mesh import Mesh
-
-EXCHANGE_VARIABLE = "ASYNCDIFF_FAST_EXCHANGE"
-ENGINE_CHOICES = ("", "engine", "nccl-puts", "torch")
-ENVIRONMENT = {
-    "ASYNCDIFF_FAST": "options of patch() for `import asyncdiff_fast.auto`, such as num_patches=2,warmup_steps=3",
-    EXCHANGE_VARIABLE: "torch: exchange by torch.distributed; engine: by the engine, or fail; nccl-puts: CUDA tensors "
-    "by one-sided puts where they work; default: by the engine where it is built and fits",
-    "ASYNCDIFF_FAST_CACHE": "folder where measured choices of kernels are kept; default ~/.cache/asyncdiff_fast",
-}
 
 # Exact steps at the beginning where the options do not say.
 WARMUP_STEPS, STEPS_WARMUP = 4, 2
@@ -236,33 +226,3 @@ class Config:
 
 def _is_number(value):
     return isinstance(value, int | float) and not isinstance(value, bool) and value < 1e9
-
-
-def environment_options():
-    """The options in the variable ASYNCDIFF_FAST, a list such as `num_stages=2,warmup_steps=3`."""
-    return parse_options(os.environ.get("ASYNCDIFF_FAST", ""))
-
-
-def parse_options(text):
-    """`a=1,b=x` as a dict of options: integers, floats and booleans are recognised, other values stay text.
-
-    Raises: ValueError if an item is not NAME=VALUE.
-    """
-    options = {}
-    for item in filter(None, (part.strip() for part in text.split(","))):
-        name, equals, value = item.partition("=")
-        if not equals:
-            raise ValueError(f"options must be NAME=VALUE, separated by commas: got {item!r} in {text!r}")
-        options[name.strip()] = _parsed(value.strip())
-    return options
-
-
-def _parsed(text):
-    if text.lower() in ("true", "false"):
-        return text.lower() == "true"
-    for number in (int, float):
-        try:
-            return number(text)
-        except ValueError:
-            continue
-    return text

@@ -21,8 +21,8 @@ import torch
 import torch.distributed as dist
 from rounds import PATIENCE_S, SPENT, Alone, Loop, Patched, compared, one_round, paired_round, timed, twin_of
 
-import asyncdiff_fast
 from asyncdiff_fast.commands.launch import launch
+from asyncdiff_fast.environment import parse_options
 from asyncdiff_fast.exchange.world import World
 
 FOR_CPU = ("sd15_width", "sd3_width", "tiny")
@@ -62,7 +62,7 @@ def load(name, device):
 
 def patch_options(text, options):
     """The options of one patched denoiser."""
-    config = {"warmup_steps": options.warmup_steps, **asyncdiff_fast.config.parse_options(text)}
+    config = {"warmup_steps": options.warmup_steps, **parse_options(text)}
     if config.get("parallel_steps", 1) > 1:
         # Two exact steps come first, and blocks are as long as can be: the weights are random.
         return {"tolerance": 1e8} | config | {"warmup_steps": 2}

@@ -23,7 +23,8 @@ from single_device import captured
 
 from asyncdiff_fast.calls.schedule import PatchMode
 from asyncdiff_fast.calls.signature import CallSignature
-from asyncdiff_fast.config import Config, parse_options
+from asyncdiff_fast.config import Config
+from asyncdiff_fast.environment import parse_options
 from asyncdiff_fast.exchange.world import World
 from asyncdiff_fast.fused.device_layers import DeviceLayers
 from asyncdiff_fast.patches.alone import LonePlanner

@@ -37,7 +37,7 @@ from quality_ruler import Ruler  # noqa: E402
 from sampling import GUIDANCE, draw, load  # noqa: E402
 
 import asyncdiff_fast  # noqa: E402
-from asyncdiff_fast.config import parse_options  # noqa: E402
+from asyncdiff_fast.environment import parse_options  # noqa: E402
 
 EXACT_STEPS = (50, 33, 25, 20, 17, 13)
 STAGES_AND_STRIDES = ((2, 1), (3, 1), (4, 1), (2, 2), (3, 2))

@@ -12,7 +12,7 @@ from diffusers import DDIMScheduler
 from torch.distributed.device_mesh import DeviceMesh
 
 import asyncdiff_fast
-from asyncdiff_fast.config import EXCHANGE_VARIABLE
+from asyncdiff_fast.environment import EXCHANGE_VARIABLE
 from asyncdiff_fast.exchange.world import World
 
 SPENT = prediction_cost.Spent()

@@ -16,7 +16,7 @@ from bare import Bare, loop
 import asyncdiff_fast
 from asyncdiff_fast import generations
 from asyncdiff_fast.calls import turns
-from asyncdiff_fast.config import EXCHANGE_VARIABLE
+from asyncdiff_fast.environment import EXCHANGE_VARIABLE
 
 STEPS = 6
 

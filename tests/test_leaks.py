@@ -10,7 +10,7 @@ from bare import Bare, loop
 from sequences import quick
 
 import asyncdiff_fast
-from asyncdiff_fast.config import EXCHANGE_VARIABLE
+from asyncdiff_fast.environment import EXCHANGE_VARIABLE
 
 KINDS = {
     "stages": (2, dict(num_stages=2)),

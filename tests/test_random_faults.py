@@ -10,7 +10,7 @@ import ranks
 import torch
 
 import asyncdiff_fast
-from asyncdiff_fast.config import EXCHANGE_VARIABLE
+from asyncdiff_fast.environment import EXCHANGE_VARIABLE
 
 SEED = 18
 TIMEOUT_S = 3

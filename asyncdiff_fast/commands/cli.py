@@ -8,7 +8,8 @@ import os
 import sys
 from pathlib import Path
 
-from ..config import Config, environment_options
+from ..config import Config
+from ..environment import environment_options
 from . import arguments
 from .arguments import patch_options
 from .launch import UsageError, as_text, complete, is_rank, launch, start_ranks

@@ -8,7 +8,7 @@ import os
 
 import torch
 
-from ..config import ENGINE_CHOICES, EXCHANGE_VARIABLE
+from ..environment import ENGINE_CHOICES, EXCHANGE_VARIABLE
 from . import engine
 from .connecting import Unavailable, open_engine
 from .errors import ExchangeError

@@ -13,7 +13,7 @@ from PIL import Image
 from asyncdiff_fast import Config
 from asyncdiff_fast.commands import cli, compare, demo, folder, report
 from asyncdiff_fast.commands.launch import as_text, complete
-from asyncdiff_fast.config import parse_options
+from asyncdiff_fast.environment import parse_options
 
 CAPTION = "a green circle, night background"
 

@@ -16,7 +16,7 @@ import torch
 from bare import Bare
 
 import asyncdiff_fast
-from asyncdiff_fast.config import EXCHANGE_VARIABLE
+from asyncdiff_fast.environment import EXCHANGE_VARIABLE
 from asyncdiff_fast.exchange import connecting, engine
 from asyncdiff_fast.exchange.choice import Recv, Send, choose, open_exchange
 from asyncdiff_fast.exchange.world import ExchangeError, World, start_process_group, stop_process_group

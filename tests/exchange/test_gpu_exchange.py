@@ -9,7 +9,7 @@ import pytest
 import torch
 import workers
 
-from asyncdiff_fast.config import EXCHANGE_VARIABLE
+from asyncdiff_fast.environment import EXCHANGE_VARIABLE
 from asyncdiff_fast.exchange.choice import Recv, Send, open_exchange
 from asyncdiff_fast.exchange.world import World, start_process_group, stop_process_group
 

@@ -13,7 +13,7 @@ from bare import Bare, loop
 from torch.distributed import distributed_c10d as c10d
 
 import asyncdiff_fast
-from asyncdiff_fast.config import EXCHANGE_VARIABLE
+from asyncdiff_fast.environment import EXCHANGE_VARIABLE
 
 TIMEOUT_S = 5
 

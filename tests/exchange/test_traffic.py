@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch.utils.flop_counter import FlopCounterMode
 
 import asyncdiff_fast
-from asyncdiff_fast.config import EXCHANGE_VARIABLE
+from asyncdiff_fast.environment import EXCHANGE_VARIABLE
 from asyncdiff_fast.exchange.engine import Engine
 from asyncdiff_fast.exchange.world import start_process_group, stop_process_group
 from asyncdiff_fast.stages import plan as plan_of_stages
