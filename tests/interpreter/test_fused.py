@@ -28,11 +28,12 @@ MARKS = {"sdxl": [pytest.mark.slow, pytest.mark.timeout(900)]} | dict.fromkeys(
 MARKS["svd"] = [pytest.mark.exhaustive, pytest.mark.timeout(900)]
 SMALLER = {
     # Programs are one after the other here, and the second half of guidance has as many.
-    "sdxl": dict(guidance_scale=1.0),
+    "sdxl": dict(guidance_scale=1.0, height=16, width=16),
     "svd": dict(num_frames=2, max_guidance_scale=1.0),
     "animatediff": dict(num_frames=2, guidance_scale=1.0),
-    # The fewest that its scheduler knows.
-    "pixart": dict(steps=2),
+    "sd3": dict(guidance_scale=1.0, height=16, width=16),
+    # The fewest steps that its scheduler knows.
+    "pixart": dict(steps=2, guidance_scale=1.0, height=16, width=16),
 }
 
 
