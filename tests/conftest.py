@@ -1,5 +1,5 @@
-"""How `pytest -n 3` shares out the tests: one worker has all that start ranks, one has those that mostly wait, and the
-third begins with the rest.
+"""How `pytest -n 3` shares out the tests: two workers have those that start ranks, one those that mostly wait; whoever
+is done first takes of the rest.
 """
 
 import functools
@@ -15,6 +15,8 @@ STARTS_RANKS = re.compile(r'^import (?:ranks|workers|shm_ranks|pipelines_to_load
 MEASURES = {"test_bench_exchange.py", "test_connecting.py"}
 # These wait for limits of time, more than half of theirs.
 WAITS = {"test_lost_peers.py", "test_random_faults.py", "test_two_hosts.py"}
+# Of those that start ranks about half, by time: the wings that carry out, and all else, which starts whole pipelines.
+WINGS = {"calls", "exchange", "golden", "halves", "patches", "pipelined", "prediction", "stages", "steps", "tracing"}
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Two cores. Set before torch is imported, and for all that the tests start.
@@ -29,9 +31,7 @@ def _wants_a_core_a_rank(path):
 # Optional: without pytest-xdist there is no such hook.
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """Beside a test with ranks runs one of a single process with one thread, and one that waits, never another one with
-    ranks that compute.
-    """
+    """Never more than two tests with ranks that compute run beside each other; their imports and waits overlap so."""
     from xdist.scheduler import LoadScopeScheduling
 
     class Scheduling(LoadScopeScheduling):
@@ -39,6 +39,8 @@ def pytest_xdist_make_scheduler(config, log):
             path = config.rootpath / pathlib.Path(nodeid.partition("::")[0])
             if path.name in WAITS:
                 return "waits"
-            return "ranks" if _wants_a_core_a_rank(path) else nodeid
+            if not _wants_a_core_a_rank(path):
+                return nodeid
+            return "ranks" if path.parent.name in WINGS or path.name in MEASURES else "pipelines"
 
     return Scheduling(config, log)

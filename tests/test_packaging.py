@@ -109,7 +109,11 @@ def test_without_a_compiler_the_package_installs_and_says_so(sources, tmp_path, 
     assert "asyncdiff_fast._C is not built" in said and "install a C++ compiler" in said
 
 
-@pytest.mark.parametrize("isolation", [(), ("--no-build-isolation",)])
+@pytest.mark.parametrize(
+    # The second as `make install` does.
+    "isolation",
+    [(), pytest.param(("--no-build-isolation",), marks=pytest.mark.exhaustive)],
+)
 def test_an_editable_installation(sources, tmp_path, python, isolation):
     checkout = tmp_path / "checkout"
     shutil.copytree(sources, checkout)
