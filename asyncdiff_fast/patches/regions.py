@@ -6,6 +6,7 @@ on the whole picture up to its first block, whose inputs are cut to a patch's to
 its last layer of tokens, the patches' results are put together, and the rest runs on the whole again.
 """
 
+import functools
 from dataclasses import dataclass, field
 
 import torch
@@ -22,8 +23,8 @@ class Leaf:
     picture: bool
     text: bool
 
-    def dim(self, starts, size):
-        """The dimension along sequences that have the picture's tokens, by their lengths; None without.
+    def dims(self, starts, size):
+        """The dimensions along sequences that have the picture's tokens: one, but of masks of queries and keys two.
 
         Args:
             starts: {length of a sequence: place of the picture's first token in it}.
@@ -32,10 +33,12 @@ class Leaf:
         found = [d for d, n in enumerate(self.shape) if n in starts]
         last = len(self.shape) - 1
         if last not in (0, 3) and self.floating:
-            # Features, but masks of queries and keys end with keys.
+            # Features, but masks end with keys.
             found = [d for d in found if d != last]
         # As many tokens of text as of the picture are text.
-        return None if not found or (self.text and self.shape[found[0]] == size) else found[0]
+        if not found or (self.text and self.shape[found[0]] == size):
+            return ()
+        return tuple(found) if found[-2:] == [last - 1, last] else (found[0],)
 
 
 @dataclass
@@ -97,7 +100,7 @@ class OuterCalls(list):
 class Region:
     """The calls of modules from the forward itself from `begin` to `end`, each (name, number of its call).
 
-    `given`: {call: (shape, dimension of tokens) of each leaf of its arguments, None where nothing is cut}. `made`:
+    `given`: {call: (shape, dimensions of tokens) of each leaf of its arguments, None where nothing is cut}. `made`:
     shapes of the leaves of the last's result on the whole picture, None for what is no tensor. `met`, `calls`: as in
     `OuterCall`, of all of it.
     """
@@ -130,7 +133,7 @@ class Region:
                 continue
             x = leaves[i]
             if id(x) not in known:
-                known[id(x)] = x, cutter.take(x, how[1])
+                known[id(x)] = x, functools.reduce(cutter.take, how[1], x)
             leaves[i] = known[id(x)][1]
         return tree_unflatten(leaves, spec)
 
@@ -193,8 +196,8 @@ def find(recorder):
         return []
 
     def how(leaf):
-        dim = None if leaf is None else leaf.dim(order.starts, order.size)
-        return None if dim is None else (leaf.shape, dim)
+        dims = () if leaf is None else leaf.dims(order.starts, order.size)
+        return (leaf.shape, dims) if dims else None
 
     def has_tokens(leaves):
         return any(x is not None and x.picture and how(x) is not None for x in leaves)
