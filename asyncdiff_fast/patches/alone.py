@@ -20,10 +20,13 @@ class LonePlanner(Planner):
 
         Returns: `PatchPlan`. Raises: ValueError if the denoiser cannot be shared out as patches.
         """
-        plan, patches, samples, whole, run = self.planned(forward, args, kwargs)
-        if not self.config.naive and not self._signature.latent(args, kwargs).is_meta:
-            self._check_alone(plan, patches, samples, run, whole, args, kwargs)
-        return plan
+        able = not self.config.naive and not self._signature.latent(args, kwargs).is_meta
+
+        def check(plan, patches, samples, whole, run):
+            if able:
+                self._check_alone(plan, patches, samples, run, whole, args, kwargs)
+
+        return self.planned(forward, args, kwargs, check)[0]
 
     def _check_alone(self, plan, patches, samples, run, whole, args, kwargs):
         turns = Lockstep(len(patches), lambda number: setattr(self.hooks, "active", patches[number]))
@@ -66,21 +69,27 @@ class LonePlanner(Planner):
 
         return plan, call
 
-    def planned(self, forward, args, kwargs):
-        """(plan, a patch of every patch, samples of its sites, the whole result, a quiet forward)."""
+    def planned(self, forward, args, kwargs, check=lambda *found: None):
+        """(plan, a patch of every patch, samples of its sites, the whole result, a quiet forward).
+
+        Args:
+            check: called with these, may raise a ValueError, upon which they are planned another way.
+        """
         whole, recorder = self._look(forward, args, kwargs)
         run, axis, problem = self._quiet(forward), schedule.patch_axis(self.config, 0), None
-        for other in self._ways(recorder, args, kwargs, axis):
+        for seen, other in self._ways(recorder, args, kwargs, axis):
             numbers = range(self.config.num_patches)
-            patches = [self._patch(recorder, args, kwargs, axis, number, other) for number in numbers]
+            patches = [self._patch(seen, args, kwargs, axis, number, other) for number in numbers]
             try:
                 for text in (self._first_look(patch, run, args, kwargs, whole) for patch in patches):
                     if text is not None:
                         raise ValueError(text)
-                everyone = [self._seen(recorder, patch) for patch in patches]
+                everyone = [self._seen(seen, patch) for patch in patches]
                 named = self._signature.named(args, kwargs)
-                plan = self._plan(patches[0].cutter, recorder, everyone, whole, named)
-                return plan, patches, samples_of(plan, recorder), whole, run
+                plan = self._plan(patches[0].cutter, seen, everyone, whole, named)
+                found = plan, patches, samples_of(plan, seen), whole, run
+                check(*found)
+                return found
             except ValueError as error:
                 problem = problem or error
         raise problem

@@ -6,10 +6,8 @@ import torch
 from torch.utils._pytree import tree_flatten_with_path, tree_map_only, tree_unflatten
 
 from . import layout, site_rows
-from .sites import CONV
+from .sites import CONV, PROMPT
 
-# Inputs with these in their names speak of the prompt, whatever their sizes are.
-_PROMPT = ("encoder", "txt", "text", "prompt", "pooled")
 # These may have a value for each token.
 _BY_TOKEN = ("timestep", "guidance", "mask")
 
@@ -121,14 +119,14 @@ class Cutter:
         if x.dim() >= 4 and tuple(x.shape[-2:]) in self.sizes:
             return self._narrow(x, self.axis, self.sizes[tuple(x.shape[-2:])])
         for dim in self.token_dims(name, x):
-            x = self._take(x, dim)
+            x = self.take(x, dim)
         return x
 
     def _cut_as_given(self, name, x):
         for dim in self.given[name]:
             size = x.shape[dim] if -x.dim() <= dim < x.dim() else None
             if size in self.starts:
-                x = self._take(x, dim)
+                x = self.take(x, dim)
             elif size in self.levels:
                 x = self._narrow(x, dim, self.levels[size])
             else:
@@ -154,15 +152,15 @@ class Cutter:
     def usual_dims(self, name, x):
         """Those by its name and sizes."""
         by_token = any(word in name for word in _BY_TOKEN) and x.dim() > 1
-        if by_token and not any(word in name for word in _PROMPT):
+        if by_token and not any(word in name for word in PROMPT):
             return [d for d in range(1, x.dim()) if x.shape[d] in self.starts]
-        if any(word in name for word in (*_PROMPT, *_BY_TOKEN)) or x.dim() not in (2, 3):
+        if any(word in name for word in (*PROMPT, *_BY_TOKEN)) or x.dim() not in (2, 3):
             return []
         dim = x.dim() - 2
         known = self.starts if x.dim() == 3 else () if self.grid is None else (self.grid.size,)
         return [dim] if x.shape[dim] in known else []
 
-    def _take(self, x, dim):
+    def take(self, x, dim):
         """A patch's tokens of dimension `dim`, and all others in it."""
         start, size = self.starts[x.shape[dim]], self.grid.size
         picture = self.grid.take(x.narrow(dim, start, size), dim, self.patch)
@@ -203,7 +201,7 @@ class Cutter:
 
     def _position(self, x, dim):
         if x.shape[dim] in self.starts:
-            return self._take(x, dim)
+            return self.take(x, dim)
         return self._narrow(x, dim, self.sizes[tuple(x.shape[-2:])])
 
     def join_position(self, x, result):

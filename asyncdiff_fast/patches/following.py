@@ -62,7 +62,8 @@ class Called:
     """One function call on tensors made of the picture.
 
     `given`, `made`: shapes of those among its arguments, and of its results. `args`, `kwargs`: None for what is neither
-    number nor text. `site`: (module, call, place) if it is a watched one. `dtype`: of its first result.
+    number nor text. `site`: (module, call, place) if it is a watched one. `dtype`: of its first result. `whole`: all of
+    `given` are whole numbers.
     """
 
     func: Any
@@ -73,15 +74,18 @@ class Called:
     kwargs: dict
     site: tuple | None = None
     dtype: torch.dtype | None = None
+    whole: bool = False
 
     @classmethod
     def of(cls, picture, func, args, kwargs, leaves, result, module="", site=None):
         """The `Called` of a call whose `leaves` are its tensors; `picture` is `Followed`."""
-        given = tuple(tuple(x.shape) for x in picture.given(func, leaves))
+        followed = picture.given(func, leaves)
+        given = tuple(tuple(x.shape) for x in followed)
+        whole = not any(x.is_floating_point() or x.is_complex() for x in followed)
         results = [x for x in tree_leaves(result) if isinstance(x, torch.Tensor)]
         made, dtype = tuple(tuple(x.shape) for x in results), results[0].dtype if results else None
         named = {name: _plain(x) for name, x in kwargs.items()}
-        return cls(func, module, given, made, tuple(map(_plain, args)), named, site, dtype)
+        return cls(func, module, given, made, tuple(map(_plain, args)), named, site, dtype, whole)
 
 
 def _plain(x):
@@ -111,6 +115,10 @@ class Following(TorchFunctionMode):
             yield
         finally:
             self._paused = False
+
+    def instead(self, pairs):
+        """Of each pair, the second tensor takes the first's place."""
+        self._picture.add([new for old, new in pairs if old in self._picture])
 
     def note(self, func, args, kwargs, result):
         """One function call of the denoiser's."""

@@ -1,5 +1,6 @@
 """Hooks on the modules of one denoiser that hand what happens in them to the patch under way."""
 
+import contextlib
 import functools
 
 import torch
@@ -69,6 +70,8 @@ class Hooks:
         """Put hooks on the modules in which a patch will meet something, as a recorded forward tells."""
         modules = dict(self._denoiser.named_modules())
         wanted = {name for name, _ in recorder.sites} | patch.constant_modules
+        if patch.region is not None:
+            wanted |= patch.region.modules
         # What the modules inside a joining one do must not be taken for its own.
         wanted |= {n for outer in patch.joining_modules for n in modules if n == outer or n.startswith(f"{outer}.")}
         self.attach_all(wanted)
@@ -97,16 +100,18 @@ class Hooks:
             known = patch.constant()
             if known is not None:
                 return known
-            if not outermost:
-                return forward(*args, **kwargs)
-            if written_out is not None:
-                result = written_out(self._meet, args, kwargs)
-                if result is not NotImplemented:
-                    return result
-            with self._watch:
-                return forward(*args, **kwargs)
+            args, kwargs = patch.entering(args, kwargs)
+            return patch.leaving(self._run(written_out if outermost else None, outermost, forward, args, kwargs))
         finally:
             patch.way.leave()
+
+    def _run(self, written_out, watched, forward, args, kwargs):
+        if written_out is not None:
+            result = written_out(self._meet, args, kwargs)
+            if result is not NotImplemented:
+                return result
+        with self._watch if watched else contextlib.nullcontext():
+            return forward(*args, **kwargs)
 
     def _meet(self, func, args, kwargs):
         return self.active.meet(func, args, kwargs)

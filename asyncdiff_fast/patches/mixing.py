@@ -26,13 +26,16 @@ _MOVES = {
     "interpolate", "hsplit", "vsplit", "dsplit", "swapdims", "view_as_complex", "view_as_real", "zeros_like", "storage",
     "untyped_storage", "data_ptr", "element_size", "storage_offset", "type", "is_complex", "is_floating_point",
 }  # fmt: skip
-# They keep the shape and work along `dim`: {name: (place of the argument, what it is if it is not given)}.
+# They work along `dim`, of which they keep all or some: {name: (place of the argument, what it is if it is not given)}.
 _ALONG = {
     "softmax": (1, None), "log_softmax": (1, None), "cumsum": (1, None), "cumprod": (1, None),
     "logcumsumexp": (1, None), "cummax": (1, None), "cummin": (1, None), "sort": (1, -1), "argsort": (1, -1),
     "flip": (1, None), "roll": (2, None), "normalize": (2, 1), "softmin": (1, None),
     "diff": (2, -1), "gumbel_softmax": (4, -1), "msort": (9, 0), "renorm": (2, None),
+    "topk": (2, -1), "kthvalue": (2, -1),
 }  # fmt: skip
+# Of whole numbers they say which tokens go together, to an expert, say; whether rows are mixed then, results tell.
+_GROUPS = {"sort", "argsort", "bincount"}
 # They work along all of a picture but its batch (and channels).
 _WHOLE = {"instance_norm", "multi_head_attention_forward", "_native_multi_head_attention", "cdist", "trapezoid"}
 
@@ -87,7 +90,7 @@ def _how(a, b):
     name = getattr(a.func, "__name__", "")
     given = [varying(m, n) for m, n in zip(a.given, b.given, strict=True)]
     made = [varying(m, n) for m, n in zip(a.made, b.made, strict=False)]
-    if None in given or None in made or not any(given) or not made:
+    if None in given or None in made or not any(given) or not made or (a.whole and name in _GROUPS):
         return None
     if name in _ALONG or name in _WHOLE or name in ("layer_norm", "rms_norm") or name.startswith("fft_"):
         dims = _dims(name, a)

@@ -9,12 +9,13 @@ from ..calls import schedule
 from ..calls.schedule import PatchMode
 from ..calls.signature import copied
 from ..tracing import side_effects
-from . import inputs, site_rows, sites, tokens
+from . import inputs, regions, site_rows, tokens
 from .check import OTHERWISE, WAY_OUT, ResultCheck
 from .cutting import Cutter
 from .mixing import mixed
 from .patch import Patch
 from .plan import PatchPlan
+from .recorder import record
 from .sites import SUM
 from .way import Lost
 
@@ -40,11 +41,11 @@ class Planner:
         """
         whole, recorder = self._look(forward, args, kwargs)
         run, problem = self._quiet(forward), None
-        for number, other in enumerate(self._ways(recorder, args, kwargs, axis)):
-            patch = self._patch(recorder, args, kwargs, axis, self.world.rank, other)
+        for number, (seen, other) in enumerate(self._ways(recorder, args, kwargs, axis)):
+            patch = self._patch(seen, args, kwargs, axis, self.world.rank, other)
             try:
                 self._probe(patch, run, args, kwargs, whole)
-                self._bind(patch, recorder, args, kwargs, run, whole, exchange, f"{phase}.{number}")
+                self._bind(patch, seen, args, kwargs, run, whole, exchange, f"{phase}.{number}")
                 return patch
             except ValueError as error:
                 problem = problem or error
@@ -52,10 +53,17 @@ class Planner:
         raise problem
 
     def _ways(self, recorder, args, kwargs, axis):
-        """Names of inputs that are to be cut other than they seem to be, each a try: first none."""
+        """[(`Recorder`, names of inputs that are cut other than they seem to be)], each a try: first the usual one."""
         latent = self._signature.latent(args, kwargs)
         cutter = Cutter.of(recorder, latent, self._signature.latent_name, self.config, 0, axis)
-        return [(), *((name,) for name in inputs.doubtful(cutter, self._signature.named(args, kwargs))[:MOST_TRIES])]
+        doubtful = inputs.doubtful(cutter, self._signature.named(args, kwargs))[:MOST_TRIES]
+        usual = [(recorder, ()), *((recorder, (name,)) for name in doubtful)]
+        return usual + [(recorder.narrowed(region), ()) for region in self._regions(recorder)]
+
+    def _regions(self, recorder):
+        """The regions in which alone patches may work, if what is beneath knows of them."""
+        able = not (self.config.naive or self.config.num_stages > 1 or self.config.cut)
+        return regions.find(recorder) if able else []
 
     def _bind(self, patch, recorder, args, kwargs, run, whole, exchange, phase):
         """Plan with all patches, register the slots and compare with the whole picture. Collective."""
@@ -149,7 +157,7 @@ class Planner:
     def _recorded(self, forward, args, kwargs):
         given = self._with_own_latent(args, kwargs)
         try:
-            return sites.record(self.denoiser, forward, self._signature, *given)
+            return record(self.denoiser, forward, self._signature, *given)
         except Exception as error:
             # What the denoiser itself cannot do is its own error.
             with torch.no_grad():
@@ -168,7 +176,7 @@ class Planner:
         cutter = Cutter.of(recorder, latent, self._signature.latent_name, self.config, number, axis, other)
         inputs.check_masks(cutter, self._signature.named(args, kwargs))
         patch = Patch(self._shared, cutter, number, latent.device)
-        patch.reads = tuple(recorder.reads)
+        patch.reads, patch.region = tuple(recorder.reads), recorder.region
         with self._refusing():
             patch.prepare(*beforehand(recorder, cutter, self.config.naive))
         self.hooks.attach(recorder, patch)
@@ -184,6 +192,8 @@ class Planner:
             found = self._sites(cutter, recorder, everyone)
         nbytes = sum(x.nbytes for x in tree_leaves(whole) if isinstance(x, torch.Tensor))
         told, summing = inputs.told(cutter, named), recorder.summing
+        if recorder.region is not None:
+            told = (str(recorder.region),)
         return PatchPlan(self.config, cutter.rows, cutter.levels, found, nbytes, recorder.kept_bytes, told, summing)
 
     def _sites(self, cutter, recorder, everyone):
@@ -212,7 +222,7 @@ class Planner:
             problem = self._refusal(f"{others[0]}{more}", self.way_out_of_mixing)
         return (
             patch.found,
-            patch.sees_latent,
+            patch.sees_latent and patch.region is None,
             {call.whole.site: call.part.given for call in found if call.sums},
             problem,
         )

@@ -79,7 +79,7 @@ def resampling_sites(recorder, levels):
     sites, padded = [], _padded(recorder)
     for key, place in recorder.order:
         whole = recorder.sites[key][place]
-        if whole.kind in (*_RESAMPLING, PAD):
+        if whole.kind in (*_RESAMPLING, PAD) and (*key, place) not in recorder.outside:
             sites.append(_resampling((*key, place, whole.kind, (), whole.dtype), whole, levels, False, padded))
     return sites
 
@@ -100,7 +100,9 @@ def make_sites(recorder, cutter, patches, sees_latent):
             raise ValueError(f"{_named(key[0])} takes another way on a patch than on the whole picture")
         whole, parts = recorder.sites[key][place], [p[key][place] for p in patches]
         common = (*key, place, whole.kind, tuple(s.shape for s in parts), whole.dtype)
-        if whole.kind in (*_RESAMPLING, PAD):
+        if (*key, place) in recorder.outside:
+            sites.append(Site(*common))
+        elif whole.kind in (*_RESAMPLING, PAD):
             site = _resampling(common, whole, levels, first and sees_latent, padded)
             if type(site) is not Site:
                 _check_rows(key, site.before, parts)

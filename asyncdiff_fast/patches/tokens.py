@@ -17,13 +17,15 @@ from .sites import ATTENTION, sample_of
 class TokenOrder:
     """Tokens of the picture lie `outer` times after each other, each time `rows` rows of `inner` tokens.
 
-    `starts`: {length of a sequence: place of the picture's first token in it}.
+    `starts`: {length of a sequence: place of the picture's first token in it}. `first`: number of the attention that is
+    the first to have them among its keys.
     """
 
     outer: int
     rows: int
     inner: int
     starts: dict = field(default_factory=dict)
+    first: int = 0
 
     @property
     def size(self):
@@ -90,7 +92,7 @@ def find(run, recorder, latent, with_latent, dim):
     if at is None or len(masks[at]) == len(samples[at]):
         return None
     bottom = changed(size - 1, at + 1)[at:]
-    order = _order(masks[at], bottom[0] if bottom else [], size)
+    order = _order(masks[at], bottom[0] if bottom else [], size, at)
     if order is None:
         return None
     # What spreads to neighbouring rows, as a convolution does, spreads to both sides here.
@@ -105,7 +107,7 @@ def find(run, recorder, latent, with_latent, dim):
     return order
 
 
-def _order(top, bottom, size):
+def _order(top, bottom, size, first):
     """The order by the tokens of the first and of the last row of `size`; None if they are not regular."""
     runs = _runs(top)
     inner, pitches = runs[0][1] - runs[0][0], {b[0] - a[0] for a, b in pairwise(runs)}
@@ -115,7 +117,7 @@ def _order(top, bottom, size):
     rows, rest = divmod(total, outer * inner)
     if rest or rows < 1 or size % rows or (pitches and pitches != {rows * inner}):
         return None
-    return TokenOrder(outer, rows, inner)
+    return TokenOrder(outer, rows, inner, first=first)
 
 
 def _start(found, length, order):

@@ -138,6 +138,10 @@ class MicroPlanner(LonePlanner):
             structures.append(found)
         return Route(self._options, division, tuple(micro), rowless, joints, spare), structures
 
+    def _regions(self, recorder):
+        # Stages end and begin within a call.
+        return []
+
     def _patch(self, recorder, args, kwargs, axis, number, other=()):
         latent = self._signature.latent(args, kwargs)
 

@@ -123,7 +123,8 @@ def _recorder(network):
     for kind, before, after, options in network:
         options = (options, (1, 1, 0, 1)) if kind == CONV else options
         seen.append(_seen(kind, (1, 1, before, 2), (1, 1, after, 2), options))
-    return SimpleNamespace(order=[(key, place) for place in range(len(seen))], sites={key: seen}, calls=[])
+    order = [(key, place) for place in range(len(seen))]
+    return SimpleNamespace(order=order, sites={key: seen}, calls=[], outside=())
 
 
 def _sites(network, num_patches):

@@ -10,7 +10,7 @@ from token_nets import MORE, SIZE, build, steps
 
 import asyncdiff_fast
 from asyncdiff_fast.calls.signature import CallSignature
-from asyncdiff_fast.patches import sites, tokens
+from asyncdiff_fast.patches import recorder, tokens
 
 RIGHT = [kind for kind in MORE if kind not in (token_nets.HiddenMean, token_nets.Experts)]
 
@@ -21,7 +21,7 @@ def _order(kind, dim=-2):
     x = torch.randn(1, 4, *clip, token_nets.HEIGHT, 8)
     t = torch.ones(1, SIZE) if kind is token_nets.TimeOfTokens else 5.0
     kwargs, signature = MORE[kind](0), CallSignature(net)
-    _, recorder = sites.record(net, net.forward, signature, (x, t), kwargs)
+    _, seen = recorder.record(net, net.forward, signature, (x, t), kwargs)
 
     def run(args, kwargs):
         return net(*args, **kwargs)
@@ -29,7 +29,7 @@ def _order(kind, dim=-2):
     def with_latent(latent):
         return signature.with_latent((x, t), kwargs, latent)
 
-    return tokens.find(run, recorder, x, with_latent, x.dim() + dim)
+    return tokens.find(run, seen, x, with_latent, x.dim() + dim)
 
 
 def test_the_order_of_tokens_is_found():

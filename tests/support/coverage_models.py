@@ -6,11 +6,12 @@ Configurations and inputs are those that the classes' pipelines use, small; weig
 import coverage_clips
 import coverage_nets
 import coverage_pictures
+import coverage_sequences
 import diffusers
 import torch
 from tiny_parts import fill
 
-MODELS = coverage_nets.MODELS | coverage_pictures.MODELS | coverage_clips.MODELS
+MODELS = coverage_nets.MODELS | coverage_pictures.MODELS | coverage_sequences.MODELS | coverage_clips.MODELS
 # Why there is none of a class.
 LEFT_OUT = {"CosmosTransformer3DModel": "it needs torchvision"}
 

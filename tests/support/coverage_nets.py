@@ -61,4 +61,18 @@ MODELS = {
             cross_attention_dim=4, encoder_hid_dim=16),
         lambda: dict(sample=x(2, 4, 16, 16), timestep=torch.tensor(900), encoder_attention_mask=mask(), **text(16)),
     ),
+    "Transformer2DModel": (
+        dict(num_attention_heads=2, attention_head_dim=8, in_channels=16, num_layers=1, norm_num_groups=4,
+            cross_attention_dim=16),
+        lambda: dict(hidden_states=x(2, 16, 8, 8), timestep=torch.full((2,), 900), **text(16)),
+    ),
+    "DreamLiteTransformer2DModel": (
+        dict(num_attention_heads=2, attention_head_dim=8, in_channels=16, num_layers=1, norm_num_groups=4,
+            cross_attention_dim=16),
+        lambda: dict(hidden_states=x(2, 16, 8, 8), timestep=torch.full((2,), 900), **text(16)),
+    ),
+    "TransformerTemporalModel": (
+        dict(num_attention_heads=2, attention_head_dim=8, in_channels=16, num_layers=1, norm_num_groups=4),
+        lambda: dict(hidden_states=x(6, 16, 8, 8), timestep=torch.full((6,), 900), num_frames=3),
+    ),
 }  # fmt: skip
