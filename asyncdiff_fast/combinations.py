@@ -130,11 +130,11 @@ def _check_predictions(config):
 
 
 def _check_graphs(config):
-    if config.graphs is True and (config.num_stages > 1 or config.num_patches > 1):
+    if config.graphs is True and (config.pipelined or config.num_patches > 1):
         raise ValueError(
-            "calls that ranks share are not captured, whole ones only: got graphs=True, "
-            f"num_stages={config.num_stages}, num_patches={config.num_patches}; pass graphs=False, or "
-            "parallel_steps or cfg_parallel in their place"
+            "calls that patches share are not captured, whole ones and those of stages only: got graphs=True, "
+            f"num_patches={config.num_patches}, pipeline_patches={config.pipeline_patches}; pass graphs=False, or "
+            "parallel_steps, cfg_parallel or num_stages in their place"
         )
 
 

@@ -45,7 +45,8 @@ class Runtime:
         where = _device(denoiser)
         # Beneath every hook of ours.
         self._layers = DeviceLayers(denoiser, inside, world, where.type, self._signature)
-        shared = Shared(denoiser, config, self._signature, self._layers.packed, self._layers.choice, scheduler)
+        layers = self._layers.packed, self._layers.choice
+        shared = Shared(denoiser, config, self._signature, *layers, scheduler, self._layers.graphs)
         try:
             self._parts = Parts(shared, world, where, steps)
         except BaseException:
@@ -160,15 +161,16 @@ class Runtime:
 
     def _on_stages(self, tick, key, forward, args, kwargs):
         """This call, shared by the stages: of the whole picture, or of this rank's patch."""
-        kept = self._layers.during(forward, self._signature.latent)
         sharing = self._parts.stages or self._parts.pipeline
         if sharing is None:
-            result, mode = kept(*args, **kwargs), Mode.EXACT
+            whole = self._layers.whole(forward, self._signature.latent)
+            result, mode = whole(*args, **kwargs), Mode.EXACT
             if self._parts.patches is not None and self._parts.patches.mode is not PatchMode.SYNC:
                 mode = Mode.COMPUTE
         else:
             alone = self._parts.patches is self._parts.halves is self._parts.pipeline is None
             planning = functools.partial(self._planning, forward, learning=alone)
+            kept = self._layers.launched(forward, self._signature.latent)
             result, mode = sharing.call(tick, key, planning, kept, args, kwargs)
         self._calls[mode] += 1
         return result
