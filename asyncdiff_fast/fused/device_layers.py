@@ -54,12 +54,11 @@ class DeviceLayers:
         """`forward` of the denoiser with what is kept, see `Projections.during`: what graphs capture, too."""
         return self.projections.during(forward, latent)
 
-    def whole(self, forward, latent):
-        """The same of calls that no other rank has a part in: they are captured whole."""
-        kept = self.launched(forward, latent)
+    def whole(self, launched):
+        """What `launched` gave, of calls that no other rank has a part in: they are captured whole."""
         if self.graphs is None:
-            return kept
-        return lambda *args, **kwargs: self.graphs.call(kept, args, kwargs)
+            return launched
+        return lambda *args, **kwargs: self.graphs.call(launched, args, kwargs)
 
     def learning(self):
         """See `KernelChoice.learning`."""

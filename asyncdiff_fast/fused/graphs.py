@@ -81,6 +81,8 @@ class Graphs:
             held.copy_(x)
         call = functools.partial(self._run, kind, forward, *kind.arguments(leaves, tree))
         if kind.launches < launches:
+            if kind.launches and kind.pinned is not None and not kind.pinned.is_of(kind.inputs, given):
+                kind.pinned.make()
             try:
                 result = copied(self._recorded(kind, call))
             except BaseException:

@@ -89,7 +89,8 @@ class LonePlanner(Planner):
         """What `make_plan(denoiser, forward, args, kwargs, config)` makes of the first patch's call."""
         _, recorder = self._look(forward, args, kwargs)
         self.hooks.active = self._patch(recorder, args, kwargs, schedule.patch_axis(self.config, 0), 0)
-        cut_args, cut_kwargs = self.hooks.active.begin(self._signature, PatchMode.LOCAL, args, kwargs)
+        self.hooks.active.begin(PatchMode.LOCAL)
+        cut_args, cut_kwargs = self.hooks.active.cut(self._signature, args, kwargs)
         try:
             with self.hooks.active.following(self._signature.latent(cut_args, cut_kwargs)):
                 return make_plan(self.denoiser, self.hooks.counted(forward), cut_args, cut_kwargs, self.config)

@@ -9,6 +9,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from ..calls.schedule import Mode
+from ..fused.capture import at_once
 from ..prediction.call_check import CallCheck
 from ..prediction.trend import Trend
 from .cutset import NEXT_PREDICTION, PREDICTION
@@ -29,7 +30,7 @@ class Pass:
         self._device, self._units = device, Replay(plan.graph, placeholders)
         self._result_structure = self._next = None
         self._mode, self._keep, self._slots = Mode.EXACT, False, None
-        self._outside, self._held = (_now, False) if graphs is None else (graphs.outside, True)
+        self._outside, self._held = (at_once, False) if graphs is None else (graphs.outside, True)
 
     def bind(self, exchange, phase):
         """Allocate this rank's buffers and register its slots under a phase of the exchange. Collective."""
@@ -153,7 +154,3 @@ class Pass:
                 self.check.report.give(worst)
         # Copies: a scheduler may keep a prediction for longer than the buffer keeps it.
         return with_tensors(self._result_structure, [view.clone() for view in views])
-
-
-def _now(action, *args):
-    action(*args)

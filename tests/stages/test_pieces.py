@@ -12,9 +12,9 @@ import ranks
 import tiny_parts
 import torch
 import user_runs
+from launched_and_captured import both, equal
 from stand_in_graphs import Tape
 
-import asyncdiff_fast
 from asyncdiff_fast.fused import capture
 
 # Skips between stages; changes in place of what came and of what is sent; a module that runs twice; sixteen bits.
@@ -29,17 +29,6 @@ class FailsOnRankOne(Tape):
         if torch.distributed.get_rank() == 1 and self._program:
             raise RuntimeError("operation not permitted when stream is capturing")
         super().begin()
-
-
-def _patched(net, **options):
-    """(results of `run(net)` launched, the same captured, what is told of graphs)."""
-    run, found = options.pop("run"), []
-    for graphs in (False, True):
-        runtime = asyncdiff_fast.patch(net, warmup_steps=2, timeout_s=60, graphs=graphs, **options)
-        found.append(run(net))
-        told = runtime.stats()["kernels"].get("graphs")
-        asyncdiff_fast.unpatch(net)
-    return *found, told
 
 
 def _texts(net):
@@ -86,16 +75,16 @@ def _all(rank):
     for name in NETS:
         for predict in ("none", "linear") if name == "unet" else ("auto",):
             run = functools.partial(user_runs.generations, name=name)
-            found[name, predict] = _patched(user_runs.build(name), run=run, num_stages=2, predict=predict)
+            found[name, predict] = both(user_runs.build(name), run, num_stages=2, warmup_steps=2, predict=predict)
     unet = fused_checks.unet(block_out_channels=(16, 16), down_block_types=("CrossAttnDownBlock2D",) * 2,
                              up_block_types=("CrossAttnUpBlock2D",) * 2)  # fmt: skip
     for name, run in (("texts", _texts), ("replaced", _replaced), ("twice", _twice)):
-        found[name] = _patched(unet, run=run, num_stages=2)
+        found[name] = both(unet, run, num_stages=2, warmup_steps=2)
     capture.CudaGraphs, lines = FailsOnRankOne, []
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())
     logging.getLogger("asyncdiff_fast").addHandler(handler)
-    found["fails"] = _patched(unet, run=_texts, num_stages=2)
+    found["fails"] = both(unet, _texts, num_stages=2, warmup_steps=2)
     found["lines"] = [line for line in lines if "graphs=True" in line]
     return found
 
@@ -105,30 +94,24 @@ def pairs():
     return ranks.run(2, _all, timeout=240)
 
 
-def _equal(found):
-    launched, captured, told = found
-    assert len(launched) == len(captured) and all(map(torch.equal, launched, captured))
-    return told
-
-
 @pytest.mark.parametrize("rank", range(2))
 def test_pieces_give_what_launched_calls_give(rank):
     found = pairs()[rank]
     for name in NETS:
         for predict in ("none", "linear") if name == "unet" else ("auto",):
-            told = _equal(found[name, predict])
+            told = equal(found[name, predict])
             # Of 7 steps two are exact and one is launched; the second generation has the first's graphs.
             assert told == {"captured": 1, "replayed": 4 + 5, "refused": []}, (name, predict)
-    assert _equal(found["texts"]) == {"captured": 1, "replayed": 5 + 6, "refused": []}
-    assert _equal(found["twice"]) == {"captured": 2, "replayed": 2 * 5, "refused": []}
-    assert _equal(found["replaced"]) == {"captured": 2, "replayed": 2 * 5, "refused": []}
+    assert equal(found["texts"]) == {"captured": 1, "replayed": 5 + 6, "refused": []}
+    assert equal(found["twice"]) == {"captured": 2, "replayed": 2 * 5, "refused": []}
+    assert equal(found["replaced"]) == {"captured": 2, "replayed": 2 * 5, "refused": []}
 
 
 def test_a_rank_that_cannot_capture_launches():
     """The other one's posts come all the same; nothing was sent in the attempt."""
     first, second = (rank["fails"] for rank in pairs())
-    assert _equal(first)["captured"] == 1
-    told = _equal(second)
+    assert equal(first)["captured"] == 1
+    told = equal(second)
     assert told["captured"] == told["replayed"] == 0
     (line,) = pairs()[1]["lines"]
     assert "launched kernel by kernel: RuntimeError: operation not permitted" in line

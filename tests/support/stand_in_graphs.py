@@ -37,14 +37,12 @@ class Tape(Capture):
 
     @contextlib.contextmanager
     def around(self):
-        self._taken = []
+        self._memory = _Memory()
         yield
-        # Nothing has run yet.
-        for x in self._taken:
-            x.fill_(torch.nan)
+        self._memory.undo()
 
     def begin(self):
-        self._piece = _Taking(self._taken)
+        self._piece = _Taking(self._memory)
         self._piece.__enter__()
 
     def end(self):
@@ -53,20 +51,51 @@ class Tape(Capture):
         return piece.replay if piece.done else None
 
 
+class _Memory:
+    """What a capture makes, and what it writes over: while it lasts nothing runs, which shows afterwards."""
+
+    def __init__(self):
+        self._made, self._written, self._known = [], [], set()
+
+    def make(self, x):
+        self._known.add(x.untyped_storage().data_ptr())
+        self._made.append(x)
+
+    def write(self, x):
+        """`x` is about to be written."""
+        if x.untyped_storage().data_ptr() not in self._known:
+            self._known.add(x.untyped_storage().data_ptr())
+            self._written.append((x.untyped_storage(), x.untyped_storage().clone()))
+
+    def undo(self):
+        for storage, before in self._written:
+            storage.copy_(before)
+        for x in self._made:
+            if x.is_floating_point():
+                x.fill_(torch.nan)
+
+
 class _Taking(TorchDispatchMode):
-    def __init__(self, taken):
+    def __init__(self, memory):
         super().__init__()
-        self.done, self._taken = [], taken
+        self.done, self._memory = [], memory
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        named = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
+        writes = [named.get(a.name) for a in func._schema.arguments if a.alias_info and a.alias_info.is_write]
+        for x in tree_leaves(writes):
+            self._memory.write(x)
         result = func(*args, **kwargs)
-        given = {x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
         made = [x for x in tree_leaves(result) if isinstance(x, torch.Tensor)]
-        views = [x.untyped_storage().data_ptr() in given for x in made]
-        if not all(views) or any(x.alias_info and x.alias_info.is_write for x in func._schema.arguments):
+        storages = {x.untyped_storage().data_ptr() for x in given}
+        views = [x.untyped_storage().data_ptr() in storages for x in made]
+        for x, view in zip(made, views, strict=True):
+            if not view:
+                self._memory.make(x)
+        if writes or not all(views):
             self.done.append((func, args, kwargs, made, views))
-        self._taken += [x for x, view in zip(made, views, strict=True) if not view and x.is_floating_point()]
         return result
 
     def replay(self):
