@@ -130,11 +130,19 @@ def _check_predictions(config):
 
 
 def _check_graphs(config):
-    if config.graphs is True and (config.num_stages > 1 or config.num_patches > 1):
+    if config.graphs is not True:
+        return
+    if config.pipelined or (config.num_patches > 1 and config.num_stages > 1):
         raise ValueError(
-            "calls that ranks share are not captured, whole ones only: got graphs=True, "
-            f"num_stages={config.num_stages}, num_patches={config.num_patches}; pass graphs=False, or "
-            "parallel_steps or cfg_parallel in their place"
+            "calls that patches and stages share are not captured, those of either alone are: got graphs=True, "
+            f"num_stages={config.num_stages}, num_patches={config.num_patches}, "
+            f"pipeline_patches={config.pipeline_patches}; pass graphs=False, or num_stages or num_patches alone"
+        )
+    if config.num_patches > 1 and config.exchange != "displaced":
+        raise ValueError(
+            "of patches only displaced calls are captured: got graphs=True, "
+            f"num_patches={config.num_patches}, exchange={config.exchange!r}; pass graphs=False, or "
+            'exchange="displaced"'
         )
 
 

@@ -48,16 +48,20 @@ class Route:
             def run(args, kwargs):
                 return self._on_stages(tick, inputs_key(args, kwargs), counted, args, kwargs)
 
-            return self._parts.patches.call(tick, key, quiet, run, args, kwargs)
+            result = self._parts.patches.call(tick, key, quiet, run, args, kwargs)
+        if self._parts.stages is None:
+            # A call that is replayed comes no further.
+            self.calls[Mode.EXACT if self._parts.patches.mode is PatchMode.SYNC else Mode.COMPUTE] += 1
+        return result
 
     def _on_stages(self, tick, key, forward, args, kwargs):
         """This call, shared by the stages: of the whole picture, or of this rank's patch."""
-        kept = self._layers.during(forward, self._signature.latent)
         sharing = self._parts.stages or self._parts.pipeline
+        kept = self._layers.launched(forward, self._signature.latent)
+        if sharing is None and self._parts.patches is not None:
+            return kept(*args, **kwargs)
         if sharing is None:
-            result, mode = kept(*args, **kwargs), Mode.EXACT
-            if self._parts.patches is not None and self._parts.patches.mode is not PatchMode.SYNC:
-                mode = Mode.COMPUTE
+            result, mode = self._layers.whole(kept)(*args, **kwargs), Mode.EXACT
         else:
             alone = self._parts.patches is self._parts.halves is self._parts.pipeline is None
             planning = functools.partial(self._planning, forward, learning=alone)

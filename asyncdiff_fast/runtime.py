@@ -45,7 +45,8 @@ class Runtime:
         where = _device(denoiser)
         # Beneath every hook of ours.
         self._layers = DeviceLayers(denoiser, inside, world, where.type, self._signature)
-        shared = Shared(denoiser, config, self._signature, self._layers.packed, self._layers.choice, scheduler)
+        layers = self._layers.packed, self._layers.choice
+        shared = Shared(denoiser, config, self._signature, *layers, scheduler, self._layers.graphs)
         try:
             self._parts = Parts(shared, world, where, steps)
         except BaseException:

@@ -8,12 +8,15 @@ import torch
 from .calls.signature import CallSignature
 from .config import Config
 from .fused.choice import KernelChoice
+from .fused.graphs import Graphs
 from .fused.packed import PackedWeights
 
 
 @dataclass(frozen=True)
 class Shared:
-    """`choice` is None where only torch's kernels are to run, `scheduler` where the caller has named none."""
+    """`choice` is None where only torch's kernels are to run, `scheduler` where the caller has named none, `graphs`
+    where calls are not captured.
+    """
 
     denoiser: torch.nn.Module
     config: Config
@@ -21,3 +24,4 @@ class Shared:
     packed: PackedWeights
     choice: KernelChoice | None = None
     scheduler: Any = None
+    graphs: Graphs | None = None

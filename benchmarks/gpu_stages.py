@@ -59,6 +59,8 @@ def stages(options):
         f"patches_{name}": run("patch_compute", *on_cpu, *sizes, "--options", f"kernels={name}", "--save")
         for name in (("torch",) if tiny else ("auto", "torch"))
     }
+    few = ["--device", "cpu", "--model", "tiny", "--rounds", "2"] if tiny else ["--model", "sdxl"]
+    pieces = run("pieces", *few, "--kernels", *(("torch",) if tiny else ("auto", "torch")), "--save")
     ops = {name: run(f"bench_{name}", *on_cpu, "--quick") for name in ("group_norm", "attention", "pointwise")}
     ops["goals"] = run("goals")
     compiled = run("single_device", *model, "--kernels", "torch", "--compile", "blocks", "--save")
@@ -69,6 +71,7 @@ def stages(options):
         Stage("build", 5, 120, {"build": run("gpu_build", options.site)}),
         Stage("facts", 5, 30, {"facts": run("gpu_smoke", "facts")}, vital=True),
         Stage("smoke", 10, 75, {"smoke": run("gpu_smoke", "right")}, ("exchange_smoke", exchange_tests)),
+        Stage("pieces", 20, 120, {"pieces": pieces}),
         Stage("single", 30, 150, {"single": single}),
         Stage("kernels", 30, 150, {"kernels": tests("tests/kernels/test_gpu_kernels.py")}),
         Stage("exchange", 15, 60, {"exchange": run("bench_exchange", "--only", "gpu", "--quick", "--save")}),

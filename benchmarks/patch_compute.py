@@ -132,7 +132,7 @@ def row(options, pixels, patches):
     layers.choice.patches = patches_of
     layers.begin()
     try:
-        forward = layers.during(denoiser.forward, signature.latent)
+        forward = layers.launched(denoiser.forward, signature.latent)
         plan, call = LonePlanner(shared, patches_of.hooks).emulate(rank, forward, (), inputs, exchange)
         with layers.learning():
             for mode in (PatchMode.SYNC, PatchMode.DISPLACED, PatchMode.DISPLACED):

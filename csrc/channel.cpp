@@ -142,7 +142,8 @@ void Channel::acquire(int slot, Stream stream) {
   ADF_EDGE(Edge::WriteAfterSend, order_after(&s, s.posted - s.depth, stream));
 }
 
-void Channel::guard_order(const Slot& slot, Phase* phase) {
+void Channel::guard_order(const Slot& slot) {
+  Phase* phase = slot.order;
   const Slot& next = *slots_[phase->slots[phase->cursor]];
   if (&next != &slot) {
     throw ExchangeError("slots are posted in their frozen order: '" + next.name + "' is next, not '" + slot.name + "'");
@@ -157,11 +158,10 @@ void Channel::guard_order(const Slot& slot, Phase* phase) {
 void Channel::post(int slot, Stream stream) {
   enter();
   Slot& s = at(slot);
-  const auto phase = phases_.find(s.phase);
-  if (s.place < 0 || phase == phases_.end()) {
+  if (s.order == nullptr) {
     throw std::invalid_argument("slot '" + s.name + "' is posted after freeze, not before");
   }
-  guard_order(s, &phase->second);
+  guard_order(s);
   post_now(slots_[slot], stream);
 }
 

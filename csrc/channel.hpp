@@ -66,9 +66,15 @@ class Channel {
   void close(double patience_s);
 
  private:
+  struct Phase {
+    std::vector<int> slots;
+    size_t cursor = 0;
+  };
   struct Slot : Group {
     std::string phase;
     int place = -1;
+    // Of the phase that it is frozen in; null before.
+    Phase* order = nullptr;
     uint64_t posted = 0;
     // Posts that the transport has taken on; one less than `posted` during a post.
     uint64_t submitted = 0;
@@ -79,10 +85,6 @@ class Channel {
     double wait_us = 0;
     // Number of the post in the whole channel, for each of the depth.
     std::vector<uint64_t> sequence;
-  };
-  struct Phase {
-    std::vector<int> slots;
-    size_t cursor = 0;
   };
   struct Posted {
     std::shared_ptr<Slot> slot;
@@ -99,7 +101,7 @@ class Channel {
   void enter();
   void put_away();
   void grow_history(size_t marks);
-  void guard_order(const Slot& slot, Phase* phase);
+  void guard_order(const Slot& slot);
   void post_now(const std::shared_ptr<Slot>& slot, Stream stream);
   void order_after(Slot* slot, uint64_t epoch, Stream stream);
   void finish(Slot* slot, int64_t epoch, Clock::time_point deadline);

@@ -27,7 +27,9 @@ void Channel::freeze(const std::string& phase, const std::vector<int>& slots,
     fail(transport_->name() + ", phase '" + phase + "': " + error.what());
     raise();
   }
-  phases_[phase].slots = slots;
+  Phase& order = phases_[phase];
+  order.slots = slots;
+  for (int number : slots) at(number).order = &order;
 }
 
 void Channel::release(const std::string& phase) {

@@ -77,19 +77,28 @@ class Engine:
 
     def acquire(self, slot):
         """Before writing the next send buffer: its last use must be over."""
-        with self._reporting():
+        try:
             self._channel.acquire(slot.tag, self._stream())
+        except ExchangeError:
+            self.report_posts()
+            raise
 
     def post(self, slot):
         """Begin the slot's sends and receives: what was written on the current stream until now is what travels."""
-        with self._reporting():
+        try:
             self._channel.post(slot.tag, self._stream())
+        except ExchangeError:
+            self.report_posts()
+            raise
         slot.epoch += 1
 
     def wait(self, slot, lag=0):
         """Make the current stream (the host, for CPU tensors) wait for the epoch `lag` posts before the latest."""
-        with self._reporting():
+        try:
             self._channel.wait(slot.tag, self._stream(), lag)
+        except ExchangeError:
+            self.report_posts()
+            raise
 
     def drain(self, phases=None):
         """Let the host wait for everything that is under way; both sides must have posted it."""
@@ -177,10 +186,17 @@ class Engine:
         return device.type == self.device.type and self.device.index in (None, device.index)
 
     def _stream(self):
-        return 0 if self.kind == "shm" else torch.cuda.current_stream(self.device).cuda_stream
+        # Its handle alone: to make torch's object of a stream takes longer than the rest of what is Python's in a post.
+        return 0 if self.kind == "shm" else torch._C._cuda_getCurrentRawStream(self.device.index)
 
+    @contextlib.contextmanager
     def _reporting(self):
-        return _Reporting(self)
+        """Around calls of the channel that come seldom; posts and waits, of which a call has many, do without."""
+        try:
+            yield
+        except ExchangeError:
+            self.report_posts()
+            raise
 
     def report_posts(self):
         """Log, once, what was posted last before a failure."""
@@ -194,22 +210,6 @@ class Engine:
             for phase, slot, epoch, age, state in shown
         ]
         log.error("rank %s, last posts:\n%s", self.world.name, "\n".join(lines) or "  none")
-
-
-class _Reporting:
-    """Around a call of the channel; cheaper than a generator."""
-
-    __slots__ = ("engine",)
-
-    def __init__(self, engine):
-        self.engine = engine
-
-    def __enter__(self):
-        return None
-
-    def __exit__(self, kind, error, trace):
-        if kind is not None and issubclass(kind, ExchangeError):
-            self.engine.report_posts()
 
 
 class _Closed:

@@ -1,7 +1,5 @@
 """All that one device makes faster in one denoiser, whichever parts of a call fall to it."""
 
-import functools
-
 from . import graphs
 from .choice import KernelChoice
 from .fusion import Fusion
@@ -30,7 +28,7 @@ class DeviceLayers:
         self.choice.joined = self._joined = Joined(denoiser, whole and config.kernels == "auto")
         # Patches that pass through a rank would make them one after another. Replayed, they cost the device's time;
         # launched on one device, as much of the host's as finding out that they are the same.
-        replayed = self.choice.alone and captured and config.kernels != "torch"
+        replayed = captured and config.kernels != "torch"
         again = patches or config.pipeline_count > 1 or replayed
         self.projections = Projections(
             denoiser, again, self._fusion.taken_over | self._joined.layers, self.packed.forwards
@@ -52,11 +50,15 @@ class DeviceLayers:
         if self.graphs is not None:
             self.graphs.begin()
 
-    def during(self, forward, latent):
-        """`forward` of the denoiser with all that is kept: see `Projections.during`, or `Graphs`."""
-        if self.graphs is not None:
-            return functools.partial(self.graphs.call, forward)
+    def launched(self, forward, latent):
+        """`forward` of the denoiser with what is kept, see `Projections.during`: what graphs capture, too."""
         return self.projections.during(forward, latent)
+
+    def whole(self, launched):
+        """What `launched` gave, of calls that no other rank has a part in: they are captured whole."""
+        if self.graphs is None:
+            return launched
+        return lambda *args, **kwargs: self.graphs.call(launched, args, kwargs)
 
     def learning(self):
         """See `KernelChoice.learning`."""

@@ -1,64 +1,30 @@
-"""Whole calls of a denoiser as CUDA graphs: captured once for each kind of call, then replayed.
+"""Calls of a denoiser as CUDA graphs: captured once for each kind of call, then replayed.
 
 Launched one by one, the kernels of a call can take the host longer than the device; a replayed graph is one launch. Its
 kernels read and write the same memory each time: the arguments of a call are copied into tensors that stay, and its
-results out of them. Calls are of one kind if only the numbers in their tensors differ, and the timestep. The first of a
-kind is launched, which compiles, measures and chooses; the second is captured. What depends on nothing that changes in
-every call, such as the text's keys and values, has a graph of its own (`pinned.py`). Graphs share one pool of memory.
+results out of them. The first calls of a kind (`kinds.py`) are launched, which compiles, measures and chooses; the next
+is captured (`capture.py`): whole on one device, in pieces where stages or patches post and wait in it. What depends on
+nothing that changes in every call, such as the text's keys and values, has a graph of its own (`pinned.py`). Graphs
+share one pool of memory.
 """
 
 import contextlib
 import functools
 import logging
 from collections import OrderedDict
-from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils._pytree import tree_flatten
 
-from ..hooks import ForwardHook
 from ..modules import step_cache, structure
+from . import capture
+from .kinds import NUMBERS, Kind, copied, foreign_hook, key_of, place_for
 from .pinned import Pinned
 from .repeatable import stranger
 
 log = logging.getLogger(__name__)
 # Kinds of calls that are kept, such as those of several sizes.
 KEPT = 8
-_NUMBERS = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
-
-
-class CudaGraphs:
-    """Captures on a GPU."""
-
-    device_type = "cuda"
-
-    def __init__(self):
-        self._pool = None
-
-    def capture(self, call):
-        """(function that replays, result that it writes) of a call, which has run before and does not run now."""
-        self._pool = self._pool or torch.cuda.graph_pool_handle()
-        graph = torch.cuda.CUDAGraph()
-        # Other threads, such as NCCL's watchdog, may go on.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            result = call()
-        return graph.replay, result
-
-
-@dataclass
-class _Kind:
-    """One kind of call: `inputs` are the tensors that stay, `replay` is None until it was captured.
-
-    `make` fills what is `pinned`, if there is anything.
-    """
-
-    inputs: list
-    pinned: Any = None
-    make: Any = None
-    replay: Any = None
-    result: Any = None
-    refused: bool = False
 
 
 class Graphs:
@@ -66,17 +32,22 @@ class Graphs:
 
     Args:
         signature: the denoiser's `CallSignature`; projections: its `Projections`.
-        first: context in which the first call of a kind is launched.
+        first: context in which the first calls of a kind are launched.
         cautious: True launches what somebody else's modules might make another call of each time.
-        captures: what captures, as `CudaGraphs`.
+        captures: what captures, a `Capture`.
     """
 
     def __init__(self, denoiser, signature, projections, first=contextlib.nullcontext, cautious=False, captures=None):
         self._denoiser, self._signature, self._projections = denoiser, signature, projections
         self._first, self._cautious, self._stranger = first, cautious, None
-        self._captures = captures or CudaGraphs()
+        self._captures = captures or capture.CudaGraphs()
         self._kinds, self._state, self._told = OrderedDict(), None, set()
         self.captured = self.replayed = 0
+
+    @property
+    def outside(self):
+        """What a call does that no graph may hold: see `Capture.outside`."""
+        return self._captures.outside
 
     def begin(self):
         """A generation begins: graphs of other modules, or of weights that lie elsewhere now, are forgotten."""
@@ -90,38 +61,47 @@ class Graphs:
             if kind.pinned is not None:
                 kind.pinned.forget()
 
-    def call(self, forward, *args, **kwargs):
-        """What `forward(*args, **kwargs)` returns, in new tensors."""
+    def call(self, forward, args, kwargs, of=None, launches=1):
+        """What `forward(*args, **kwargs)` returns, in new tensors.
+
+        Args:
+            of: whose call it is, where several make calls that differ in more than their arguments; hashable.
+            launches: how many calls of a kind are launched before one is captured.
+        """
         leaves, tree = self._leaves(args, kwargs)
-        launched = self._projections.during(forward, self._signature.latent)
         refusal = self._why_not(leaves)
         if refusal:
-            return self._launched(refusal, launched, args, kwargs)
-        kind, known = self._kind(tree, leaves)
+            return self._launched(refusal, forward, args, kwargs)
+        key = of, *key_of(tree, leaves, self._captures.device_type)
+        kind = self._kind(key, tree, leaves)
         if kind.refused:
-            return launched(*args, **kwargs)
+            return forward(*args, **kwargs)
         given = [x for x in leaves if isinstance(x, torch.Tensor)]
         for held, x in zip(kind.inputs, given, strict=True):
             held.copy_(x)
-        call = functools.partial(self._run, kind, forward, *tree_unflatten(_put_in(leaves, kind.inputs), tree))
-        if not known:
+        call = functools.partial(self._run, kind, forward, *kind.arguments(leaves, tree))
+        if kind.launches < launches:
+            if kind.launches and kind.pinned is not None and not kind.pinned.is_of(kind.inputs, given):
+                kind.pinned.make()
             try:
-                return _copied(self._recorded(kind, call))
+                result = copied(self._recorded(kind, call))
             except BaseException:
                 # The next one is the first.
-                self._kinds.popitem()
+                self._kinds.pop(key, None)
                 raise
+            kind.launches += 1
+            return result
         if kind.replay is None:
             try:
                 self._capture(kind, call)
             except Exception as error:
-                vars(kind).update(vars(_Kind([], refused=True)))
-                return self._launched(f"{type(error).__name__}: {error}".splitlines()[0], launched, args, kwargs)
+                kind.refuse()
+                return self._launched(f"{type(error).__name__}: {error}".splitlines()[0], forward, args, kwargs)
         if kind.make is not None and not kind.pinned.is_of(kind.inputs, given):
             kind.make()
         kind.replay()
         self.replayed += 1
-        return _copied(kind.result)
+        return copied(kind.result)
 
     def _run(self, kind, forward, args, kwargs):
         """The forward of one kind of call, with its arguments that stay."""
@@ -131,17 +111,18 @@ class Graphs:
         return forward(*args, **kwargs)
 
     def _recorded(self, kind, call):
-        """The result of the first call of a kind, which is launched."""
+        """The result of a first call of a kind, which is launched."""
         with self._first(), kind.pinned.recording() if kind.pinned is not None else contextlib.nullcontext():
             return call()
 
     def _capture(self, kind, call):
-        hook = _hook(self._denoiser)
+        hook = foreign_hook(self._denoiser)
         if hook:
             raise RuntimeError(hook)
-        if kind.pinned is not None and kind.pinned.nbytes:
-            kind.make, _ = self._captures.capture(kind.pinned.make)
-        kind.replay, kind.result = self._captures.capture(call)
+        with torch.cuda.device_of(kind.inputs[0]):
+            if kind.pinned is not None and kind.pinned.nbytes:
+                kind.make, _ = self._captures.capture(kind.pinned.make)
+            kind.replay, kind.result = self._captures.capture(call)
         self._check(kind.result)
         self.captured += 1
 
@@ -149,9 +130,10 @@ class Graphs:
         """Dict, fit for JSON: how many kinds of calls were captured, how often one was replayed, why others not."""
         return {"captured": self.captured, "replayed": self.replayed, "refused": sorted(self._told)}
 
-    def forget(self):
-        """Free every graph."""
-        self._kinds.clear()
+    def forget(self, of=None):
+        """Free every graph, or those of one caller."""
+        for key in [key for key in self._kinds if of is None or key[0] == of]:
+            del self._kinds[key]
 
     def _leaves(self, args, kwargs):
         """The arguments as a flat list; the timestep, which changes at every step, is a tensor on the device there."""
@@ -174,7 +156,7 @@ class Graphs:
         elsewhere = [x for x in leaves if isinstance(x, torch.Tensor) and not self._is_there(x)]
         if elsewhere or not any(map(self._is_there, leaves)):
             return f"an argument is on {elsewhere[0].device if elsewhere else 'no device'}"
-        odd = [x for x in leaves if not isinstance(x, (torch.Tensor, *_NUMBERS))]
+        odd = [x for x in leaves if not isinstance(x, (torch.Tensor, *NUMBERS))]
         if odd:
             return f"an argument is a {type(odd[0]).__name__}"
         if self._denoiser.training:
@@ -183,41 +165,40 @@ class Graphs:
             return "a step cache of diffusers is enabled"
         return self._stranger
 
-    def _kind(self, tree, leaves):
-        """(the `_Kind` of a call, whether there was one before)."""
-        key = str(tree), tuple(map(_described, leaves)), _autocast(self._captures.device_type)
-        known = key in self._kinds
-        if not known:
+    def _kind(self, key, tree, leaves):
+        """The `Kind` of a call, the one used last."""
+        if key not in self._kinds:
             self._kinds[key] = self._made(tree, leaves)
         self._kinds.move_to_end(key)
         while len(self._kinds) > KEPT:
             self._kinds.popitem(last=False)
-        return self._kinds[key], known
+        return self._kinds[key]
 
     def _made(self, tree, leaves):
-        hook = _hook(self._denoiser)
+        hook = foreign_hook(self._denoiser)
         if hook:
-            self._tell(hook)
-            return _Kind([], refused=True)
+            self.tell(hook)
+            return Kind([], refused=True)
         # Ordinary tensors, whatever mode this call runs in: they are written in later ones too.
         with torch.inference_mode(False):
-            held = [_place_for(x) for x in leaves if isinstance(x, torch.Tensor)]
-        if not self._projections.active:
-            return _Kind(held)
-        call = tree_unflatten(_put_in(leaves, held), tree)
-        return _Kind(held, Pinned(call, self._signature.latent(*call)))
+            kind = Kind([place_for(x) for x in leaves if isinstance(x, torch.Tensor)])
+        if self._projections.active:
+            call = kind.arguments(leaves, tree)
+            kind.pinned = Pinned(call, self._signature.latent(*call))
+        return kind
 
     def _check(self, result):
         """Raises: TypeError if there is anything in a result but tensors and plain values."""
-        odd = [x for x in tree_flatten(result)[0] if not isinstance(x, (torch.Tensor, *_NUMBERS))]
+        odd = [x for x in tree_flatten(result)[0] if not isinstance(x, (torch.Tensor, *NUMBERS))]
         if odd:
             raise TypeError(f"the denoiser returns a {type(odd[0]).__name__}")
 
     def _launched(self, why, forward, args, kwargs):
-        self._tell(why)
+        self.tell(why)
         return forward(*args, **kwargs)
 
-    def _tell(self, why):
+    def tell(self, why):
+        """Log, once, why calls are launched kernel by kernel; `summary` has it too."""
         if why not in self._told:
             self._told.add(why)
             level, given = (logging.INFO, "graphs=auto") if self._cautious else (logging.WARNING, "graphs=True")
@@ -229,41 +210,4 @@ def wanted(denoiser, config, device_type):
     if config.graphs != "auto":
         return config.graphs
     whole = config.num_stages == config.num_patches == 1
-    return whole and device_type == CudaGraphs.device_type and stranger(denoiser) is None
-
-
-def _place_for(x):
-    """A tensor like x, each of whose elements has a place of its own: a timestep may be one for the whole batch."""
-    strides = torch.empty_like(x).stride() if 0 in x.stride() else x.stride()
-    return torch.empty_strided(x.shape, strides, dtype=x.dtype, device=x.device)
-
-
-def _copied(result):
-    return tree_map(lambda x: x.clone() if isinstance(x, torch.Tensor) else x, result)
-
-
-def _put_in(leaves, tensors):
-    """The leaves with other tensors in the places of theirs."""
-    tensors = iter(tensors)
-    return [next(tensors) if isinstance(x, torch.Tensor) else x for x in leaves]
-
-
-def _described(x):
-    """What calls of one kind have in common at one place."""
-    if isinstance(x, torch.Tensor):
-        return x.shape, x.stride(), x.dtype, x.device
-    return type(x), x
-
-
-def _autocast(device_type):
-    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
-
-
-def _hook(denoiser):
-    """Why a replay would leave out what somebody's hooks do; None if there are none."""
-    for name, module in denoiser.named_modules():
-        registered = getattr(getattr(module, "_diffusers_hook", None), "hooks", {}).values()
-        others = not all(isinstance(hook, ForwardHook) for hook in registered)
-        if others or module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook"):
-            return f"a hook is on {name or 'the denoiser'}"
-    return None
+    return whole and device_type == capture.CudaGraphs.device_type and stranger(denoiser) is None

@@ -49,7 +49,8 @@ class Projections:
         """`forward` of the denoiser, such that what was kept is used in it; `latent(args, kwargs)` is no constant."""
 
         def run(*args, **kwargs):
-            if not self.active:
+            # A `Pinned` answers before anything is looked up.
+            if not self.active or self._pinned is not None:
                 return forward(*args, **kwargs)
             self._arguments = by_place((args, kwargs), latent(args, kwargs))
             self._inside = True

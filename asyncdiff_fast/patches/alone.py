@@ -52,8 +52,9 @@ class LonePlanner(Planner):
     def emulate(self, number, forward, args, kwargs, exchange):
         """One patch's calls in a process that knows no other patch, to measure what a rank computes.
 
-        Returns: (`PatchPlan`, a function of a `PatchMode` that carries out the patch's call with these arguments). The
-            exchange sees all its posts and waits; received is what it writes.
+        Returns: (`PatchPlan`, a function of a `PatchMode`, and of `through` as `Hooks.on_patch` takes it, that carries
+            out the patch's call with these arguments). The exchange sees all its posts and waits; received is what it
+            writes.
         """
         plan, patches, samples, whole, run = self.planned(forward, args, kwargs)
         patch = patches[number]
@@ -61,11 +62,14 @@ class LonePlanner(Planner):
         patch.bind(plan, exchange, "emulated", samples)
         patch.bind_result(exchange, "emulated")
         # Not quiet: to look into every module around each call is no part of what a rank computes.
-        counted = self.hooks.counted(forward)
+        counted, given = self.hooks.counted(forward), self._with_own_latent(args, kwargs)
 
-        def call(mode):
+        def run(args, kwargs):
+            return counted(*args, **kwargs)
+
+        def call(mode, through=None):
             with torch.no_grad():
-                return self._on_patch(patch, mode, lambda args, kwargs: counted(*args, **kwargs), args, kwargs)
+                return self.hooks.on_patch(patch, self._signature, mode, run, *given, through=through)
 
         return plan, call
 
@@ -98,7 +102,8 @@ class LonePlanner(Planner):
         """What `make_plan(denoiser, forward, args, kwargs, config)` makes of the first patch's call."""
         _, recorder = self._look(forward, args, kwargs)
         self.hooks.active = self._patch(recorder, args, kwargs, schedule.patch_axis(self.config, 0), 0)
-        cut_args, cut_kwargs = self.hooks.active.begin(self._signature, PatchMode.LOCAL, args, kwargs)
+        self.hooks.active.begin(PatchMode.LOCAL)
+        cut_args, cut_kwargs = self.hooks.active.cut(self._signature, args, kwargs)
         try:
             with self.hooks.active.following(self._signature.latent(cut_args, cut_kwargs)):
                 return make_plan(self.denoiser, self.hooks.counted(forward), cut_args, cut_kwargs, self.config)

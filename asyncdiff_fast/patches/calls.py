@@ -1,5 +1,6 @@
 """The patches of one denoiser, seen from one rank: plans them at the first call, then carries out each call."""
 
+import functools
 import logging
 
 from ..calls import schedule
@@ -22,13 +23,14 @@ KEPT_PATCHES = 8
 
 
 class Patches:
-    """`plan` is the latest plan (None before the first call)."""
+    """`plan` is the latest plan, `mode` the `PatchMode` of the latest call (None before the first)."""
 
     def __init__(self, shared, world, exchange):
         self.config, self.exchange = shared.config, exchange
-        self.plan, self.hooks = None, Hooks(shared.denoiser)
+        self.plan, self.mode, self.hooks = None, None, Hooks(shared.denoiser)
         self.planner = Planner(shared, world, self.hooks)
         self._signature, self._scheduler = shared.signature, shared.scheduler
+        self._graphs = shared.graphs
         self._patches, self._phases = {}, 0
         self._pace = Pace(shared.config, world)
         # {place of a patch: step of its latest call in this generation}
@@ -61,7 +63,7 @@ class Patches:
         if error is not None:
             # Every rank goes the same way, so all are here.
             log.info("patches are planned anew: %s", error)
-            self._patches.pop(place).release()
+            self._release(self._patches.pop(place))
             self._last_steps.pop(place, None)
             place, expected = self._plan(tick, key, forward, args, kwargs), None
             result, error = self._attempt(place, tick, run, args, kwargs)
@@ -100,7 +102,7 @@ class Patches:
         place = self._place(tick, key, args, kwargs)
         self._patches[place] = patch
         for old in list(self._patches)[:-KEPT_PATCHES]:
-            self._patches.pop(old).release()
+            self._release(self._patches.pop(old))
         if tick.call == 0 or self.plan is None:
             self.plan = patch.plan
         return place
@@ -123,20 +125,27 @@ class Patches:
         first = mode is PatchMode.DISPLACED and patch.displaced_calls < 2
         with self.exchange.step(), self.planner.learning(first):
             try:
-                result = self.hooks.on_patch(patch, self._signature, mode, run, args, kwargs)
+                through = self._through(patch, mode)
+                result = self.hooks.on_patch(patch, self._signature, mode, run, args, kwargs, through=through)
             except Lost as error:
                 # Stages beneath may have sent what nobody will read.
                 if self.config.num_stages > 1:
                     raise
                 return None, error
+        self.mode = mode
         if patch.keep:
             patch.trend.made(tick.step)
         return result, None
 
-    @property
-    def mode(self):
-        """`PatchMode` of the call under way."""
-        return self.hooks.active.mode
+    def _through(self, patch, mode):
+        """What makes displaced calls, captured in pieces between their posts; None where they are launched."""
+        if self._graphs is None or mode is not PatchMode.DISPLACED:
+            return None
+        if patch.region is not None:
+            self._graphs.tell("patches share the blocks alone, and exchange within the denoiser")
+            return None
+        # The first learns what is posted together, the second which kernels are faster.
+        return functools.partial(self._graphs.call, of=patch, launches=2)
 
     def begin_generation(self):
         """What an earlier generation left behind is not read again."""
@@ -162,9 +171,16 @@ class Patches:
 
     def forget(self, released=False):
         """Drop all plans, buffers and hooks; the slots too, unless they are `released`."""
-        for patch in () if released else self._patches.values():
-            patch.release()
+        for patch in self._patches.values():
+            self._release(patch, released)
         self._patches.clear()
         self._reads.clear()
         self.hooks.remove()
         self.plan = None
+
+    def _release(self, patch, released=False):
+        """Forget the graphs of a patch, and its slots unless they are `released`."""
+        if self._graphs is not None:
+            self._graphs.forget(patch)
+        if not released:
+            patch.release()

@@ -50,20 +50,28 @@ class Hooks:
 
         return begun
 
-    def on_patch(self, patch, signature, mode, run, args, kwargs, exact=False):
+    def on_patch(self, patch, signature, mode, run, args, kwargs, exact=False, through=None):
         """The denoiser's result for the whole picture, of one call on a patch. Collective over the patches.
 
         Args:
             run: `run(args, kwargs)` is the call on the patch; the forward in it is `counted`.
             exact: see `Patch.begin`.
+            through: `through(made, args, kwargs)` gives what `made(*args, **kwargs)` would; None: it is called.
         """
-        cut_args, cut_kwargs = patch.begin(signature, mode, args, kwargs, exact)
-        self.active = patch
-        try:
-            with patch.following(signature.latent(cut_args, cut_kwargs)):
-                result = run(cut_args, cut_kwargs)
-        finally:
-            self.active = None
+
+        def made(*args, **kwargs):
+            cut_args, cut_kwargs = patch.cut(signature, args, kwargs)
+            self.active = patch
+            try:
+                with patch.following(signature.latent(cut_args, cut_kwargs)):
+                    result = run(cut_args, cut_kwargs)
+            finally:
+                self.active = None
+            patch.complete()
+            return result
+
+        patch.begin(mode, exact)
+        result = made(*args, **kwargs) if through is None else through(made, args, kwargs)
         return patch.end(result) if patch.bound else result
 
     def attach(self, recorder, patch):

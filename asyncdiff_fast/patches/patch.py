@@ -6,6 +6,7 @@ import torch
 from torch.nn import functional as F
 
 from ..calls.schedule import PatchMode
+from ..fused.capture import at_once
 from ..fused.layers import exact
 from ..prediction.call_check import CallCheck
 from ..prediction.trend import Trend
@@ -31,6 +32,7 @@ class Patch:
     def __init__(self, shared, cutter, number, device):
         config, self._packed, self._choice = shared.config, shared.packed, shared.choice
         self.config, self.cutter, self.number, self.device = config, cutter, number, device
+        self._outside = at_once if shared.graphs is None else shared.graphs.outside
         self.mode, self.group_norm, self.bessel = PatchMode.LOCAL, config.group_norm, config.bessel
         self.plan = None
         # Where alone this is a patch, None: in all of a call.
@@ -125,12 +127,14 @@ class Patch:
         """What a site of the plan gives on this patch."""
         if self.mode is not PatchMode.DISPLACED:
             return state.run(func, args, kwargs, self)
-        self._slots.before(index)
         if getattr(state, "ready", None) is None:
-            state.arrived(self)
+            self._slots.before(index, self._arrived)
         result = state.run(func, args, kwargs, self)
         self._slots.after(index)
         return result
+
+    def _arrived(self, state):
+        state.arrived(self)
 
     def _probed(self, key, entry, func, args, kwargs):
         """The result of a watched call at the first look, which is noted."""
@@ -192,8 +196,7 @@ class Patch:
         self.way.enter(names[0])
         self._follow(index)
         for i in (index, reader):
-            self._slots.before(i)
-        halo.arrived(self)
+            self._slots.before(i, self._arrived)
         y = state.fused(x, norm.weight, norm.bias, norm.eps, self.group_norm, self, silu=True, **borders, **added)
         self._slots.after(index)
         self.way.leave()
@@ -234,7 +237,7 @@ class Patch:
             state.sample = samples.get(index)
         if self.config.predicts_patches:
             self.check.bind(self._checked(), self.device)
-        self._slots = PatchSlots(plan, self._order, exchange, phase)
+        self._slots = PatchSlots(plan, self._order, exchange, phase, self._outside)
 
     def _checked(self):
         """{key: name} of the parts whose predictions are looked at: one of each site, of many sites some."""
@@ -274,26 +277,36 @@ class Patch:
         self.trend.begin(instants)
         self.check.begin_generation()
 
-    def begin(self, signature, mode, args, kwargs, exact=False):
-        """(args, kwargs) of this patch. With `exact` the result is the unpatched denoiser's, whatever the options."""
-        self.mode, self._latent = mode, signature.latent(args, kwargs)
+    # Of one that is captured `cut` and `complete`, and what is between them, do not run again.
+
+    def begin(self, mode, exact=False):
+        """A call begins. With `exact` the result is the unpatched denoiser's, whatever the options."""
+        self.mode = mode
         self.bessel = self.config.bessel and not exact
         self.check.begin(mode is PatchMode.SYNC, self.keep)
         self._together, self._cut = False, {}
         if mode is PatchMode.SYNC and self._slots is not None:
             self._slots.settle()
+
+    def cut(self, signature, args, kwargs):
+        """(args, kwargs) of this patch; the whole picture's where the patch is one in a region alone."""
+        self._latent = signature.latent(args, kwargs)
         return self.cutter.cut(signature, args, kwargs) if self.region is None else (args, kwargs)
+
+    def complete(self):
+        """The forward is over. Raises: Lost if not all sites of the plan were met."""
+        self._latent = None
+        followed = self.mode is PatchMode.SYNC or (self.mode is PatchMode.DISPLACED and self.way.displaced is not None)
+        if followed and self.bound and self.plan is not None:
+            self.way.end(self._expected())
 
     def end(self, result):
         """The result for the whole picture, in new tensors."""
-        self._latent = None
         self.displaced_calls += self.mode is PatchMode.DISPLACED
         if self.mode is PatchMode.DISPLACED and self.way.displaced is None:
             # Its own parts are sent at its end.
             self.way.displaced = tuple(self.way.met)
             self._slots.group(self.way.displaced)
-        elif self.mode in (PatchMode.SYNC, PatchMode.DISPLACED) and self.plan is not None:
-            self.way.end(self._expected())
         self.epoch += self.mode is PatchMode.DISPLACED
         if self.region is None:
             return self._share(result)

@@ -9,11 +9,12 @@ from .state import messages
 class PatchSlots:
     """The slots of one patch. `states` are those of the plan's sites, in order. Collective to make.
 
-    `phase` is the name under which ranks compare them.
+    `phase` is the name under which ranks compare them; `outside` as `Capture.outside`.
     """
 
-    def __init__(self, plan, states, exchange, phase):
+    def __init__(self, plan, states, exchange, phase, outside):
         self._plan, self._states, self._exchange, self._phase = plan, states, exchange, phase
+        self._outside, self._grouped = outside, False
         self._alone, self._groups, self._first_of, self._last_of = {}, [], {}, {}
         self._frozen = []
         for norms in (False, True):
@@ -36,12 +37,14 @@ class PatchSlots:
             sends, recvs = [s for p in pairs for s in p[0]], [r for p in pairs for r in p[1]]
             if not sends and not recvs:
                 continue
-            self._first_of[group[0]] = self._last_of[group[-1]] = len(self._groups)
-            self._groups.append(self._exchange.slot(f"patches {number}", sends, recvs, depth=2))
+            slot = self._exchange.slot(f"patches {number}", sends, recvs, depth=2)
+            self._first_of[group[0]], self._last_of[group[-1]] = (slot, [self._states[i] for i in group]), slot
+            self._groups.append(slot)
             numbers.append(number)
         self._freeze("displaced", numbers)
         for slot in self._groups:
             self._exchange.post(slot)
+        self._grouped = True
 
     def swap(self, state):
         """Synchronously: the others' parts of this call arrive. False if a site exchanges nothing."""
@@ -51,15 +54,25 @@ class PatchSlots:
             self._exchange.wait(slot)
         return slot is not None
 
-    def before(self, index):
-        """A site is about to read what came since the last displaced step."""
-        if index in self._first_of:
-            self._exchange.wait(self._groups[self._first_of[index]])
+    def before(self, index, arrived):
+        """A site is about to read what came since the last displaced step; `arrived(state)` of all that came with it.
+
+        Before anything is posted together, the site's alone.
+        """
+        if not self._grouped:
+            arrived(self._states[index])
+        elif index in self._first_of:
+            self._outside(self._come, *self._first_of[index], arrived)
 
     def after(self, index):
         """A site has made its own part."""
         if index in self._last_of:
-            self._exchange.post(self._groups[self._last_of[index]])
+            self._outside(self._exchange.post, self._last_of[index])
+
+    def _come(self, slot, states, arrived):
+        self._exchange.wait(slot)
+        for state in states:
+            arrived(state)
 
     def settle(self):
         """What displaced steps have under way must not come later than what is sent now."""

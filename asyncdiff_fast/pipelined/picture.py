@@ -20,18 +20,15 @@ class MicroPatch(Patch):
             site = plan.sites[index]
             self._states[(site.name, site.call), site.place] = (index, store.state(self.number))
 
-    def begin(self, signature, mode, args, kwargs, exact=False):
+    def begin(self, mode, exact=False):
         """See `Patch.begin`; with `exact` all that is kept must be of the same call."""
         self.group_norm = "stale" if exact else self.config.group_norm
-        return super().begin(signature, mode, args, kwargs, exact)
+        super().begin(mode, exact)
 
     def end(self, result):
         """This patch's result."""
-        self._latent = None
         if self.way.displaced is None:
             self.way.displaced = tuple(self.way.met)
-        else:
-            self.way.end(self.way.displaced)
         return result
 
 
@@ -41,7 +38,7 @@ class _NoSlots:
     def settle(self):
         pass
 
-    def before(self, index):
+    def before(self, index, arrived):
         pass
 
     def after(self, index):
@@ -68,9 +65,15 @@ class WholePicture:
         """Nothing is put in place of a module's result."""
         return None
 
-    def begin(self, signature, mode, args, kwargs, exact=False):
+    def begin(self, mode, exact=False):
+        """Nothing is kept of the call as a whole."""
+
+    def cut(self, signature, args, kwargs):
         """The call as it is."""
         return args, kwargs
+
+    def complete(self):
+        """Sites are met as they come."""
 
     def end(self, result):
         """The result as it is."""

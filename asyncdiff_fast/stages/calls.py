@@ -1,5 +1,6 @@
 """The stages of one denoiser, seen from one rank: plans them at the first call, then carries out each call."""
 
+import functools
 import logging
 
 from ..calls import schedule
@@ -27,6 +28,7 @@ class StageCalls:
         self.denoiser, self.config, self.world, self.exchange = shared.denoiser, shared.config, world, exchange
         self.plan = self._active = None
         self._signature, self._scheduler = shared.signature, shared.scheduler
+        self._graphs = shared.graphs
         self._passes, self._units, self._placeholders, self._phases = {}, {}, {}, 0
         # Modules that hold units.
         self._around = {}
@@ -61,8 +63,8 @@ class StageCalls:
 
     def forget(self, released=False):
         """Drop all plans, buffers and hooks; the slots too, unless they are `released`."""
-        for current in () if released else self._passes.values():
-            self.exchange.release(current.phase)
+        for current in self._passes.values():
+            self._release(current, released)
         self._passes.clear()
         for attachment in self._units.values():
             attachment.remove()
@@ -93,13 +95,20 @@ class StageCalls:
             current.begin(mode, keep)
             self._active = current
             try:
-                result = current.end(forward(*args, **kwargs))
+                result = current.end(self._made(current, mode, forward, args, kwargs))
             finally:
                 self._active = None
             if keep:
                 current.trend.made(tick.step + (self._offset(current, 0) if mode is Mode.COMPUTE else 0))
         current.previous_timestep = timestep
         return result, mode
+
+    def _made(self, current, mode, forward, args, kwargs):
+        """What the denoiser returns on this rank; asynchronous calls are replayed, by pieces between their posts."""
+        run = functools.partial(current.run, forward)
+        if self._graphs is None or mode is not Mode.COMPUTE:
+            return run(*args, **kwargs)
+        return self._graphs.call(run, args, kwargs, of=current)
 
     def _follow_timesteps(self, current, mode, tick, planning, timestep):
         """Keep the place in the scheduler's list up to date; returns the offset this rank computes with."""
@@ -145,7 +154,7 @@ class StageCalls:
             self._attach(plan)
             device = device_of(args, kwargs)
             placeholders = self._placeholders.setdefault(device, Placeholders(device))
-            current = Pass(plan, self.config, self.world.rank, device, placeholders)
+            current = Pass(plan, self.config, self.world.rank, device, placeholders, self._graphs)
             current.bind(self.exchange, f"call {tick.call}, plan {self._phases}")
             self._phases += 1
             self._passes[place] = current
@@ -157,7 +166,14 @@ class StageCalls:
     def _evict(self, tick):
         for place in list(self._passes)[:-KEPT_PASSES]:
             if tick.step == 0 and self._passes[place].last_step < 0:
-                self.exchange.release(self._passes.pop(place).phase)
+                self._release(self._passes.pop(place))
+
+    def _release(self, current, released=False):
+        """Forget the graphs of a pass, and its slots unless they are `released`."""
+        if self._graphs is not None:
+            self._graphs.forget(current)
+        if not released:
+            self.exchange.release(current.phase)
 
     def _attach(self, plan):
         modules = dict(self.denoiser.named_modules())

@@ -9,6 +9,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from ..calls.schedule import Mode
+from ..fused.capture import at_once
 from ..prediction.call_check import CallCheck
 from ..prediction.trend import Trend
 from .cutset import NEXT_PREDICTION, PREDICTION
@@ -17,9 +18,9 @@ from .slots import PassSlots
 
 
 class Pass:
-    """State of one pass on one rank, for one plan."""
+    """State of one pass on one rank, for one plan. `graphs` captures its asynchronous calls, if it is not None."""
 
-    def __init__(self, plan, config, rank, device, placeholders):
+    def __init__(self, plan, config, rank, device, placeholders, graphs=None):
         self.plan, self.config, self.rank = plan, config, rank
         self.program = plan.program(rank)
         self.last_step = -1
@@ -29,11 +30,12 @@ class Pass:
         self._device, self._units = device, Replay(plan.graph, placeholders)
         self._result_structure = self._next = None
         self._mode, self._keep, self._slots = Mode.EXACT, False, None
+        self._outside, self._held = (at_once, False) if graphs is None else (graphs.outside, True)
 
     def bind(self, exchange, phase):
         """Allocate this rank's buffers and register its slots under a phase of the exchange. Collective."""
         predicts = self.config.predict != "none"
-        self._slots = PassSlots(self.plan, self.rank, self._device, predicts, self.check, exchange, phase)
+        self._slots = PassSlots(self.plan, self.rank, self._device, predicts, self.check, exchange, phase, self._held)
 
     @property
     def phase(self):
@@ -45,14 +47,22 @@ class Pass:
         self.trend.begin(instants)
         self.check.begin_generation()
 
-    # One forward, in order: begin, run_unit for each unit, end.
+    # One forward, in order: begin, run with run_unit for each unit, end. What a captured call replays of `run` is what
+    # the device does, and what `_outside` is given.
 
     def begin(self, mode, keep):
         """Start a forward; with `keep`, an exact one leaves behind what a stale step will read."""
         self._mode, self._keep = mode, keep
         self.check.begin(mode is Mode.EXACT, keep)
-        self._units.restart()
         self._slots.begin(mode is Mode.COMPUTE, keep)
+
+    def run(self, forward, *args, **kwargs):
+        """What the denoiser's `forward` returns here: of a stale call, right as far as this rank makes it."""
+        self._units.restart()
+        result = forward(*args, **kwargs)
+        if self._units.missing is not None:
+            self._lost(self._units.missing)
+        return result
 
     def run_unit(self, name, forward, args, kwargs):
         """What a unit's hook returns: its result, or a replay of it."""
@@ -70,15 +80,20 @@ class Pass:
         if index in self.program.computes:
             result = self._computed(name, forward, args, kwargs)
             if index in self.program.sends:
-                self._slots.send(self.program.sends[index], self._units.tensors(index, result, args, kwargs))
+                tensors = self._units.tensors(index, result, args, kwargs)
+                self._outside(self._slots.send, self.program.sends[index], tensors)
         else:
             number = self.program.receives.get(index)
             stale = self._slots.stale(number)
-            arrive = functools.partial(self._slots.wait_stale, number, self.trend.weight)
+            arrive = functools.partial(self._outside, self._arrive, number)
             result = self._units.result(index, args, kwargs, stale, arrive)
         for number in self.program.waits.get(index + 1, ()):
-            self._slots.wait_stale(number, self.trend.weight)
+            self._outside(self._arrive, number)
         return result
+
+    def _arrive(self, number):
+        """What a stale call reads of a transfer is there after this."""
+        self._slots.wait_stale(number, self.trend.weight)
 
     def _computed(self, name, forward, args, kwargs):
         """A unit's result, made here."""
@@ -86,8 +101,6 @@ class Pass:
 
     def end(self, result):
         """The denoiser's result on every rank: this rank's own, or the one received."""
-        if self._units.missing is not None:
-            self._lost(self._units.missing)
         tensors = [x for x in tree_leaves(result) if isinstance(x, torch.Tensor)]
         self.check.judge(self.trend)
         if self._mode is Mode.EXACT:

@@ -45,14 +45,17 @@ class Plan:
         return cutset.bytes_per_call(self.graph, self.transfers, [ref.nbytes for ref in self.outputs])
 
     def buffer_bytes(self, rank):
-        """Bytes of a rank's long-lived buffers: two of what it sends, and of what it receives, one more to predict."""
+        """Bytes of a rank's long-lived buffers: two of what it sends, and of what it receives, one more each to predict
+        it and for graphs to read it.
+        """
         total, values = 0, self.graph.values
         for transfer in self.transfers:
             refs = self.outputs if transfer.unit < 0 else {v: values[v].ref for v in transfer.values}
-            predicted = transfer.unit >= 0 and self.config.predict != "none"
+            read = transfer.unit >= 0
+            more = (read and self.config.predict != "none") + (read and self.config.graphs is True)
             mine = {v for target, found in transfer.targets if target == rank for v in found}
             total += sum(2 * refs[v].nbytes for v in transfer.values if transfer.source == rank)
-            total += sum((2 + predicted) * refs[v].nbytes for v in mine)
+            total += sum((2 + more) * refs[v].nbytes for v in mine)
         return total
 
     @property

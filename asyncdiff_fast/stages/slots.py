@@ -1,5 +1,7 @@
 """What one pass on one rank sends and receives: buffers, slots in the plan's order, predictions of what is stale."""
 
+import torch
+
 from ..exchange.slots import Recv, Send
 from ..prediction.trend import extrapolate
 from .buffers import DEPTH, Buffer
@@ -13,14 +15,16 @@ class PassSlots(InOrder):
         predicts: whether stale values are read with their trend carried on.
         check: the `CallCheck` that sees them.
         phase: name under which ranks compare the slots; that is collective.
+        held: whether stale calls read what has come where it always lies, as graphs do: a copy, of buffers that take
+            turns. A graph for each turn would spare the copy, and be captured two or three times.
     """
 
-    def __init__(self, plan, rank, device, predicts, check, exchange, phase):
+    def __init__(self, plan, rank, device, predicts, check, exchange, phase, held=False):
         super().__init__(exchange)
         self._plan, self._rank, self._device = plan, rank, device
         self._predicts, self._check = predicts, check
         self.phase, self.epoch = phase, 0
-        self._buffers, self._ready = {}, set()
+        self._buffers, self._ready, self._held = {}, set(), {}
         self._numbers = {t.name: n for n, t in enumerate(plan.transfers) if t.unit < 0}
         for number in range(len(plan.transfers)):
             self._register(number)
@@ -28,6 +32,8 @@ class PassSlots(InOrder):
         if predicts:
             received = (number for number in plan.program(rank).receives.values())
             check.bind({key: self._label(*key) for number in received for key in self._predicted(number)}, device)
+        if held:
+            self._hold(set(plan.program(rank).receives.values()))
 
     def begin(self, stale, keep):
         """A call begins; with `keep`, an exact one leaves behind what a stale one will read."""
@@ -71,8 +77,9 @@ class PassSlots(InOrder):
 
     def stale(self, number):
         """{value: what a stale call reads}: the last received, or its prediction. First `wait_stale`."""
-        found = {v: buffer for (n, v), buffer in self._buffers.items() if n == number}
-        return {v: b.view(self.epoch - 1 - (self._predicts and b.predictable)) for v, b in found.items()}
+        return {
+            v: self._held.get((n, v), self._read(buffer)) for (n, v), buffer in self._buffers.items() if n == number
+        }
 
     def wait_stale(self, number, weight):
         """Wait for the epoch before this call's; it is the latest, or one back if this call's was posted already.
@@ -81,14 +88,28 @@ class PassSlots(InOrder):
         """
         slot = self._slots[number]
         self._exchange.wait(slot, slot.epoch - self.epoch)
-        if not self._predicts or number in self._ready:
+        if number in self._ready:
             return
         self._ready.add(number)
-        for key in self._predicted(number):
+        for key in self._predicted(number) if self._predicts else ():
             buffer = self._buffers[key]
             self._note(key, buffer)
             last, before = (buffer.flat[(self.epoch - back) % len(buffer.flat)] for back in (1, 2))
             extrapolate(before, last, weight)
+        for key, place in self._held.items():
+            if key[0] == number:
+                place.copy_(self._read(self._buffers[key]))
+
+    def _read(self, buffer):
+        """The tensor of a buffer that a stale call reads."""
+        return buffer.view(self.epoch - 1 - (self._predicts and buffer.predictable))
+
+    def _hold(self, received):
+        # Ordinary tensors, whatever mode the first call runs in: they are written in later ones too.
+        with torch.inference_mode(False):
+            for key, buffer in self._buffers.items():
+                if key[0] in received:
+                    self._held[key] = torch.empty_like(buffer.view(0))
 
     def _register(self, number):
         transfer = self._plan.transfers[number]

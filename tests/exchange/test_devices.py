@@ -46,8 +46,8 @@ def test_the_communicator_is_made_on_the_device_and_takes_few_processors(opened)
 
 def test_posts_follow_the_stream_of_the_device(opened, monkeypatch):
     gpu, made = opened
-    streams = {DEVICE: gpu.stream(DEVICE.index)}
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda d=None: SimpleNamespace(cuda_stream=streams[d]))
+    streams = {DEVICE.index: gpu.stream(DEVICE.index)}
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", streams.get, raising=False)
     slot = made.slot("nothing")
     made.freeze("phase")
     for call in (made.acquire, made.post, made.wait):

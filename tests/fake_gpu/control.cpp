@@ -60,6 +60,14 @@ std::string lines(const std::vector<std::string>& list) {
 }  // namespace
 
 // Reads and then writes in one operation of a stream; reads twice, so that a writer that does not wait may be seen.
+// What this thread has called since it asked last: "name count" lines.
+FAKE_API void fake_calls(char* buffer, size_t size) {
+  std::vector<std::string> found;
+  for (const auto& [name, count] : calls()) found.push_back(name + " " + std::to_string(count));
+  calls().clear();
+  give(lines(found), buffer, size);
+}
+
 FAKE_API int fake_launch(void* handle, const char* name, const Range* reads, int num_reads, const Range* writes,
                          int num_writes) {
   if (machine().null_mode) return 0;

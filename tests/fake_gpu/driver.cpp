@@ -26,12 +26,14 @@ constexpr uintptr_t kFirstContext = 0x50000001;
 FAKE_API int cuInit(unsigned) { return kSuccess; }
 
 FAKE_API int cuCtxGetCurrent(void** context) {
+  note_call(__func__);
   const int current = current_context();
   *context = current < 0 ? nullptr : reinterpret_cast<void*>(kFirstContext + current);
   return kSuccess;
 }
 
 FAKE_API int cuCtxSetCurrent(void* context) {
+  note_call(__func__);
   current_context() = context ? static_cast<int>(reinterpret_cast<uintptr_t>(context) - kFirstContext) : -1;
   return kSuccess;
 }
@@ -69,6 +71,7 @@ FAKE_API int cuStreamQuery(void* stream) {
 }
 
 FAKE_API int cuStreamWaitEvent(void* stream, void* event, unsigned) {
+  note_call(__func__);
   if (machine().null_mode) return kSuccess;
   Lock lock(machine().mutex);
   auto waiting = machine().stream(stream);
@@ -97,6 +100,7 @@ FAKE_API int cuEventDestroy_v2(void* event) {
 }
 
 FAKE_API int cuEventRecord(void* event, void* stream) {
+  note_call(__func__);
   if (machine().null_mode) return kSuccess;
   Lock lock(machine().mutex);
   auto found = machine().events.find(event);
@@ -111,6 +115,7 @@ FAKE_API int cuEventRecord(void* event, void* stream) {
 }
 
 FAKE_API int cuEventQuery(void* event) {
+  note_call(__func__);
   if (machine().null_mode) return kSuccess;
   Lock lock(machine().mutex);
   auto found = machine().events.find(event);

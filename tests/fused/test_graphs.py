@@ -12,7 +12,7 @@ import torch
 from stand_in_graphs import Replays
 
 import asyncdiff_fast
-from asyncdiff_fast.fused import graphs
+from asyncdiff_fast.fused import capture, graphs
 
 STEPS = 5
 
@@ -27,7 +27,7 @@ def captures(monkeypatch):
     """A function that has another stand-in capture."""
 
     def use(kind):
-        monkeypatch.setattr(graphs, "CudaGraphs", kind)
+        monkeypatch.setattr(capture, "CudaGraphs", kind)
 
     use(Replays)
     return use
@@ -171,8 +171,8 @@ def test_other_modules_or_weights_are_captured_anew(captures):
 
 
 def test_calls_that_ranks_share_are_refused():
-    with pytest.raises(ValueError, match="whole ones only: got graphs=True, num_stages=1, num_patches=2; pass graphs"):
-        asyncdiff_fast.Config(graphs=True, num_patches=2)
+    with pytest.raises(ValueError, match="graphs=True, num_stages=2, num_patches=1, pipeline_patches=4; pass graphs=F"):
+        asyncdiff_fast.Config(graphs=True, num_stages=2, pipeline_patches=4)
     with pytest.raises(ValueError, match='graphs must be True, False or "auto"'):
         asyncdiff_fast.Config(graphs=1)
     assert asyncdiff_fast.Config(graphs=True, parallel_steps=2, cfg_parallel=True).world_size == 4

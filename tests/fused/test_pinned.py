@@ -11,13 +11,13 @@ from stand_in_graphs import Replays
 from torch import nn
 
 import asyncdiff_fast
-from asyncdiff_fast.fused import graphs
+from asyncdiff_fast.fused import capture
 
 
 @pytest.fixture
 def unet(monkeypatch):
     """A denoiser that is patched, and whose text projections count their runs in `runs`."""
-    monkeypatch.setattr(graphs, "CudaGraphs", Replays)
+    monkeypatch.setattr(capture, "CudaGraphs", Replays)
     net = fused_checks.unet()
     net.runs = 0
     own = nn.Linear.forward

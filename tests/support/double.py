@@ -168,6 +168,10 @@ class Double:
         """Calls that the real libraries would block in, fail or punish."""
         return self._lines("fake_misuses")
 
+    def calls(self):
+        """{entry point of the driver or NCCL: how often this thread has called it since it asked last}."""
+        return {name: int(count) for name, count in (line.split() for line in self._lines("fake_calls"))}
+
     def fail(self, rank, result):
         """Give every communicator of a rank an asynchronous error."""
         self.library.fake_fail(rank, result)
