@@ -11,6 +11,7 @@ from dataclasses import replace
 import torch
 from torch.utils._pytree import tree_leaves
 
+from .calls.containers import Given, opened, opening
 from .calls.schedule import Mode, PatchMode
 from .calls.signature import CallSignature, copied, device_of, inputs_key
 from .calls.watch import unwatch_schedulers, watch_schedulers
@@ -97,6 +98,7 @@ class Runtime:
         alone = self.world.size == 1
         if self._generations.is_inside or (alone and (not self._layers.keeps or self._generations.is_taken)):
             return forward(*args, **kwargs)
+        forward, (args, kwargs) = opening(forward), opened((args, kwargs))
         if self._needs_gradients(args, kwargs):
             if self.is_sharded:
                 raise ValueError(
@@ -143,14 +145,14 @@ class Runtime:
         def run(tick, args, kwargs):
             return self._on_patches(tick, inputs_key(args, kwargs), forward, args, kwargs)
 
-        with self._planning(forward) as quiet:
+        with self._planning(forward, parts=True) as quiet:
             return self._parts.halves.call(tick, key, quiet, run, args, kwargs, self._guided())
 
     def _on_patches(self, tick, key, forward, args, kwargs):
         """This call, shared by the patches: of the whole batch, or of this rank's half of the guidance."""
         if self._parts.patches is None:
             return self._on_stages(tick, key, forward, args, kwargs)
-        with self._planning(forward) as quiet:
+        with self._planning(forward, parts=True) as quiet:
             counted = self._parts.patches.hooks.counted(quiet)
 
             def run(args, kwargs):
@@ -174,7 +176,7 @@ class Runtime:
         return result
 
     @contextlib.contextmanager
-    def _planning(self, forward, learning=False):
+    def _planning(self, forward, learning=False, parts=False):
         """What this denoiser cannot be patched with shows at its first call at the latest: then leave it as it was.
 
         Yields the forward, such that an error of its own is told from one of ours. With `learning` all ranks run the
@@ -183,11 +185,23 @@ class Runtime:
 
         def quiet(*args, **kwargs):
             args, kwargs = copied(args, kwargs)
+            named = self._signature.named(args, kwargs)
+            given = Given(named)
             try:
-                return forward(*args, **kwargs)
+                result = forward(*args, **kwargs)
+                written = given.written(named) if parts else ()
             except Exception as error:
                 self._forward_error = error
                 raise
+            finally:
+                given.restore()
+            if written:
+                raise ValueError(
+                    f"{type(own(self.denoiser)).__name__} puts something into its arguments ({', '.join(written)}), of "
+                    "which each rank would have its own part only: make it a result, or use num_stages or "
+                    "parallel_steps instead"
+                )
+            return result
 
         try:
             with self._layers.learning() if learning else contextlib.nullcontext():
