@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import torch
 
+from .calls.containers import opened, opening
 from .calls.signature import CallSignature
 from .decoder.place import Place
 from .decoder.plan import DecoderPlan
@@ -71,7 +72,8 @@ def plan_call(denoiser, config, args, kwargs, guided=False):
     Args:
         guided: True if a batch of even size has two halves, which the sampler gets as one.
     """
-    signature = CallSignature(denoiser)
+    signature, forward = CallSignature(denoiser), opening(denoiser.forward)
+    args, kwargs = opened((args, kwargs))
     if config.parallel_steps > 1:
         latent = signature.latent(args, kwargs)
         halves = 2 if (guided or config.cfg_parallel) and latent.shape[0] % 2 == 0 else 1
@@ -86,13 +88,13 @@ def plan_call(denoiser, config, args, kwargs, guided=False):
             likely = guess(named, size, signature.latent(args, kwargs))
             args, kwargs = signature.as_call(likely.half(0, named), args, kwargs)
     if config.pipelined:
-        return _pipeline_plan(denoiser, config, signature, args, kwargs)
+        return _pipeline_plan(denoiser, forward, config, signature, args, kwargs)
     if config.num_patches == 1:
-        return make_plan(denoiser, denoiser.forward, args, kwargs, config)
+        return make_plan(denoiser, forward, args, kwargs, config)
     hooks = Hooks(denoiser)
     shared = Shared(denoiser, config, signature, PackedWeights(denoiser, active=False))
     planner = LonePlanner(shared, hooks)
-    forward, _, args, kwargs = stacked(signature, denoiser.forward, None, args, kwargs)
+    forward, _, args, kwargs = stacked(signature, forward, None, args, kwargs)
     try:
         patches = planner.plan_alone(forward, args, kwargs)
         if config.num_stages == 1:
@@ -103,10 +105,10 @@ def plan_call(denoiser, config, args, kwargs, guided=False):
         hooks.remove()
 
 
-def _pipeline_plan(denoiser, config, signature, args, kwargs):
+def _pipeline_plan(denoiser, forward, config, signature, args, kwargs):
     hooks = Hooks(denoiser)
     shared = Shared(denoiser, config, signature, PackedWeights(denoiser, active=False))
     try:
-        return MicroPlanner(shared, None, hooks).plan(denoiser.forward, args, kwargs)[0]
+        return MicroPlanner(shared, None, hooks).plan(forward, args, kwargs)[0]
     finally:
         hooks.remove()

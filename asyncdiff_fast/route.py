@@ -3,9 +3,11 @@
 import contextlib
 import functools
 
+from .calls.containers import Given
 from .calls.schedule import Mode, PatchMode
 from .calls.signature import copied, inputs_key
 from .halves.calls import Unguided
+from .modules import own
 
 
 class Route:
@@ -17,7 +19,8 @@ class Route:
         pipeline: () -> the pipeline whose denoiser this is, or None.
     """
 
-    def __init__(self, parts, layers, signature, pipeline):
+    def __init__(self, denoiser, parts, layers, signature, pipeline):
+        self._name = type(own(denoiser)).__name__
         self._parts, self._layers, self._signature, self._pipeline = parts, layers, signature, pipeline
         # What undoes the patch where a denoiser turns out not to be shared, or None.
         self.on_refused = self._forward_error = None
@@ -31,7 +34,7 @@ class Route:
         def run(tick, args, kwargs):
             return self._on_patches(tick, inputs_key(args, kwargs), forward, args, kwargs)
 
-        with self._planning(forward) as quiet:
+        with self._planning(forward, parts=True) as quiet:
             return self._parts.halves.call(tick, key, quiet, run, args, kwargs, self._guided())
 
     def _guided(self):
@@ -42,7 +45,7 @@ class Route:
         """This call, shared by the patches: of the whole batch, or of this rank's half of the guidance."""
         if self._parts.patches is None:
             return self._on_stages(tick, key, forward, args, kwargs)
-        with self._planning(forward) as quiet:
+        with self._planning(forward, parts=True) as quiet:
             counted = self._parts.patches.hooks.counted(quiet)
 
             def run(args, kwargs):
@@ -70,7 +73,7 @@ class Route:
         return result
 
     @contextlib.contextmanager
-    def _planning(self, forward, learning=False):
+    def _planning(self, forward, learning=False, parts=False):
         """What this denoiser cannot be patched with shows at its first call at the latest: then leave it as it was.
 
         Yields the forward, such that an error of its own is told from one of ours. With `learning` all ranks run the
@@ -79,11 +82,23 @@ class Route:
 
         def quiet(*args, **kwargs):
             args, kwargs = copied(args, kwargs)
+            named = self._signature.named(args, kwargs)
+            given = Given(named)
             try:
-                return forward(*args, **kwargs)
+                result = forward(*args, **kwargs)
+                written = given.written(named) if parts else ()
             except Exception as error:
                 self._forward_error = error
                 raise
+            finally:
+                given.restore()
+            if written:
+                raise ValueError(
+                    f"{self._name} puts something into its arguments ({', '.join(written)}), of "
+                    "which each rank would have its own part only: make it a result, or use num_stages or "
+                    "parallel_steps instead"
+                )
+            return result
 
         try:
             with self._layers.learning() if learning else contextlib.nullcontext():

@@ -10,6 +10,7 @@ from dataclasses import replace
 import torch
 from torch.utils._pytree import tree_leaves
 
+from .calls.containers import opened, opening
 from .calls.schedule import Mode
 from .calls.signature import CallSignature, device_of, inputs_key
 from .calls.watch import unwatch_schedulers, watch_schedulers
@@ -57,7 +58,7 @@ class Runtime:
             steps.on_ended = self._generations.stop
         # The result of the latest call.
         self._last = None
-        self.route = Route(self._parts, self._layers, self._signature, pipeline)
+        self.route = Route(denoiser, self._parts, self._layers, self._signature, pipeline)
         watch_schedulers()
         self._undo_end = on_pipeline_end(own(denoiser), self._end)
         self._root = attached(denoiser, self._entry())
@@ -93,6 +94,7 @@ class Runtime:
         alone = self.world.size == 1
         if self._generations.is_inside or (alone and (not self._layers.keeps or self._generations.is_taken)):
             return forward(*args, **kwargs)
+        forward, (args, kwargs) = opening(forward), opened((args, kwargs))
         if self._needs_gradients(args, kwargs):
             if self._parts.is_sharded:
                 raise ValueError(

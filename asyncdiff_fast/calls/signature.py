@@ -1,5 +1,6 @@
 """Where a denoiser's forward takes its latent and its timestep, found by the forward's signature; keys of calls."""
 
+import dataclasses
 import inspect
 
 import torch
@@ -113,4 +114,6 @@ def _key(x):
         return tuple((name, _key(item)) for name, item in sorted(x.items()))
     if isinstance(x, bool | str) or x is None:
         return x
+    if dataclasses.is_dataclass(x) and not isinstance(x, type):
+        return type(x).__name__, tuple(_key(getattr(x, f.name, None)) for f in dataclasses.fields(x))
     return type(x).__name__

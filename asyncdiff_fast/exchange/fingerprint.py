@@ -4,8 +4,9 @@ import math
 import zlib
 
 import torch
-from torch.utils._pytree import keystr, tree_flatten_with_path
+from torch.utils._pytree import keystr
 
+from ..calls.containers import flattened
 from ..versions import version
 
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -106,7 +107,7 @@ def _some(tensor, count):
 def input_digests(named):
     """{name of the input: (shape, digest)} of every tensor, and the text of every number and string, in a dict."""
     found = {}
-    for path, leaf in tree_flatten_with_path(named)[0]:
+    for path, leaf in flattened(named)[0]:
         name = f"{path[0].key}{keystr(path[1:])}"
         if isinstance(leaf, torch.Tensor):
             bits = _bits(leaf)

@@ -127,7 +127,7 @@ def difference(a, b):
         if x.shape != y.shape:
             return torch.inf
         if x.numel():
-            x, y = x.float(), y.float()
+            x, y = ((torch.view_as_real(z) if z.is_complex() else z).float() for z in (x, y))
             worst = max(worst, float((x - y).abs().max() / y.abs().max().clamp(min=1e-12)))
     # Not a number is as far as can be.
     return worst if worst == worst else torch.inf

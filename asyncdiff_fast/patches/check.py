@@ -1,7 +1,15 @@
 """Whether patches together give what the whole picture gives, as far as rounding lets one tell."""
 
+import contextlib
+import logging
+
 import torch
 from torch.utils._pytree import tree_leaves
+
+from ..exchange.errors import ExchangeError
+from .way import Lost
+
+log = logging.getLogger(__name__)
 
 OTHERWISE = "use num_stages or parallel_steps instead"
 # Where rows are mixed.
@@ -54,6 +62,37 @@ class ResultCheck:
                 f"scaled_dot_product_attention; {self._way_out}"
             )
 
+    def compare(self, joined, run, whole, args, kwargs, dim):
+        """See that patches give what the whole picture gives, and late in time, if it has rows in dimension `dim`.
+
+        Args:
+            joined, run: `joined(args, kwargs)` is the result of all patches, `run(args, kwargs)` that of the whole.
+            whole: that of this call.
+        """
+        self.judge(joined(args, kwargs), self.expect(run, args, kwargs, whole))
+        if dim is None:
+            return
+        args, kwargs = self.late(args, kwargs, dim)
+        try:
+            expected = self.expect(run, args, kwargs)
+        except Exception as error:
+            # On every rank: it knows the sampler's timesteps only, say.
+            log.info("patches are not tried late in time: %s: %s", type(error).__name__, error)
+            return
+        with self.refusing("late in time it runs on the whole picture, and not on a patch"):
+            result = joined(args, kwargs)
+        self.judge(result, expected)
+
+    @contextlib.contextmanager
+    def refusing(self, why):
+        """What a denoiser raises where it should have run is told as a reason not to share it out."""
+        try:
+            yield
+        except (Lost, ExchangeError):
+            raise
+        except Exception as error:
+            raise ValueError(f"{self._refusal}: {why} ({type(error).__name__}: {error}); {OTHERWISE}") from error
+
     def _ulp(self, args, kwargs):
         """Relative rounding of the coarsest dtype at work."""
         latent = self._signature.latent(args, kwargs)
@@ -105,7 +144,7 @@ def _distance(a, b):
     found = [torch.zeros(4, dtype=torch.float64)]
     for x, y in zip(tree_leaves(a), tree_leaves(b), strict=True):
         if isinstance(y, torch.Tensor) and y.numel():
-            x, y = x.double(), y.double()
+            x, y = ((torch.view_as_real(z) if z.is_complex() else z).double() for z in (x, y))
             apart, means = (x - y).flatten().abs(), _means(x - y).flatten().abs()
             sizes = (y.square().mean().sqrt(), y.abs().amax())
             errors = [d for z in (apart, means) for d in (z.square().mean().sqrt() / sizes[0], z.amax() / sizes[1])]

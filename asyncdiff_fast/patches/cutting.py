@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 
 import torch
-from torch.utils._pytree import tree_flatten_with_path, tree_map_only, tree_unflatten
+from torch.utils._pytree import tree_map_only, tree_unflatten
 
+from ..calls.containers import flattened
 from . import layout, site_rows
 from .sites import CONV, PROMPT
 
@@ -104,7 +105,7 @@ class Cutter:
     def cut(self, signature, args, kwargs):
         """(args, kwargs) of this patch."""
         named = signature.named(args, kwargs)
-        leaves, spec = tree_flatten_with_path(named)
+        leaves, spec = flattened(named)
         cut = tree_unflatten([self.cut_input(path[0].key, x) for path, x in leaves], spec)
         return signature.as_call(cut, args, kwargs)
 

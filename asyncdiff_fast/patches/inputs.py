@@ -1,7 +1,9 @@
 """What a `Cutter` does with the inputs of a call: in words, where sizes leave it open, and what patches cannot take."""
 
 import torch
-from torch.utils._pytree import keystr, tree_flatten_with_path
+from torch.utils._pytree import keystr
+
+from ..calls.containers import flattened
 
 
 def told(cutter, named):
@@ -47,5 +49,5 @@ def check_masks(cutter, named):
 
 def _tensors(named):
     """(name, rest of the path, tensor) of all of a call's inputs."""
-    leaves = tree_flatten_with_path(named)[0]
+    leaves = flattened(named)[0]
     return [(path[0].key, keystr(path[1:]), x) for path, x in leaves if isinstance(x, torch.Tensor)]

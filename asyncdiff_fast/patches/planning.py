@@ -96,14 +96,15 @@ class Planner:
     def _compare(self, patch, joined, run, whole, args, kwargs, late=True):
         """See that `joined(args, kwargs)`, of all patches together, is what the whole picture gives."""
         check = patch.result_check = ResultCheck(self.denoiser, self._signature, self.world)
-        check.judge(joined(args, kwargs), check.expect(run, args, kwargs, whole))
-        if late:
-            args, kwargs = check.late(args, kwargs, patch.cutter.dim)
-            check.judge(joined(args, kwargs), check.expect(run, args, kwargs))
+        check.compare(joined, run, whole, args, kwargs, patch.cutter.dim if late else None)
 
     def expect(self, patch, forward, args, kwargs):
-        """See `ResultCheck.expect`; before a call that leaves traces in the denoiser."""
-        return patch.result_check.expect(self._quiet(forward), args, kwargs)
+        """See `ResultCheck.expect`; before a call that leaves traces in the denoiser.
+
+        Raises: ValueError if the denoiser does not run on the whole picture after it has run on a patch.
+        """
+        with patch.result_check.refusing("it keeps something of the patch of its last call"):
+            return patch.result_check.expect(self._quiet(forward), args, kwargs)
 
     def _with_own_latent(self, args, kwargs):
         """(args, kwargs) with a latent that a forward may write into."""

@@ -61,6 +61,12 @@ def linear(scheduler, end_at_one=False):
         )
     if getattr(scheduler, "num_inference_steps", None) is None:
         raise ValueError(f"the scheduler needs its timesteps: call {name}.set_timesteps(num_steps) first")
+    if not len(_timesteps(scheduler)):
+        raise ValueError(
+            f"a window needs a step at least: got {name} with {len(scheduler.timesteps)} timesteps, of which the loop "
+            f"begins at number {getattr(scheduler, 'begin_index', None) or 0}; call set_timesteps() for more steps, or "
+            "set_begin_index() for an earlier one"
+        )
     if end_at_one and not kinds & {*_DDIM}:
         raise ValueError(f"end_at_one is for {', '.join(_DDIM)}: got {name}; leave it out")
     reason = why_not(scheduler)

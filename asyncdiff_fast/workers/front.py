@@ -41,7 +41,8 @@ class Workers:
                 f"nproc must be the number of processes that the options take: got nproc={nproc}, and "
                 f"{self._options} take {config.world_size}; pass nproc={config.world_size}, or other options"
             )
-        self._loader = pickle.dumps(_importable(load))
+        load = _importable(load)
+        self._loader = _pickled(load, "load")
         self._turn, self._team, self._closed = threading.Lock(), None, False
         with self._turn:
             self._ready()
@@ -53,9 +54,10 @@ class Workers:
             args, kwargs: of the pipeline; they must be picklable, and a function among them runs in the workers.
             progress: True: a bar of tqdm; False: none; or a function that is given (steps done, steps of the loop).
         Returns: what the pipeline returns in the first worker.
-        Raises: what it raises there; `Cancelled` after `cancel()`; ExchangeError if a worker dies.
+        Raises: TypeError for arguments that cannot be pickled; what it raises there; `Cancelled` after `cancel()`;
+            ExchangeError if a worker dies.
         """
-        message = pickle.dumps(Call(args, kwargs))
+        message = _message(args, kwargs)
         with self._turn, _Shown(progress) as show:
             return self._ready().ask(message, show)[0]
 
@@ -134,3 +136,27 @@ def _importable(load):
             "a file and import it from there, or pass the pipeline's folder"
         )
     return load
+
+
+def _message(args, kwargs):
+    """A `Call` as bytes. Raises: TypeError that names what cannot travel."""
+    try:
+        return pickle.dumps(Call(args, kwargs))
+    except Exception:
+        for name, x in [*((f"argument {i}", x) for i, x in enumerate(args)), *kwargs.items()]:
+            _pickled(x, name)
+        raise
+
+
+def _pickled(x, name):
+    """`x` as bytes. Raises: TypeError if it cannot be pickled."""
+    try:
+        return pickle.dumps(x)
+    except Exception as error:
+        of = getattr(x, "func", x)
+        what = getattr(of, "__qualname__", type(of).__name__) if callable(of) else type(x).__name__
+        raise TypeError(
+            f"{name} must be picklable, since workers are other processes: got {what} ({type(error).__name__}: "
+            f"{error}); pass plain data, or a function by its name in a module: no lambda, nor one made in another "
+            "function (functools.partial gives it arguments)"
+        ) from error

@@ -61,9 +61,19 @@ def test_one_device_is_chosen_where_sharing_is_not_worth_it():
     assert choosing.best([*trials, fewer, _trial("shared", 1.1, 60.0)], AIM, 2) is fewer
 
 
-def test_where_nothing_is_as_wanted_one_device_is_the_closest():
-    trials = [_alone(2.0), _trial("fast", 1.0, 30.0)]
-    assert choosing.best(trials, Aim(max_seconds=0.5), 2).name == PATCHED
+def test_where_nothing_is_as_fast_as_wanted_the_fastest_is_taken_and_the_page_says_so():
+    trials = [
+        _alone(2.0, name=UNPATCHED),
+        _trial("fast", 1.0, 30.0),
+        Trial("half", {"num_stages": 2}, seconds=[0.9], psnr_db={0: 50.0}),
+    ]
+    assert choosing.best(trials, Aim(max_seconds=0.5), 2).name == "fast"
+    args = Namespace(nproc=2, steps=20)
+    record = Namespace(trials={t.name: t for t in trials}, link=None)
+    for trial in trials:
+        trial.ssim = {0: 1.0}
+    said = page.Found(args, record, Aim(max_seconds=0.5), 2, torch.device("cpu")).markdown()
+    assert "**Take fast**" in said and "Nothing is as fast as wanted" in said
 
 
 def test_what_was_not_drawn_whole_is_not_chosen():

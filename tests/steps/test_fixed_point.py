@@ -47,6 +47,14 @@ def make(kind):
     return scheduler
 
 
+def begun(at):
+    """A sampler whose loop begins at a step."""
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    scheduler.set_timesteps(STEPS)
+    scheduler.set_begin_index(at)
+    return scheduler
+
+
 def start(scheduler):
     return bare.noise() * getattr(scheduler, "init_noise_sigma", 1.0)
 
@@ -194,6 +202,7 @@ def test_samplers_that_are_refused(kind):
         (TypeError, "noise must be a floating-point tensor.*got list", dict(noise=[0.0])),
         (TypeError, r"got torch.int64 \(3,\)", dict(noise=torch.arange(3))),
         (ValueError, "set_timesteps", dict(scheduler=diffusers.DDIMScheduler(clip_sample=False))),
+        (ValueError, "a step at least: got FlowMatchEuler.* begins at number", dict(scheduler=begun(STEPS))),
         (ValueError, "end_at_one is for DDIM", dict(method="picard", end_at_one=True, scheduler="Euler")),
         (ValueError, "one tensor of its points' shape.*learned variance", dict(predict=lambda x, t: x[:, :, :2])),
         (ValueError, "one tensor of its points' shape.*got tuple", dict(predict=lambda x, t: (x,))),

@@ -85,13 +85,13 @@ class Aim:
 def best(trials, aim, num_prompts):
     """The `Trial` to recommend: one device unless a way to share is worth it. None before anything is complete.
 
-    Where nothing meets the aim, that is one device with all steps.
+    Where nothing is as fast as wanted, that is the fastest; as close as wanted is one device with all steps.
     """
     done = [t for t in trials if t.is_complete(num_prompts)]
     allowed = sorted((t for t in done if aim.allows(t)), key=aim.rank)
     alone = [t for t in allowed if not t.is_shared]
     if not allowed:
-        return min((t for t in done if not t.is_shared), key=lambda t: (-t.worst_db, t.picture_s), default=None)
+        return min(done, key=lambda t: (t.picture_s, -t.worst_db), default=None)
     first = allowed[0]
     if first.is_shared and alone and aim.max_seconds is None:
         return first if first.picture_s < alone[0].picture_s * (1 - WORTH) else alone[0]

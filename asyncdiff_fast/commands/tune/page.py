@@ -83,7 +83,11 @@ class Found:
             us, gbs = self.link["latency_s"] * 1e6, self.link["gbs"]
             lines.append(f"Link: {us:.0f} µs for a small message, {gbs:.2f} GB/s for large ones.")
         if chosen is not None:
-            met = "" if self.aim.allows(chosen) else " Nothing measured is as wanted; this is the closest."
+            met = (
+                ""
+                if self.aim.allows(chosen)
+                else " Nothing is as fast as wanted; this is the fastest that drew every prompt."
+            )
             lines += [
                 "",
                 f"**Take {chosen.name}**: {_row_text(chosen, self.alone_s)}.{met}",
