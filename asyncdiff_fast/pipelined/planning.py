@@ -60,7 +60,9 @@ class MicroPlanner(LonePlanner):
             attach(dict.fromkeys(unit.name for unit in whole.units))
         passing, exact, structures = None, None, {}
         if patches:
-            cuts = [(p, *p.begin(self._signature, PatchMode.LOCAL, args, kwargs)) for p in patches]
+            for patch in patches:
+                patch.begin(PatchMode.LOCAL)
+            cuts = [(patch, *patch.cut(self._signature, args, kwargs)) for patch in patches]
             passing, structures["passing"] = self._route(whole, division, recording, forward, cuts)
         if self._options.shard_weights or not patches:
             exact, structures["exact"] = self._by_batch(whole, division, recording, forward, args, kwargs)
