@@ -112,8 +112,12 @@ class Runtime:
             if tick.begins:
                 self._begin_generation(args, kwargs)
             self._generations.count(tick, self._signature.latent(args, kwargs))
-            whole = functools.partial(self._on_halves, tick, key, forward, args, kwargs)
-            self._last = whole() if self._steps is None else self._steps.call(self._number, timestep, key, whole)
+
+            def whole(exact):
+                return self._on_halves(replace(tick, exact=exact), key, forward, args, kwargs)
+
+            steps = self._steps
+            self._last = whole(False) if steps is None else steps.call(self._number, timestep, key, whole)
             return self._last
         except BaseException as error:
             self._generations.fail(error, has_result=self._last is not None)
@@ -167,7 +171,8 @@ class Runtime:
             if self._parts.patches is not None and self._parts.patches.mode is not PatchMode.SYNC:
                 mode = Mode.COMPUTE
         else:
-            alone = self._parts.patches is self._parts.halves is self._parts.pipeline is None
+            others = (self._steps, self._parts.patches, self._parts.halves, self._parts.pipeline)
+            alone = all(other is None for other in others)
             planning = functools.partial(self._planning, forward, learning=alone)
             result, mode = sharing.call(tick, key, planning, kept, args, kwargs)
         self._calls[mode] += 1
