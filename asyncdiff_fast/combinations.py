@@ -10,7 +10,14 @@ _WITH_PIPELINE = {
     "patch_axis": ("rows",),
 }
 # And where stages begin the next call.
-_RUN_AHEAD = {"cfg_parallel": (False,), "predict": ("auto", "none")}
+_RUN_AHEAD = {"cfg_parallel": (False,), "predict": ("auto", "none"), "parallel_steps": (1,)}
+# And beneath steps side by side, where calls read what calls of several steps ago have made.
+_UNDER_STEPS = {
+    "exchange": ("displaced", "sync"),
+    "stride": (1,),
+    "time_shift": (False,),
+    "predict": ("none",),
+}
 
 
 def check_pipeline(config):
@@ -39,12 +46,6 @@ def check_pipeline(config):
         raise ValueError(
             f"pipeline_patches need stages to pass through: got pipeline_patches={config.pipeline_patches}, "
             f"num_stages={config.num_stages}; pass num_stages of at least 2, or num_patches for patches side by side"
-        )
-    if config.parallel_steps > 1 and config.pipeline_count > 1:
-        raise ValueError(
-            "under steps side by side every call must be exact, so one patch passes through: got "
-            f"parallel_steps={config.parallel_steps}, pipeline_patches={config.pipeline_patches}; pass "
-            "pipeline_patches=1, or one of them"
         )
     if config.run_ahead:
         _check_beside(config, "run_ahead goes", "run_ahead=True", _RUN_AHEAD, "pass run_ahead=False")
@@ -103,21 +104,10 @@ def _check_stages(config):
 
 
 def _check_steps(config):
-    if config.parallel_steps == 1:
-        return
-    if config.num_stages > 1 and not config.pipelined:
-        raise ValueError(
-            f"steps side by side and stages are not combined yet where inputs are stale: got "
-            f"parallel_steps={config.parallel_steps}, num_stages={config.num_stages}; pass one of them, "
-            f"parallel_steps={config.parallel_steps * config.num_stages} for as many devices, or pipeline_patches=1, "
-            "whose calls are exact"
-        )
-    if config.num_patches > 1 and config.exchange != "sync":
-        raise ValueError(
-            "of patches only exact ones run under steps side by side: got "
-            f"parallel_steps={config.parallel_steps}, num_patches={config.num_patches}, exchange={config.exchange!r}; "
-            'pass exchange="sync", or num_patches=1'
-        )
+    if config.parallel_steps > 1 and config.reads_stale:
+        goes = "stages and patches whose inputs are several steps old, beneath steps side by side, go"
+        given = f"parallel_steps={config.parallel_steps}"
+        _check_beside(config, goes, given, _UNDER_STEPS, "pass parallel_steps=1")
 
 
 def _check_predictions(config):

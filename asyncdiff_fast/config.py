@@ -60,7 +60,8 @@ class Config:
             outside torch, diffusers, transformers, peft and torchao, and so might do something else at each call.
         predict: what another rank's values of the step before stand for: "linear" carries their last change forward by
             the sampler's intervals; "none" takes them as they are, as published; "auto" is "linear" where that was
-            measured to be no worse in the mean and in the worst picture: for stages, and for two patches.
+            measured to be no worse in the mean and in the worst picture: for stages, and for two patches; not
+            under `parallel_steps`.
         tolerance: the relative error of predictions that is accepted: warmup_steps="auto" ends by it, and blocks of
             parallel steps are as long as it allows. Default: 0.05 of activations, 0.014 of latents.
         resync: the next call is exact if the relative error of a prediction has come to more than this, and to several
@@ -156,7 +157,7 @@ class Config:
     @property
     def _gains_by_predictions(self):
         """Ways to share a call whose pictures predictions bring closer, the worst ones too (docs/prediction.md)."""
-        if self.pipelined:
+        if self.pipelined or self.parallel_steps > 1:
             return False
         return (self.num_stages > 1) != (self.num_patches == 2) and self.num_patches <= 2
 
@@ -165,6 +166,17 @@ class Config:
         """True if ranks tell each other how far predictions were from what came."""
         shared = self.predicts_patches if self.num_patches > 1 else self.num_stages > 1 and self.predict != "none"
         return shared and 1 in (self.num_stages, self.num_patches) and not self.pipelined
+
+    @property
+    def least_warmup(self):
+        """Exact steps at the beginning, at least."""
+        return 1 if self.warmup_steps == "auto" else self.warmup_steps
+
+    @property
+    def reads_stale(self):
+        """True if calls after warm-up read what calls before them have made."""
+        stages = self.num_stages > 1 and (not self.pipelined or self.pipeline_count > 1)
+        return stages or (self.num_patches > 1 and self.exchange != "sync")
 
     @property
     def pipelined(self):

@@ -78,9 +78,11 @@ def plan_call(denoiser, config, args, kwargs, guided=False):
         latent = signature.latent(args, kwargs)
         halves = 2 if (guided or config.cfg_parallel) and latent.shape[0] % 2 == 0 else 1
         each = None
-        if config.num_patches > 1 or config.pipelined:
+        if config.inside:
             # What is beneath has no warm-up of its own to end.
-            each = plan_call(denoiser, replace(config, parallel_steps=1, warmup_steps=1), args, kwargs)
+            each = plan_call(
+                denoiser, replace(config, parallel_steps=1, warmup_steps=config.least_warmup), args, kwargs
+            )
         return StepPlan(config, latent.nbytes // halves, each)
     if config.cfg_parallel:
         size, named = size_of(signature.latent(args, kwargs)), signature.named(args, kwargs)

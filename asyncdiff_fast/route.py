@@ -66,7 +66,8 @@ class Route:
         if sharing is None:
             result, mode = self._layers.whole(kept)(*args, **kwargs), Mode.EXACT
         else:
-            alone = self._parts.patches is self._parts.halves is self._parts.pipeline is None
+            others = (self._parts.steps, self._parts.patches, self._parts.halves, self._parts.pipeline)
+            alone = all(other is None for other in others)
             planning = functools.partial(self._planning, forward, learning=alone)
             result, mode = sharing.call(tick, key, planning, kept, args, kwargs)
         self.calls[mode] += 1

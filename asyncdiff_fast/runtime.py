@@ -3,7 +3,6 @@
 Everything that ranks must agree on is agreed on here: at the first call of a generation, and at new plans.
 """
 
-import functools
 import logging
 from dataclasses import replace
 
@@ -110,8 +109,12 @@ class Runtime:
             if tick.begins:
                 self._begin_generation(args, kwargs)
             self._generations.count(tick, self._signature.latent(args, kwargs))
-            whole = functools.partial(self.route.call, tick, key, forward, args, kwargs)
-            self._last = whole() if self._steps is None else self._steps.call(self._number, timestep, key, whole)
+
+            def whole(exact):
+                return self.route.call(replace(tick, exact=exact), key, forward, args, kwargs)
+
+            steps = self._steps
+            self._last = whole(False) if steps is None else steps.call(self._number, timestep, key, whole)
             return self._last
         except BaseException as error:
             self._generations.fail(error, has_result=self._last is not None)

@@ -22,11 +22,15 @@ def timestep_value(timestep):
 
 @dataclass(frozen=True)
 class Tick:
-    """Place of one call: `step` counts from 0 in each generation; `call` numbers the calls between two steps."""
+    """Place of one call: `step` counts from 0 in each generation; `call` numbers the calls between two steps.
+
+    `exact`: it must read nothing that an earlier call has made, as where steps side by side are evaluated by all ranks.
+    """
 
     begins: bool
     step: int
     call: int
+    exact: bool = False
 
 
 class _Kept:

@@ -24,7 +24,7 @@ def patch_mode(config, step):
     """`PatchMode` of a call at `step`."""
     if config.naive:
         return PatchMode.LOCAL
-    if step < config.warmup_steps or config.exchange == "sync":
+    if step < config.least_warmup or config.exchange == "sync":
         return PatchMode.SYNC
     return PatchMode.DISPLACED if config.exchange == "displaced" else PatchMode.FROZEN
 
@@ -36,13 +36,23 @@ def patch_axis(config, step):
     return -1 if config.patch_axis == "columns" else -2
 
 
+def has_state(config, tick, last_step):
+    """True if a call may read what the latest call of its kind has made, at `last_step` (-1: none in this generation).
+
+    That one was made at the step before; with steps side by side by the same ranks, as many steps ago as there are of
+    them at most: ranks that were left out of a shorter block begin again with an exact call.
+    """
+    age = tick.step - last_step
+    return not tick.exact and last_step >= 0 and 1 <= age <= config.parallel_steps
+
+
 def mode(config, step, has_state=True):
     """Mode of a call at `step` (counted from 0 in each generation).
 
     Args:
-        has_state: False if the values of the step before are missing; the call is then exact.
+        has_state: False if there is nothing that the call may read, see `has_state`; it is then exact.
     """
-    if config.num_stages == 1 or not has_state or step < config.warmup_steps:
+    if config.num_stages == 1 or not has_state or step < config.least_warmup:
         return Mode.EXACT
     if config.stride == 1:
         return Mode.COMPUTE

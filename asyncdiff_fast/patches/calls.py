@@ -57,7 +57,7 @@ class Patches:
         if place not in self._last_steps:
             check_masks(self._patches[place].cutter, self._signature.named(args, kwargs))
         expected, patch = None, self._patches[place]
-        if self._looks_again(place, tick.step):
+        if self._looks_again(place, tick):
             expected = self.planner.expect(patch, forward, args, kwargs)
         result, error = self._attempt(place, tick, run, args, kwargs)
         if error is not None:
@@ -74,15 +74,15 @@ class Patches:
             patch.result_check.judge(result, expected)
         return result
 
-    def _looks_again(self, place, step):
+    def _looks_again(self, place, tick):
         """True at the last exact step of a plan's first warm-up, or ever more rarely where all are: gates open late."""
-        config, patch = self._pace.config, self._patches[place]
+        config, patch, step = self._pace.config, self._patches[place], tick.step
         able = patch.result_check is not None and not config.bessel and config.num_stages == 1
         if not able or step == 0 or patch.generations > (place in self._last_steps):
             return False
         rarely = config.exchange == "sync" or self._pace.warming
         due = step > 1 and step & (step + 1) == 0 if rarely else step == config.warmup_steps - 1
-        return due and self._mode(place, step) is PatchMode.SYNC
+        return due and self._mode(place, tick) is PatchMode.SYNC
 
     def _place(self, tick, key, args, kwargs):
         """What tells one plan from another: the call, shapes, and the values that positions follow from."""
@@ -112,7 +112,7 @@ class Patches:
         patch = self._patches[place]
         if tick.call == 0:
             self._pace.before(tick.step, patch.check.errors)
-        mode = self._mode(place, tick.step)
+        mode = self._mode(place, tick)
         if mode is PatchMode.DISPLACED and self._pace.resyncs(patch.check.report):
             mode = PatchMode.SYNC
         if place not in self._last_steps:
@@ -152,12 +152,15 @@ class Patches:
         self._last_steps.clear()
         self._pace.begin_generation()
 
-    def _mode(self, place, step):
+    def _mode(self, place, tick):
         """The scheduled mode, but synchronous where the call was not made at the step before: the second of two calls
         may be left out at some steps, and what displaced patches would read is then of long ago.
         """
-        mode, last = schedule.patch_mode(self._pace.config, step), self._last_steps.get(place)
-        missing = {PatchMode.DISPLACED: last != step - 1, PatchMode.FROZEN: last is None}
+        mode, last = schedule.patch_mode(self._pace.config, tick.step), self._last_steps.get(place, -1)
+        missing = {
+            PatchMode.DISPLACED: not schedule.has_state(self.config, tick, last),
+            PatchMode.FROZEN: last < 0,
+        }
         return PatchMode.SYNC if missing.get(mode) else mode
 
     def norm_before(self, norm, conv, x, **added):

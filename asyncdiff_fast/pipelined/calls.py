@@ -75,11 +75,12 @@ class PipelineCalls:
                 self._next.returned(current, result, args, kwargs)
             return result, Mode.EXACT
         current = self._pipelines[place] = self._pipelines.pop(place)
-        mode = schedule.mode(self.config, tick.step, current.last_step == tick.step - 1)
+        config, begin = self.config, self.config.least_warmup
+        mode = schedule.mode(config, tick.step, schedule.has_state(config, tick, current.last_step))
         self._begin(current, tick, args, kwargs)
         # Only what the next call may read is kept, and with predictions what that of the one after is made from.
         passes, predicts = mode is Mode.COMPUTE and current.passing is not None, self.config.predict != "none"
-        kept = passes or tick.step >= self.config.warmup_steps - 1 - predicts
+        kept = passes or tick.step >= begin - 1 - predicts
         for store in current.kept.values() if predicts and kept else ():
             store.carry_on(current.trend.weight) if passes else store.put_aside()
         with self.exchange.step():

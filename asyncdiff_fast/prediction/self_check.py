@@ -120,9 +120,11 @@ class Pace:
 
     def begin_generation(self):
         """Warm-up begins."""
-        auto = self._options.warmup_steps == "auto"
-        self.config = dataclasses.replace(self._options, warmup_steps=self.NEVER) if auto else self._options
-        self.warming = auto
+        options = self._options
+        # Of steps side by side these say for themselves which are exact.
+        self.warming = options.warmup_steps == "auto" and options.parallel_steps == 1
+        warmup = self.NEVER if self.warming else options.least_warmup
+        self.config = dataclasses.replace(options, warmup_steps=warmup)
 
     def before(self, step, check):
         """End warm-up before `step` if the values of the step before were predictable within the tolerance. Collective.

@@ -29,9 +29,9 @@ class PipelineCalls:
             count = len(plan.exact.micro)
             self._exact = self._programs(plan.exact, shares, ranks, [seconds / count] * count)
 
-    def call(self, step):
+    def call(self, step, exact=False):
         """Events of one call."""
-        compute = schedule.mode(self._plan.config, step) is Mode.COMPUTE
+        compute = schedule.mode(self._plan.config, step, not exact) is Mode.COMPUTE
         programs = self._passing if compute and self._passing is not None else self._exact
         if programs is None:
             yield Compute(self._seconds)

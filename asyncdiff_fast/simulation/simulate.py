@@ -82,7 +82,7 @@ def simulate(plan, times, cluster, num_steps=50, error=0.0):
             f"the options take {size} ranks; name more nodes or gpus, or share between fewer"
         )
     error = steps.lasting(error)
-    warmup = 1 if config.warmup_steps == "auto" else min(config.warmup_steps, num_steps)
+    warmup = min(config.least_warmup, num_steps)
     # Enough for every way to repeat itself: whole blocks, both kinds of call of stride 2.
     steady = min(num_steps - warmup, STEADY * config.parallel_steps)
     # Where stages run ahead the first call fills them for all.

@@ -54,10 +54,12 @@ class Sites:
         self._first_of = {group[0]: g for g, (group, _) in enumerate(self._groups)}
         self._last_of = {group[-1]: g for g, (group, _) in enumerate(self._groups)}
         self._posted = {}
+        # Whether the call under way reads nothing that an earlier one has made.
+        self.exact = False
 
     def run(self, step, seconds, sites):
         """Events of so many seconds of work, in which some sites come at even distances."""
-        mode = patch_mode(self._config, step)
+        mode = PatchMode.SYNC if self.exact else patch_mode(self._config, step)
         piece = seconds / (len(sites) + 1)
         yield Compute(piece)
         for i in sites:
@@ -107,7 +109,8 @@ class PatchCalls:
         self._all = tuple(range(len(table.plan.sites)))
         self._sites, self._seconds = Sites(table, config, ranks, patch, self._all), seconds
 
-    def call(self, step):
+    def call(self, step, exact=False):
         """Events of one call."""
+        self._sites.exact = exact
         yield from self._sites.run(step, self._seconds, self._all)
         yield from self._sites.result(step)

@@ -91,9 +91,9 @@ class StageCalls:
         self._numbers = {t.name: n for n, t in enumerate(plan.transfers) if t.unit < 0}
         self._computed = None
 
-    def call(self, step):
+    def call(self, step, exact=False):
         """Events of one call."""
-        mode, config = schedule.mode(self._config, step), self._config
+        mode, config = schedule.mode(self._config, step, not exact), self._config
         if mode is Mode.EXACT:
             yield from self._program.whole(("stages", step))
         elif mode is Mode.REPEAT:
@@ -132,10 +132,11 @@ class StagedPatchCalls:
         self._sites = Sites(table, plan.config, patch_ranks, patch, tuple(sorted(met)))
         self._stages = StageCalls(plan, shares, stage_ranks, stage_rank, seconds, self._within)
 
-    def call(self, step):
+    def call(self, step, exact=False):
         """Events of one call."""
         self._left, self._called = list(self._inside[None]), set()
-        yield from self._stages.call(step)
+        self._sites.exact = exact
+        yield from self._stages.call(step, exact)
         yield from self._sites.result(step)
 
     def _within(self, name, seconds, key):

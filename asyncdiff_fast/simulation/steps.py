@@ -20,8 +20,8 @@ class WholeCalls:
     def __init__(self, seconds):
         self._seconds = seconds
 
-    def call(self, step):
-        """Events of one call."""
+    def call(self, step, exact=False):
+        """Events of one call, which reads nothing that an earlier one has made if it is `exact`."""
         yield Compute(self._seconds)
 
 
@@ -31,9 +31,9 @@ class HalfCalls:
     def __init__(self, calls, ranks, mine, nbytes):
         self._calls, self._ranks, self._mine, self._nbytes = calls, ranks, mine, nbytes
 
-    def call(self, step):
+    def call(self, step, exact=False):
         """Events of one call."""
-        yield from self._calls.call(step)
+        yield from self._calls.call(step, exact)
         yield from everyone(("half", step), self._ranks, self._mine, self._nbytes)
 
 
@@ -54,12 +54,12 @@ def side_by_side(calls, config, ranks, mine, nbytes, num_steps, times, error=0.0
         error: of a latent predicted one step ahead, at every step.
     """
     place, step = ranks.index(mine), 0
-    lengths = Lengths(len(ranks), 1 if config.warmup_steps == "auto" else config.warmup_steps, config.tolerance)
+    lengths = Lengths(len(ranks), config.least_warmup, config.tolerance)
     while step < num_steps:
         yield Mark(step)
         length = lengths.at(step, num_steps - step)
         if place < length or length == 1:
-            yield from calls.call(step + (place if length > 1 else 0))
+            yield from calls.call(step + (place if length > 1 else 0), exact=length == 1)
         yield from everyone(("outputs", step), ranks, mine, nbytes)
         yield Compute(length * (times.sampler_s + (times.block_s if length > 1 else 0.0)))
         if step > 0:

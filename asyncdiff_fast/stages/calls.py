@@ -77,7 +77,7 @@ class StageCalls:
         if tick.call == 0:
             self._pace.before(tick.step, current.check.errors)
         config = self._pace.config
-        mode = schedule.mode(config, tick.step, current.last_step == tick.step - 1)
+        mode = schedule.mode(config, tick.step, schedule.has_state(config, tick, current.last_step))
         if mode is Mode.COMPUTE and self._pace.resyncs(current.check.report):
             mode = Mode.EXACT
         offset = self._follow_timesteps(current, mode, tick, planning, timestep)

@@ -89,11 +89,12 @@ class StepCalls:
     # Calls of a denoiser.
 
     def call(self, name, timestep, key, run):
-        """What a denoiser returns at this call: `run()`, or a stand-in where another rank evaluates this step.
+        """What a denoiser returns at this call, or a stand-in where another rank evaluates this step.
 
         Args:
             name: of the denoiser among those of the pipeline.
             key: changes with the inputs' shapes.
+            run: `run(exact)` gives it; `exact` where all ranks evaluate the step, so that what they get is the same.
         """
         tick = self._clock.tick(timestep, key)
         if tick.begins:
@@ -113,7 +114,7 @@ class StepCalls:
                 # The caller may write into it.
                 return tree_map_only(torch.Tensor, torch.clone, kept)
         with self.exchange.step():
-            result = run()
+            result = run(self._block is None)
         self.counts.evaluations += 1
         self._placeholders[place] = tree_map_only(torch.Tensor, lambda x: x.detach().clone(), result)
         return result
@@ -205,8 +206,7 @@ class StepCalls:
         if reason is not None:
             self._stay_exact(reason)
         elif self._lengths is None:
-            warmup = self.config.warmup_steps
-            self._lengths = Lengths(self.world.size, 1 if warmup == "auto" else warmup, self.config.tolerance)
+            self._lengths = Lengths(self.world.size, self.config.least_warmup, self.config.tolerance)
 
     def _in_block(self, scheduler, step):
         block = self._block

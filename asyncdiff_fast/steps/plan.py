@@ -17,7 +17,7 @@ class StepPlan:
 
     def calls(self, num_steps):
         """Calls of the denoiser, one after the other, that a picture of so many steps waits for, at least."""
-        exact = min(1 if self.config.warmup_steps == "auto" else self.config.warmup_steps, num_steps)
+        exact = min(self.config.least_warmup, num_steps)
         return exact + -(-(num_steps - exact) // self.config.parallel_steps)
 
     @property

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from asyncdiff_fast.calls import schedule
+from asyncdiff_fast.calls.clock import Tick
 from asyncdiff_fast.calls.schedule import Mode
 from asyncdiff_fast.config import Config
 from asyncdiff_fast.stages import cutset
@@ -32,6 +33,16 @@ def test_modes(num_stages, stride, warmup_steps, steps, phase):
         elif later:
             assert later[0] is Mode.COMPUTE
     assert schedule.mode(config, steps, has_state=False) is Mode.EXACT
+
+
+def test_what_is_read_is_of_the_same_ranks_last_step():
+    """Without steps side by side that of the step before; with them as many steps old as there are of them at most."""
+    for steps, oldest in ((1, 1), (2, 2), (4, 4)):
+        config = Config(num_stages=2, parallel_steps=steps)
+        ages = [age for age in range(9) if schedule.has_state(config, Tick(False, 10, 0), 10 - age)]
+        assert ages == list(range(1, oldest + 1))
+        assert not schedule.has_state(config, Tick(False, 10, 0, exact=True), 9)
+        assert not schedule.has_state(config, Tick(False, 0, 0), -1)
 
 
 @pytest.mark.parametrize("num_stages", [2, 3])

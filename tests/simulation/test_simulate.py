@@ -34,6 +34,9 @@ WAYS = [
     dict(num_stages=2, pipeline_patches=4),
     dict(num_stages=2, pipeline_patches=2, shard_weights=True),
     dict(num_stages=2, pipeline_patches=1, parallel_steps=2),
+    dict(num_stages=2, pipeline_patches=4, parallel_steps=2),
+    dict(num_stages=2, parallel_steps=2),
+    dict(num_patches=2, parallel_steps=2),
 ]
 
 
@@ -92,6 +95,9 @@ def test_measured_units_count_for_more_than_counted_work():
 def test_blocks_are_as_long_as_errors_allow():
     plan = _plan(parallel_steps=4)
     whole, none = (simulate(plan, Times(CALL_S), _cluster(4), 50, error) for error in (0.0, 1.0))
+    # A step that all ranks evaluate is exact within.
+    shared = simulate(_plan(parallel_steps=2, num_stages=2), Times(CALL_S), _cluster(4), 50, error=1.0)
+    assert shared.step_s == pytest.approx(CALL_S)
     assert whole.step_s == pytest.approx(CALL_S / 4) and none.step_s == pytest.approx(CALL_S)
     assert whole.picture_s == pytest.approx(plan.calls(50) * CALL_S)
 

@@ -1,4 +1,4 @@
-"""Steps side by side with halves of guidance and with exact patches; and what it is not combined with."""
+"""Steps side by side with halves of guidance, patches and stages; and what they are not combined with."""
 
 import functools
 
@@ -10,12 +10,17 @@ import tiny_pipelines
 import asyncdiff_fast
 
 TOLERANCE, STEPS = 0.2, 10
+# Of pictures, 0..1: rounding; and in the mean what is stale.
+EXACT, STALE = 2e-4, 0.1
 # name: pipeline, what each call is shared among; wan calls twice, sd15 once with both halves
 CASES = {
     "halves of a batch": ("sd15", {"cfg_parallel": True}),
     "halves in two calls": ("wan", {"cfg_parallel": True}),
     "patches": ("sd15", {"num_patches": 2, "exchange": "sync"}),
-    "patches of a transformer": ("pixart", {"num_patches": 2, "exchange": "sync"}),
+    "patches of a transformer": ("pixart", {"num_patches": 2, "exchange": "sync", "warmup_steps": "auto"}),
+    "displaced patches": ("sd15", {"num_patches": 2}),
+    "stages": ("sd15", {"num_stages": 2}),
+    "stages in two calls": ("wan", {"num_stages": 2}),
 }
 
 
@@ -35,9 +40,10 @@ def _cases(rank):
 
 def _steps_alone(rank):
     found = {}
-    for case, (name, _) in CASES.items():
+    for case, (name, options) in CASES.items():
         pipe = tiny_pipelines.build(name)
-        asyncdiff_fast.patch(pipe, parallel_steps=2, tolerance=TOLERANCE, timeout_s=60)
+        warmup = {key: x for key, x in options.items() if key == "warmup_steps"}
+        asyncdiff_fast.patch(pipe, parallel_steps=2, tolerance=TOLERANCE, timeout_s=60, **warmup)
         found[case] = tiny_pipelines.generate(pipe, name, steps=STEPS)
         asyncdiff_fast.unpatch(pipe)
     return found
@@ -51,21 +57,27 @@ def cases():
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("case", CASES)
-def test_each_call_is_shared_exactly(case):
+def test_each_call_is_shared(case):
     everyone, alone = cases()
+    stale = case in ("displaced patches", "stages", "stages in two calls")
     for found in everyone:
         (first, second), plain, stats, plan, after = found[case]
         assert np.array_equal(first, everyone[0][case][0][0]) and np.array_equal(first, second)
-        assert np.abs(first - alone[0][case]).max() <= 2e-4 and np.array_equal(after, plain)
+        difference = np.abs(first - alone[0][case])
+        assert EXACT < difference.mean() < STALE if stale else difference.max() <= EXACT
+        assert np.array_equal(after, plain)
         assert stats["blocks"] > 0 and not stats["exact_because"]
         assert "2 steps side by side" in plan and ("patches" in plan) == ("patches" in case)
+        assert ("stages" in plan) == ("stages" in case)
 
 
 @pytest.mark.parametrize(
     "options, text",
     [
-        ({"num_stages": 2}, "steps side by side and stages are not combined yet"),
-        ({"num_patches": 2}, 'pass exchange="sync"'),
+        ({"num_stages": 2, "stride": 2}, "stride=1 only: got parallel_steps=2, stride=2"),
+        ({"num_stages": 2, "time_shift": True}, "time_shift=False only"),
+        ({"num_stages": 2, "predict": "linear"}, "pass parallel_steps=1, or leave predict out"),
+        ({"num_patches": 2, "exchange": "none"}, "exchange='displaced' or 'sync' only"),
         ({"parallel_steps": 0}, "parallel_steps must be an integer of at least 1: got parallel_steps=0"),
         ({"parallel_steps": True}, "parallel_steps must be an integer"),
     ],

@@ -43,6 +43,11 @@ class Simulation:
     def __exit__(self, *_):
         del self.scheduler.step
 
+    def place(self):
+        """Which rank evaluates the step that is to come; None if all do."""
+        length = self.length if self.block else self._length()
+        return None if length == 1 else len(self.block)
+
     def _run(self, scheduler, given, **changed):
         method = type(scheduler).step
         return method(scheduler, **{**given, **changed})

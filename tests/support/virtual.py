@@ -9,12 +9,18 @@ PATIENCE_S = 120
 
 
 class Hub:
-    """What the threads share: a place where all meet, and what each brings."""
+    """What some threads share: a place where all meet, what each brings, and messages from one to another."""
 
     def __init__(self, size):
         self.size = size
         self._barrier = threading.Barrier(size, timeout=PATIENCE_S)
-        self._brought = [None] * size
+        self._brought, self._within = [None] * size, {}
+        self._mail, self._arrived, self._failed = {}, threading.Condition(), False
+
+    def along(self, ranks):
+        """What some of these threads share."""
+        with self._arrived:
+            return self._within.setdefault(ranks, Hub(len(ranks)))
 
     def gather(self, rank, value):
         """What every thread brings, in order."""
@@ -24,9 +30,27 @@ class Hub:
         self._barrier.wait()
         return everyone
 
+    def send(self, key, message):
+        """Leave a message under a key of its own."""
+        with self._arrived:
+            self._mail[key] = message
+            self._arrived.notify_all()
+
+    def receive(self, key):
+        """The message of a key, waited for."""
+        with self._arrived:
+            if not self._arrived.wait_for(lambda: self._failed or key in self._mail, PATIENCE_S) or self._failed:
+                raise threading.BrokenBarrierError
+            return self._mail.pop(key)
+
     def fail(self):
         """Nobody need wait any more."""
+        with self._arrived:
+            self._failed = True
+            self._arrived.notify_all()
         self._barrier.abort()
+        for hub in self._within.values():
+            hub.fail()
 
 
 class VirtualWorld:
@@ -34,9 +58,10 @@ class VirtualWorld:
 
     timeout_s = PATIENCE_S
 
-    def __init__(self, hub, rank):
-        self.hub, self.rank, self.size, self.ranks = hub, rank, hub.size, tuple(range(hub.size))
-        self.name, self.calls = rank, 0
+    def __init__(self, hub, rank, ranks=None):
+        self.hub, self.rank, self.size = hub, rank, hub.size
+        self.ranks, self.calls = ranks or tuple(range(hub.size)), 0
+        self.name = self.ranks[rank]
 
     def gather(self, value, what):
         everyone = self.hub.gather(self.rank, (what, value))
@@ -62,8 +87,11 @@ class VirtualWorld:
         return error
 
     def along(self, ranks):
-        """These threads, or one of them alone."""
-        return self if len(ranks) == self.size else World(ranks, self.timeout_s)
+        """These threads, some of them, or one alone."""
+        ranks = tuple(ranks)
+        if len(ranks) in (1, self.size):
+            return self if len(ranks) == self.size else World(ranks, self.timeout_s)
+        return VirtualWorld(self.hub.along(ranks), ranks.index(self.name), ranks)
 
 
 class _Silent:
@@ -78,41 +106,58 @@ class _Silent:
 
 
 class VirtualSlot:
-    def __init__(self, sends, recvs):
-        self.sends, self.recvs, self.phase = sends, recvs, ""
+    def __init__(self, sends, recvs, depth):
+        self.sends, self.recvs, self.depth = sends, recvs, depth
+        self.phase, self.number, self.epoch = "", 0, 0
+        # Epochs that were posted and are not over.
+        self.pending = []
 
 
 class VirtualExchange:
-    """As an engine whose slots have depth 1 and are posted and awaited by all ranks in turn."""
+    """As an engine: what is posted arrives where it is awaited."""
 
     kind = "threads"
 
     def __init__(self, world):
-        self.world, self._made, self._arrived, self.sent_bytes, self.posts = world, [], {}, 0, 0
+        self.world, self._made, self._slots, self.sent_bytes, self.posts = world, [], [], 0, 0
 
-    def slot(self, name, sends, recvs, depth):
-        assert depth == 1
-        self._made.append(VirtualSlot(sends, recvs))
+    def slot(self, name, sends=(), recvs=(), depth=2):
+        self._made.append(VirtualSlot(sends, recvs, depth))
         return self._made[-1]
 
-    def freeze(self, phase):
-        for slot in self._made:
-            slot.phase = phase
-        self._made = []
+    def freeze(self, phase, order=None):
+        made, self._made = self._made, []
+        for slot, number in zip(made, range(len(made)) if order is None else order, strict=True):
+            slot.phase, slot.number = phase, number
+        self._slots += made
 
     def acquire(self, slot):
         pass
 
     def post(self, slot):
-        mine = {send.peer: send.buffers[0].clone() for send in slot.sends}
-        everyone = self.world.hub.gather(self.world.rank, mine)
-        self._arrived[slot] = [(recv, everyone[recv.peer][self.world.rank]) for recv in slot.recvs]
-        self.sent_bytes += sum(x.nbytes for x in mine.values())
+        parity, mine = slot.epoch % slot.depth, {}
+        for send in slot.sends:
+            mine.setdefault(send.peer, []).append(send.buffers[parity].clone())
+        for peer, message in mine.items():
+            self.world.hub.send((slot.phase, slot.number, slot.epoch, self.world.rank, peer), message)
+            self.sent_bytes += sum(x.nbytes for x in message)
+        slot.pending.append(slot.epoch)
+        slot.epoch += 1
         self.posts += 1
 
-    def wait(self, slot):
-        for recv, value in self._arrived.pop(slot):
-            recv.buffers[0].copy_(value)
+    def wait(self, slot, lag=0):
+        assert 0 <= lag < slot.depth
+        while slot.pending and slot.pending[0] < slot.epoch - lag:
+            epoch = slot.pending.pop(0)
+            key = slot.phase, slot.number, epoch
+            found = {p: self.world.hub.receive((*key, p, self.world.rank)) for p in {r.peer for r in slot.recvs}}
+            for recv in slot.recvs:
+                recv.buffers[epoch % slot.depth].copy_(found[recv.peer].pop(0))
+
+    def drain(self, phases=None):
+        for slot in self._slots:
+            if phases is None or slot.phase in phases:
+                self.wait(slot)
 
     def step(self):
         return contextlib.nullcontext()
@@ -124,7 +169,10 @@ class VirtualExchange:
         self.world.hub.fail()
 
     def release(self, phase):
-        pass
+        self._slots = [slot for slot in self._slots if slot.phase != phase]
+
+    def clear_stats(self):
+        self.sent_bytes = self.posts = 0
 
     def close(self):
         pass
