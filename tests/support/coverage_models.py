@@ -13,7 +13,10 @@ from tiny_parts import fill
 
 MODELS = coverage_nets.MODELS | coverage_pictures.MODELS | coverage_sequences.MODELS | coverage_clips.MODELS
 # Why there is none of a class.
-LEFT_OUT = {"CosmosTransformer3DModel": "it needs torchvision"}
+LEFT_OUT = {
+    "CosmosTransformer3DModel": "it needs torchvision",
+    "UVit2DModel": "it takes numbers of a codebook, and no latent",
+}
 
 
 def build(name):

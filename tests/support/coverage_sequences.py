@@ -70,4 +70,21 @@ MODELS = {
             input_img_latents=[], input_image_sizes={}, attention_mask=_causal(),
             position_ids=torch.arange(73).repeat(2, 1)),
     ),
+    "MiniMaxH3Transformer3DModel": (
+        dict(num_attention_heads=2, attention_head_dim=16, hidden_size=32, num_layers=2, num_refiner_layers=1,
+            ffn_dim=32, in_channels=4, audio_in_channels=4, text_dim=12, freq_dim=32, time_embed_hidden_dim=32,
+            time_embed_dim=16, rope_freq_dim=2),
+        lambda: dict(hidden_states=x(2, 64, 16), audio_hidden_states=x(2, 6, 4, seed=2), timestep=torch.tensor([0.9]),
+            timestep_indices=torch.zeros(TEXT + 70).long(),
+            token_tags=torch.tensor([1] * TEXT + [0] * 64 + [2] * 6),
+            position_ids=torch.cat((torch.arange(float(TEXT)).repeat(3, 1).T, ids(8, 8), ids(6, 1))),
+            video_indices=torch.arange(TEXT, TEXT + 64), audio_indices=torch.arange(TEXT + 64, TEXT + 70),
+            text_indices=torch.arange(TEXT), **text(12)),
+    ),
+    "QwenImage21Transformer2DModel": (
+        dict(in_channels=16, out_channels=16, num_layers=2, attention_head_dim=16, num_attention_heads=2,
+            context_in_dim=12, axes_dims_rope=(8, 4, 4)),
+        lambda: picture(64, 16, img_shapes=[[(1, 8, 8)]] * 2, encoder_hidden_states_mask=mask().bool(),
+            img_mask=(torch.arange(TEXT + 16) >= TEXT).repeat(2, 1), **text(12)) | dict(timestep=UNIT),
+    ),
 }  # fmt: skip
