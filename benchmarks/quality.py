@@ -135,24 +135,27 @@ def draw_configurations(args):
         if int(os.environ.get("RANK", 0)) == 0:
             seconds = (time.perf_counter() - began) / (steps * -(-len(pictures) // args.batch_size))
             facts = {"s_per_step": seconds, "date": measure.facts()["date"]}
-            keep(picture_file(name, args), pictures, facts | ({"calls": calls} if calls else {}))
+            keep(picture_file(name, args), pictures, facts | calls)
             print(f"drawn: {name}", flush=True)
 
 
 def draw_batches(pipe, runtime, steps, args):
-    """(pictures, calls of the denoiser that each batch waited for, one after the other).
+    """(pictures, {"calls": those of the denoiser that each batch waited for, one after the other, "exact_calls": those
+    of them that all ranks made}).
 
-    Calls are counted where steps run side by side; elsewhere there are as many as steps, and the list is empty.
+    Calls are counted where steps run side by side; elsewhere there are as many as steps, and the dict is empty.
     """
     captions, seeds = captions_and_seeds(args)
-    pictures, calls = [], []
+    pictures, calls = [], {}
     for start in range(0, len(captions), args.batch_size):
         batch = slice(start, start + args.batch_size)
         pictures.append(draw(pipe, captions[batch], seeds[batch], steps, args.guidance, args.batch_size))
         if runtime is not None and runtime.config.parallel_steps > 1:
             done = runtime.stats()["steps"]
             runtime.clear_stats()
-            calls.append(done["exact_steps"] + done["blocks"] + done["blocks_cut_short"])
+            every = done["exact_steps"] + done["blocks"] + done["blocks_cut_short"]
+            calls.setdefault("calls", []).append(every)
+            calls.setdefault("exact_calls", []).append(done["exact_steps"])
     return torch.cat(pictures), calls
 
 

@@ -12,6 +12,7 @@ import exchange_tables
 import kernel_tables
 import measure
 import memory
+import quality_meshes
 import quality_pipelined
 import quality_predict_tables
 import quality_steps_tables
@@ -158,6 +159,12 @@ def quality_of_pipelined():
     return "\n".join([result["title"], "", *quality_pipelined.beside(result, *others)])
 
 
+def quality_of_meshes():
+    """Steps side by side whose calls are shared, beside steps side by side alone."""
+    result, steps = (measure.read_result(f"quality_{name}") for name in ("meshes", "steps"))
+    return "\n".join([result["title"], "", *quality_meshes.beside(result, steps)])
+
+
 def memory_of_shards():
     """What processes hold of a denoiser that is divided as it is loaded."""
     rows = measure.read_rows("memory")
@@ -225,6 +232,7 @@ MAKERS = {
     "quality steps": quality_of_steps,
     "steps forms": forms_of_steps,
     "quality pipelined": quality_of_pipelined,
+    "quality meshes": quality_of_meshes,
     "batch steps": batch_steps,
     "memory": memory_of_shards,
     "kernels": lambda: kernel_tables.kernels(table),

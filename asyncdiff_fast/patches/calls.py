@@ -6,10 +6,8 @@ import logging
 from ..calls import schedule
 from ..calls.schedule import PatchMode
 from ..calls.signature import numbers_of
-from ..calls.watch import last_scheduler
 from ..exchange.fingerprint import input_digests
 from ..prediction.self_check import Pace, summaries
-from ..prediction.trend import Instants
 from .hooks import Hooks
 from .inputs import check_masks
 from .lists import stacked
@@ -33,8 +31,6 @@ class Patches:
         self._graphs = shared.graphs
         self._patches, self._phases = {}, 0
         self._pace = Pace(shared.config, world)
-        # {place of a patch: step of its latest call in this generation}
-        self._last_steps = {}
         # {place without values: names of the inputs whose values belong to it}
         self._reads = {}
 
@@ -54,7 +50,7 @@ class Patches:
             self._patches[place] = self._patches.pop(place)
         else:
             place = self._plan(tick, key, forward, args, kwargs)
-        if place not in self._last_steps:
+        if self._patches[place].trend.last_step < 0:
             check_masks(self._patches[place].cutter, self._signature.named(args, kwargs))
         expected, patch = None, self._patches[place]
         if self._looks_again(place, tick):
@@ -64,7 +60,6 @@ class Patches:
             # Every rank goes the same way, so all are here.
             log.info("patches are planned anew: %s", error)
             self._release(self._patches.pop(place))
-            self._last_steps.pop(place, None)
             place, expected = self._plan(tick, key, forward, args, kwargs), None
             result, error = self._attempt(place, tick, run, args, kwargs)
         if error is not None:
@@ -78,7 +73,7 @@ class Patches:
         """True at the last exact step of a plan's first warm-up, or ever more rarely where all are: gates open late."""
         config, patch, step = self._pace.config, self._patches[place], tick.step
         able = patch.result_check is not None and not config.bessel and config.num_stages == 1
-        if not able or step == 0 or patch.generations > (place in self._last_steps):
+        if not able or step == 0 or patch.generations > (patch.trend.last_step >= 0):
             return False
         rarely = config.exchange == "sync" or self._pace.warming
         due = step > 1 and step & (step + 1) == 0 if rarely else step == config.warmup_steps - 1
@@ -115,10 +110,8 @@ class Patches:
         mode = self._mode(place, tick)
         if mode is PatchMode.DISPLACED and self._pace.resyncs(patch.check.report):
             mode = PatchMode.SYNC
-        if place not in self._last_steps:
-            timestep = self._signature.timestep(args, kwargs)
-            patch.begin_generation(Instants(self._scheduler or last_scheduler(), timestep, tick.step))
-        self._last_steps[place] = tick.step
+        if patch.trend.follow(tick.step, self._signature.timestep(args, kwargs), self._scheduler):
+            patch.begin_generation()
         patch.trend.weigh(tick.step)
         late = self._pace.warming or tick.step >= self._pace.config.warmup_steps - 3
         patch.keep = self.config.predicts_patches and late
@@ -149,14 +142,15 @@ class Patches:
 
     def begin_generation(self):
         """What an earlier generation left behind is not read again."""
-        self._last_steps.clear()
+        for patch in self._patches.values():
+            patch.trend.end()
         self._pace.begin_generation()
 
     def _mode(self, place, tick):
         """The scheduled mode, but synchronous where the call was not made at the step before: the second of two calls
         may be left out at some steps, and what displaced patches would read is then of long ago.
         """
-        mode, last = schedule.patch_mode(self._pace.config, tick.step), self._last_steps.get(place, -1)
+        mode, last = schedule.patch_mode(self._pace.config, tick.step), self._patches[place].trend.last_step
         missing = {
             PatchMode.DISPLACED: not schedule.has_state(self.config, tick, last),
             PatchMode.FROZEN: last < 0,

@@ -271,10 +271,9 @@ class Patch:
 
     # One call.
 
-    def begin_generation(self, instants):
-        """Nothing that an earlier generation left is predicted from or compared with."""
+    def begin_generation(self):
+        """Nothing that an earlier generation left is compared with."""
         self.generations += 1
-        self.trend.begin(instants)
         self.check.begin_generation()
 
     # Of one that is captured `cut` and `complete`, and what is between them, do not run again.

@@ -12,11 +12,9 @@ import torch
 from ..calls import schedule
 from ..calls.schedule import Mode, PatchMode
 from ..calls.signature import device_of
-from ..calls.watch import last_scheduler
 from ..hooks import Attachment
 from ..patches.check import ResultCheck
 from ..patches.hooks import Hooks
-from ..prediction.trend import Instants
 from ..stages.buffers import Placeholders
 from ..tracing import side_effects
 from . import batches, heap
@@ -52,7 +50,7 @@ class PipelineCalls:
         if self._next is not None:
             self._next.begin_generation()
         for current in self._pipelines.values():
-            current.last_step = -1
+            current.trend.end()
 
     def call(self, tick, key, planning, forward, args, kwargs):
         """(the denoiser's result, how it was computed: a `Mode`). Collective over the stages.
@@ -76,7 +74,7 @@ class PipelineCalls:
             return result, Mode.EXACT
         current = self._pipelines[place] = self._pipelines.pop(place)
         config, begin = self.config, self.config.least_warmup
-        mode = schedule.mode(config, tick.step, schedule.has_state(config, tick, current.last_step))
+        mode = schedule.mode(config, tick.step, schedule.has_state(config, tick, current.trend.last_step))
         self._begin(current, tick, args, kwargs)
         # Only what the next call may read is kept, and with predictions what that of the one after is made from.
         passes, predicts = mode is Mode.COMPUTE and current.passing is not None, self.config.predict != "none"
@@ -125,10 +123,7 @@ class PipelineCalls:
 
     def _begin(self, current, tick, args, kwargs):
         """A call begins, perhaps the first of a generation."""
-        if current.last_step < 0:
-            timestep = self._signature.timestep(args, kwargs)
-            current.trend.begin(Instants(self._scheduler or last_scheduler(), timestep, tick.step))
-        current.last_step = tick.step
+        current.trend.follow(tick.step, self._signature.timestep(args, kwargs), self._scheduler)
         current.trend.weigh(tick.step)
 
     def _exact(self, current, forward, args, kwargs, kept=True):

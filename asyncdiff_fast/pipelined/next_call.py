@@ -82,7 +82,8 @@ class NextCall:
             self._calls.through(current.passing, self._run, self.begun.done)
         self.counts["dropped_calls"] += 1
         # An exact call renews all that is kept.
-        current.last_step, self.begun = -1, None
+        current.trend.end()
+        self.begun = None
         log.info("a call that was begun is dropped: %s", self._ahead.why or "it has not come")
 
     def returned(self, current, result, args, kwargs):

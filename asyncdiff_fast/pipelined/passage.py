@@ -38,7 +38,7 @@ class Pipeline:
     """One plan on one rank: its routes, and what sites keep. Collective to make."""
 
     def __init__(self, plan, patches, structures, world, exchange, device, placeholders, phase):
-        self.plan, self.patches, self.last_step = plan, patches, -1
+        self.plan, self.patches = plan, patches
         self.trend = Trend(plan.config.pipeline_count + LAYER_HOPS)
         made = (world, exchange, device, placeholders)
         self.passing = plan.passing and Passage(plan.passing, structures["passing"], *made, phase)

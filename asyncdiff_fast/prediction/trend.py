@@ -7,6 +7,7 @@ the sampler feeds a share of the outcome, its interval, back into the next call.
 """
 
 from ..calls.timesteps import Timesteps
+from ..calls.watch import last_scheduler
 
 # Largest gain of a chain of stale hops, for each step of the generation: see docs/prediction.md.
 GAIN_PER_STEP = 0.54
@@ -60,6 +61,8 @@ def ratio(read_at, last, before):
 class Trend:
     """When the last two values of a pass were made, and how much of their difference a prediction adds.
 
+    `last_step` is that of its latest call, -1 where this generation had none yet.
+
     Args:
         hops: most stale values on a way from the latent to the prediction.
         stride: steps between two computing calls.
@@ -68,7 +71,24 @@ class Trend:
     def __init__(self, hops, stride=1):
         self._hops, self._stride = hops, stride
         self.weight = self.weight_before = 0.0
+        self.last_step = -1
         self.begin(Instants(None, None, 0))
+
+    def end(self):
+        """What was made until now is not read again."""
+        self.last_step = -1
+
+    def follow(self, step, timestep, scheduler=None):
+        """A call at a step, with the denoiser's timestep; True if it is the first of a generation.
+
+        Args:
+            scheduler: the loop's, if it is not the one seen last.
+        """
+        first = self.last_step < 0
+        if first:
+            self.begin(Instants(scheduler or last_scheduler(), timestep, step))
+        self.last_step = step
+        return first
 
     def begin(self, instants):
         """A generation begins: values that were made before are not looked at again."""

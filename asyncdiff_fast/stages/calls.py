@@ -11,7 +11,6 @@ from ..calls.watch import last_scheduler
 from ..hooks import Attachment
 from ..modules import other_hooks
 from ..prediction.self_check import Pace, summaries
-from ..prediction.trend import Instants
 from .buffers import Placeholders
 from .passes import Pass
 from .plan import make_plan
@@ -37,7 +36,7 @@ class StageCalls:
     def begin_generation(self):
         """What an earlier generation left behind is not read again."""
         for current in self._passes.values():
-            current.last_step = -1
+            current.trend.end()
         self._pace.begin_generation()
 
     def call(self, tick, key, planning, forward, args, kwargs):
@@ -77,13 +76,12 @@ class StageCalls:
         if tick.call == 0:
             self._pace.before(tick.step, current.check.errors)
         config = self._pace.config
-        mode = schedule.mode(config, tick.step, schedule.has_state(config, tick, current.last_step))
+        mode = schedule.mode(config, tick.step, schedule.has_state(config, tick, current.trend.last_step))
         if mode is Mode.COMPUTE and self._pace.resyncs(current.check.report):
             mode = Mode.EXACT
         offset = self._follow_timesteps(current, mode, tick, planning, timestep)
-        if current.last_step < 0:
-            current.begin_generation(Instants(self._scheduler or last_scheduler(), timestep, tick.step))
-        current.last_step = tick.step
+        if current.trend.follow(tick.step, timestep, self._scheduler):
+            current.check.begin_generation()
         if mode is Mode.REPEAT:
             result = current.repeat()
         else:
@@ -165,7 +163,7 @@ class StageCalls:
 
     def _evict(self, tick):
         for place in list(self._passes)[:-KEPT_PASSES]:
-            if tick.step == 0 and self._passes[place].last_step < 0:
+            if tick.step == 0 and self._passes[place].trend.last_step < 0:
                 self._release(self._passes.pop(place))
 
     def _release(self, current, released=False):

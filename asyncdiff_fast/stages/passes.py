@@ -23,7 +23,6 @@ class Pass:
     def __init__(self, plan, config, rank, device, placeholders, graphs=None):
         self.plan, self.config, self.rank = plan, config, rank
         self.program = plan.program(rank)
-        self.last_step = -1
         self.previous_timestep = self.timesteps = None
         self.trend, self.check = Trend(plan.division.hops[1], config.stride), CallCheck()
         self.intact = True
@@ -41,11 +40,6 @@ class Pass:
     def phase(self):
         """The name under which this pass's slots are known to the exchange."""
         return self._slots.phase
-
-    def begin_generation(self, instants):
-        """Nothing that an earlier generation left is predicted from or compared with."""
-        self.trend.begin(instants)
-        self.check.begin_generation()
 
     # One forward, in order: begin, run with run_unit for each unit, end. What a captured call replays of `run` is what
     # the device does, and what `_outside` is given.

@@ -7,7 +7,15 @@ import types
 import pytest
 
 BENCHMARKS = pathlib.Path(__file__).parents[2] / "benchmarks"
-MODULES = ("quality", "measure", "quality_steps", "quality_steps_plot", "quality_steps_tables", "quality_pipelined")
+MODULES = (
+    "quality",
+    "measure",
+    "quality_steps",
+    "quality_steps_plot",
+    "quality_steps_tables",
+    "quality_pipelined",
+    "quality_meshes",
+)
 
 
 @pytest.fixture
@@ -90,8 +98,8 @@ def test_calls_are_counted_for_each_picture(scripts, monkeypatch):
     runtime = types.SimpleNamespace(config=config, stats=stats, clear_stats=lambda: None)
     args = types.SimpleNamespace(prompts=2, seeds=1, batch_size=1, guidance=5.0)
     pictures, calls = quality.draw_batches(None, runtime, 50, args)
-    assert len(pictures) == 2 and calls == [12, 12]
-    assert quality.draw_batches(None, None, 50, args)[1] == []
+    assert len(pictures) == 2 and calls == {"calls": [12, 12], "exact_calls": [2, 3]}
+    assert quality.draw_batches(None, None, 50, args)[1] == {}
 
 
 def test_patches_through_stages_stand_beside_the_others(scripts):
@@ -114,6 +122,15 @@ def test_committed_tables_and_plot_are_what_the_rows_make(scripts):
     assert (results / "quality_steps.svg").read_text() == plot
     table = "\n".join(scripts.quality_pipelined.beside(pipelined, others, result))
     assert table in (results / "quality_pipelined.md").read_text()
+
+
+def test_shared_calls_stand_beside_steps_side_by_side(scripts):
+    rows = {name: row(16.0, 35.0) for name in scripts.quality_meshes.configurations()}
+    assert all(scripts.quality.world_size(name) == 4 for name in rows)
+    alone = {name: row(15.7, 59.5) for name in scripts.quality_meshes.BESIDE}
+    lines = scripts.quality_meshes.beside({"rows": rows}, {"rows": alone})
+    assert lines[-4] == "| 4 | `parallel_steps=4` | 59.5 (49.5) | 15.7 |"
+    assert lines[-1] == "| 4 | `parallel_steps=2, num_stages=2, pipeline_patches=4` | 35.0 (25.0) | 16.0 |"
 
 
 def test_forms_stand_side_by_side_as_drawn_last(scripts):
