@@ -5,10 +5,12 @@
 All in fp32 with one rounding at the end; `y` is the norm of `r` as it is stored, which the next sum reads too.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
-from asyncdiff_fast.kernels import tuning
+from asyncdiff_fast.kernels import plans, tuning
 from asyncdiff_fast.kernels.checks import even_rows
 
 
@@ -45,6 +47,25 @@ def add_layer_norm(residual, x, weight, bias, *, eps=1e-5):
     Returns: (residual + x, LayerNorm of that), contiguous.
     Raises: ValueError if shapes or strides do not fit.
     """
+    plan = _plan((residual, x, weight, bias))
+    total, out = plans.new(plan.out, residual), plans.new(plan.out, residual)
+    if plan.grid is not None:
+        _add_layer_norm_kernel[plan.grid](
+            residual, x, residual if weight is None else weight, residual if bias is None else bias, total, out,
+            *plan.sizes, eps, **plan.constants,
+        )  # fmt: skip
+    return total, out
+
+
+class _AddNorm(NamedTuple):
+    grid: tuple | None
+    sizes: tuple
+    constants: dict
+    out: torch.Tensor
+
+
+@plans.planned
+def _plan(residual, x, weight, bias):
     columns = residual.shape[-1]
     if x.shape != residual.shape or x.dtype != residual.dtype:
         raise ValueError(
@@ -56,14 +77,11 @@ def add_layer_norm(residual, x, weight, bias, *, eps=1e-5):
             raise ValueError(
                 f"{name} must be ({columns},), adjacent in memory: got {tuple(tensor.shape)}, {tensor.stride()}"
             )
-    total, out = (torch.empty(residual.shape, dtype=residual.dtype, device=residual.device) for _ in range(2))
-    if residual.numel():
-        rows_residual, rows_x = even_rows("residual", residual), even_rows("x", x)
-        block_c = triton.next_power_of_2(columns)
-        _add_layer_norm_kernel[(rows_x.shape[0],)](
-            rows_residual, rows_x, residual if weight is None else weight, residual if bias is None else bias,
-            total, out, rows_residual.stride(0), rows_x.stride(0), columns, eps,
-            HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None, BLOCK_C=block_c,
-            num_warps=tuning.row_warps(block_c),
-        )  # fmt: skip
-    return total, out
+    out = residual.new_empty(residual.shape)
+    if not residual.numel():
+        return _AddNorm(None, (), {}, out)
+    rows_residual, rows_x = even_rows("residual", residual), even_rows("x", x)
+    block_c = plans.power_of_2(columns)
+    constants = dict(HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None, BLOCK_C=block_c)
+    constants |= {"num_warps": tuning.row_warps(block_c)}
+    return _AddNorm((rows_x.shape[0],), (rows_residual.stride(0), rows_x.stride(0), columns), constants, out)

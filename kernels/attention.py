@@ -19,7 +19,7 @@ import itertools
 import torch
 import triton
 import triton.language as tl
-from asyncdiff_fast.kernels import tuning
+from asyncdiff_fast.kernels import plans, tuning
 from asyncdiff_fast.kernels.attention_layout import check_attention, pieces, stride_unit, strides
 from asyncdiff_fast.kernels.attention_merge import launch_merge, tile_of_queries
 
@@ -218,7 +218,7 @@ def attention(queries, segments, *, scale=None, outs=None, return_lse=False, num
     q_sizes = tuple(q.shape[1] for q in queries)
     if settings is None:
         settings = tuning.attention_settings(head_size, queries[0].dtype, len(segments))
-    num_tiles = sum(triton.cdiv(size, settings.block_m) for size in q_sizes)
+    num_tiles = sum(plans.ceil_div(size, settings.block_m) for size in q_sizes)
     if num_splits is None:
         num_keys = sum(key.shape[1] for key, _ in segments)
         num_splits = tuning.attention_splits(batch * num_heads * num_tiles, num_keys, settings)
@@ -250,18 +250,18 @@ def _launch(queries, segments, outs, scale, num_splits, settings, return_lse):
     left_over = any(size % settings.block_n for size in sizes)
     # A second loop over left-overs needs so many descriptors that ptxas (12.8) mixes those of a head in two pieces up.
     masked = left_over and d1 > 0
-    blocks = [triton.cdiv(size, settings.block_n) if masked else size // settings.block_n for size in sizes]
+    blocks = [plans.ceil_div(size, settings.block_n) if masked else size // settings.block_n for size in sizes]
     num_tails = len(sizes) if left_over and not masked else 0
     num_blocks = sum(blocks) + num_tails
-    blocks_per_split = triton.cdiv(num_blocks, num_splits)
-    num_splits = triton.cdiv(num_blocks, blocks_per_split)
+    blocks_per_split = plans.ceil_div(num_blocks, num_splits)
+    num_splits = plans.ceil_div(num_blocks, blocks_per_split)
     rows = (num_splits, batch, num_heads, sum(q_sizes))
     device = queries[0].device
     partial = torch.empty((*rows, head_size), device=device) if num_splits > 1 else None
     lse = torch.empty(rows, device=device) if num_splits > 1 or return_lse else None
     unit = stride_unit((*queries, *keys, *values, *outs))
     all_strides = (tuple(s // unit for s in strides(tensors)) for tensors in (queries, outs, keys, values))
-    num_tiles = sum(triton.cdiv(size, settings.block_m) for size in q_sizes)
+    num_tiles = sum(plans.ceil_div(size, settings.block_m) for size in q_sizes)
     if num_tiles:
         _attention_kernel[(num_tiles, batch * num_heads, num_splits)](
             queries, outs, keys, values, partial, lse, *all_strides,

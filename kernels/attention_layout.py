@@ -1,6 +1,6 @@
 """How the attention launcher sees its tensors: strides, head sizes in two pieces, and what it refuses."""
 
-import triton
+from asyncdiff_fast.kernels import plans
 from asyncdiff_fast.kernels.checks import DTYPES, HEAD_SIZES, MAX_TOKEN_STRIDE
 
 MAX_SEGMENTS = 8
@@ -10,7 +10,7 @@ def pieces(head_size):
     """(D0, D1): `head_size` as two powers of two, the second rounded up to what a tensor core takes, or 0."""
     first = 1 << (head_size.bit_length() - 1)
     rest = head_size - first
-    return first, max(16, triton.next_power_of_2(rest)) if rest else 0
+    return first, max(16, plans.power_of_2(rest)) if rest else 0
 
 
 def strides(tensors):

@@ -9,6 +9,7 @@ Source: the merge of FlashDecoding and of ring attention, written with the maxim
 import torch
 import triton
 import triton.language as tl
+from asyncdiff_fast.kernels import plans
 from asyncdiff_fast.kernels.attention_layout import stride_unit, strides
 
 BLOCK_M = 16
@@ -88,13 +89,13 @@ def launch_merge(parts, part_lses, outs, return_lse):
     num_parts, batch, _, num_heads, head_size = parts.shape
     q_sizes = tuple(out.shape[1] for out in outs)
     lse = part_lses.new_empty(part_lses.shape[1:]) if return_lse else None
-    num_tiles = sum(triton.cdiv(size, BLOCK_M) for size in q_sizes)
+    num_tiles = sum(plans.ceil_div(size, BLOCK_M) for size in q_sizes)
     unit = stride_unit((parts[0], *outs)) if parts.stride(0) % 8 == 0 else 1
     if num_tiles:
         _attention_merge_kernel[(num_tiles, batch * num_heads)](
             parts, part_lses, outs, lse, tuple(s // unit for s in parts.stride()[:4]), part_lses.stride(),
             tuple(s // unit for s in strides(outs)), q_sizes, num_parts, num_heads,
-            NUM_QUERIES=len(outs), HEAD_SIZE=head_size, BLOCK_D=triton.next_power_of_2(head_size), BLOCK_M=BLOCK_M,
+            NUM_QUERIES=len(outs), HEAD_SIZE=head_size, BLOCK_D=plans.power_of_2(head_size), BLOCK_M=BLOCK_M,
             UNIT=unit, WRITE_LSE=return_lse, num_warps=4,
         )  # fmt: skip
     return lse

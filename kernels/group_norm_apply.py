@@ -9,9 +9,12 @@ no second path. The own first and last rows are also stored where they will be s
 pixel for each of its four copies, from cache but once, and exchanges rows of the source's resolution: half as wide.
 """
 
+from typing import NamedTuple
+
+import torch
 import triton
 import triton.language as tl
-from asyncdiff_fast.kernels import checks, pixels, tuning
+from asyncdiff_fast.kernels import checks, pixels, plans, tuning
 
 
 @triton.jit
@@ -120,19 +123,38 @@ def group_norm_apply(
     Returns: (n, c, halo[0] + upsample × h + halo[1], upsample × w) in the memory format of `x`, `out`, or tokens.
     Raises: ValueError for shapes or dtypes that do not fit together.
     """
+    plan = _plan((x, above, below, top, bottom, out), act, tuple(halo), upsample, tokens)
+    y, result = plan.output(x, tokens, out)
+    _apply_kernel[plan.grid](x, affine, above, below, y, top, bottom, *plan.sizes, **plan.constants)
+    return result
+
+
+class Output(NamedTuple):
+    """Of a launcher that writes a picture: grid, sizes and constants of its kernel; `y` is like its result."""
+
+    grid: tuple
+    sizes: tuple
+    constants: dict
+    y: torch.Tensor
+
+    def output(self, x, tokens, out):
+        """(tensor to write, tensor to return), as `pixels.new_output` makes them."""
+        y = plans.new(self.y, x) if out is None else out
+        return y, y.flatten(2).transpose(1, 2) if tokens else y
+
+
+@plans.planned
+def _plan(x, above, below, top, bottom, out, act, halo, upsample, tokens):
     checks.check_act(act)
     checks.check_borders(x, halo, upsample, above, below, top, bottom)
-    y, result = pixels.new_output(x, halo, upsample, tokens, out)
+    y = pixels.new_output(x, halo, upsample, tokens, out)[0]
     view, view_y = pixels.pixel_view(x), pixels.pixel_view(y, "out")
     launch = tuning.GROUP_NORM_APPLY[pixels.channels_inner(x)]
-    tiles_per_frame = triton.cdiv(view_y.height * view_y.width, launch.block_p)
+    tiles_per_frame = plans.ceil_div(view_y.height * view_y.width, launch.block_p)
     arguments, constants = write_arguments(view, view_y, halo, above, below, top, bottom)
-    _apply_kernel[tiles_per_frame * view.frames, triton.cdiv(view.c, launch.block_c), view.n](
-        x, affine, above, below, y, top, bottom, view.c, tiles_per_frame, *arguments,
-        SILU=act == "silu", UPSAMPLE=upsample, **constants,
-        BLOCK_P=launch.block_p, BLOCK_C=launch.block_c, num_warps=launch.num_warps,
-    )  # fmt: skip
-    return result
+    constants |= dict(SILU=act == "silu", UPSAMPLE=upsample, BLOCK_P=launch.block_p, BLOCK_C=launch.block_c)
+    grid = tiles_per_frame * view.frames, plans.ceil_div(view.c, launch.block_c), view.n
+    return Output(grid, (view.c, tiles_per_frame, *arguments), constants | {"num_warps": launch.num_warps}, y)
 
 
 def write_arguments(view, view_y, halo, above, below, top, bottom):

@@ -17,10 +17,12 @@ Source: M. Li et al., "DistriFusion: Distributed Parallel Inference for High-Res
 section 4.2; its code multiplies variances by n / (n − 1), n the own patch's count: `bessel`.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
-from asyncdiff_fast.kernels import checks, pixels, tuning
+from asyncdiff_fast.kernels import checks, pixels, plans, tuning
 
 
 @triton.jit
@@ -178,6 +180,28 @@ def group_norm_merge(
     Returns: affine (n, 2, c) and stats (n, num_groups, 2), float32.
     Raises: ValueError for shapes, dtypes or modes that do not fit together.
     """
+    plan = _plan(
+        (partials, weight, bias, conv_bias, temb, scale, shift, parts, shares),
+        tuple(spatial), num_groups, mode, own, bessel,
+    )  # fmt: skip
+    affine, stats = plans.new(plan.affine, partials), plans.new(plan.stats, partials)
+    _merge_kernel[plan.grid](
+        partials, weight, bias, conv_bias, temb, scale, shift, parts, shares, affine, stats, *plan.sizes, eps,
+        **plan.constants,
+    )  # fmt: skip
+    return affine, stats
+
+
+class _Merge(NamedTuple):
+    grid: tuple
+    sizes: tuple
+    constants: dict
+    affine: torch.Tensor
+    stats: torch.Tensor
+
+
+@plans.planned
+def _plan(partials, weight, bias, conv_bias, temb, scale, shift, parts, shares, spatial, num_groups, mode, own, bessel):
     n, num_chunks, _, c = partials.shape
     checks.check_merge(
         partials, spatial, num_groups, mode, parts, own, shares,
@@ -185,18 +209,17 @@ def group_norm_merge(
     )  # fmt: skip
     frames, num_pixels = pixels.frames_and_pixels(spatial)
     chunk = pixels.chunk_pixels(frames, num_pixels)
-    affine = torch.empty((n, 2, c), dtype=torch.float32, device=partials.device)
-    stats = torch.empty((n, num_groups, 2), dtype=torch.float32, device=partials.device)
-    num_parts = 0 if parts is None else parts.shape[0]
-    block_c = triton.next_power_of_2(c // num_groups)
-    _merge_kernel[num_groups, n](
-        partials, weight, bias, conv_bias, temb, scale, shift, parts, shares, affine, stats,
+    num_parts, block_c = 0 if parts is None else parts.shape[0], plans.power_of_2(c // num_groups)
+    sizes = (
         *(0 if t is None else t.stride(0) for t in (temb, scale, shift)),
-        c, num_pixels, chunk, triton.cdiv(num_pixels, chunk), num_chunks, num_groups, num_parts, own,
+        c, num_pixels, chunk, plans.ceil_div(num_pixels, chunk), num_chunks, num_groups, num_parts, own,
         # A patch without rows has mean and variance 0 and, with its share of 0, no part in the image's.
-        float(max(1, c // num_groups * frames * num_pixels)), eps,
-        MODE=mode, BESSEL=bessel, GROUP_CHANNELS=c // num_groups,
-        BLOCK_K=max(16, min(triton.next_power_of_2(num_chunks), tuning.GROUP_NORM_MERGE_TILE // block_c)),
-        BLOCK_C=block_c, BLOCK_PARTS=triton.next_power_of_2(max(1, num_parts)), num_warps=tuning.GROUP_NORM_MERGE_WARPS,
+        float(max(1, c // num_groups * frames * num_pixels)),
     )  # fmt: skip
-    return affine, stats
+    constants = dict(
+        MODE=mode, BESSEL=bessel, GROUP_CHANNELS=c // num_groups,
+        BLOCK_K=max(16, min(plans.power_of_2(num_chunks), tuning.GROUP_NORM_MERGE_TILE // block_c)),
+        BLOCK_C=block_c, BLOCK_PARTS=plans.power_of_2(max(1, num_parts)), num_warps=tuning.GROUP_NORM_MERGE_WARPS,
+    )  # fmt: skip
+    made = (partials.new_empty(shape, dtype=torch.float32) for shape in ((n, 2, c), (n, num_groups, 2)))
+    return _Merge((num_groups, n), sizes, constants, *made)

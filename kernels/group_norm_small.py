@@ -5,11 +5,13 @@ frame as the chunk, of `group_norm_merge` and of `group_norm_apply`. It pays whe
 a group with one multiprocessor.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
-from asyncdiff_fast.kernels import checks, pixels, tuning
-from asyncdiff_fast.kernels.group_norm_apply import write_arguments, write_tile
+from asyncdiff_fast.kernels import checks, pixels, plans, tuning
+from asyncdiff_fast.kernels.group_norm_apply import Output, write_arguments, write_tile
 from asyncdiff_fast.kernels.group_norm_merge import (
     channel_affine,
     channel_terms,
@@ -76,6 +78,29 @@ def group_norm_small(
     halo=(0, 0), above=None, below=None, top=None, bottom=None, upsample=1, tokens=False, out=None,
 ):  # fmt: skip
     """(y, stats) of `group_norm.group_norm`, in one launch."""
+    plan = _plan(
+        (x, above, below, top, bottom, out, weight, bias, conv_bias, temb, scale, shift, parts, shares),
+        act, tuple(halo), upsample, tokens, num_groups, mode, own, bessel,
+    )  # fmt: skip
+    y, result = plan.write.output(x, tokens, out)
+    stats = plans.new(plan.stats, x)
+    _small_kernel[plan.write.grid](
+        x, above, below, y, top, bottom, weight, bias, conv_bias, temb, scale, shift, parts, shares, stats,
+        *plan.write.sizes, eps, **plan.write.constants,
+    )  # fmt: skip
+    return result, stats
+
+
+class _Small(NamedTuple):
+    write: Output
+    stats: torch.Tensor
+
+
+@plans.planned
+def _plan(
+    x, above, below, top, bottom, out, weight, bias, conv_bias, temb, scale, shift, parts, shares,
+    act, halo, upsample, tokens, num_groups, mode, own, bessel,
+):  # fmt: skip
     n, c = x.shape[:2]
     checks.check_act(act)
     checks.check_borders(x, halo, upsample, above, below, top, bottom)
@@ -83,20 +108,21 @@ def group_norm_small(
         n, c, num_groups, mode, parts, own, shares,
         weight=weight, bias=bias, conv_bias=conv_bias, temb=temb, scale=scale, shift=shift,
     )  # fmt: skip
-    y, result = pixels.new_output(x, halo, upsample, tokens, out)
+    y = pixels.new_output(x, halo, upsample, tokens, out)[0]
     view, view_y = pixels.pixel_view(x), pixels.pixel_view(y, "out")
-    stats = x.new_empty((n, num_groups, 2), dtype=torch.float32)
     arguments, constants = write_arguments(view, view_y, halo, above, below, top, bottom)
     num_parts = 0 if parts is None else parts.shape[0]
     channels_inner = pixels.channels_inner(x)
     tile = tuning.small_tile(channels_inner, constants["X_UNIT"] > 1, c // num_groups, view.height * view.width)
-    _small_kernel[num_groups, n](
-        x, above, below, y, top, bottom, weight, bias, conv_bias, temb, scale, shift, parts, shares, stats, *arguments,
-        *(0 if t is None else t.stride(0) for t in (temb, scale, shift)),
+    sizes = (
+        *arguments, *(0 if t is None else t.stride(0) for t in (temb, scale, shift)),
         view.frames, view_y.height * view_y.width, num_groups, num_parts, own,
-        float(max(1, x[0].numel() // num_groups)), eps,
-        MODE=mode, BESSEL=bessel, GROUP_CHANNELS=c // num_groups, SILU=act == "silu", UPSAMPLE=upsample, **constants,
-        CHANNELS_INNER=channels_inner, READ_P=tile.block_p, BLOCK_P=tile.block_p // 2, BLOCK_C=tile.block_c,
-        BLOCK_PARTS=triton.next_power_of_2(max(1, num_parts)), num_warps=tile.num_warps,
+        float(max(1, x[0].numel() // num_groups)),
     )  # fmt: skip
-    return result, stats
+    constants |= dict(
+        MODE=mode, BESSEL=bessel, GROUP_CHANNELS=c // num_groups, SILU=act == "silu", UPSAMPLE=upsample,
+        CHANNELS_INNER=channels_inner, READ_P=tile.block_p, BLOCK_P=tile.block_p // 2, BLOCK_C=tile.block_c,
+        BLOCK_PARTS=plans.power_of_2(max(1, num_parts)), num_warps=tile.num_warps,
+    )  # fmt: skip
+    stats = x.new_empty((n, num_groups, 2), dtype=torch.float32)
+    return _Small(Output((num_groups, n), sizes, constants, y), stats)

@@ -16,10 +16,12 @@ Source: T. Chan, G. Golub, R. LeVeque, "Updating formulae and a pairwise algorit
 1979.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
-from asyncdiff_fast.kernels import checks, pixels, tuning
+from asyncdiff_fast.kernels import checks, pixels, plans, tuning
 
 # Pixels of a lane: where pixels are adjacent, those of one 16-byte load in half precision.
 ROWS = tl.constexpr(8)
@@ -125,7 +127,7 @@ def group_norm_partials(x):
     Returns: contiguous partials; two of them joined along the last axis are those of the tensors joined along channels.
     Raises: ValueError for rows that are not dense.
     """
-    return _launch(x, None, None, None, 1.0)
+    return _launch(_plan((x, None, None, None)), x, None, None, None, 1.0)
 
 
 def residual_partials(h, shortcut, *, bias=None, scale=1.0, out=None):
@@ -138,27 +140,44 @@ def residual_partials(h, shortcut, *, bias=None, scale=1.0, out=None):
         out: as `h`, to write y into; made like `h` where None.
     Raises: ValueError for shapes that differ or rows that are not dense.
     """
-    checks.check_residual(h, shortcut, bias)
-    y = pixels.new_output(h, (0, 0), 1, False, out)[1]
-    return y, _launch(h, shortcut, bias, y, scale)
+    plan = _plan((h, shortcut, bias, out))
+    y = plans.new(plan.y, h) if out is None else out
+    return y, _launch(plan, h, shortcut, bias, y, scale)
 
 
-def _launch(x, shortcut, bias, y, scale):
+def _launch(plan, x, shortcut, bias, y, scale):
+    partials = plans.new(plan.partials, x)
+    _partials_kernel[plan.grid](x, shortcut, bias, y, partials, *plan.sizes, scale, **plan.constants)
+    return partials
+
+
+class _Statistics(NamedTuple):
+    grid: tuple
+    sizes: tuple
+    constants: dict
+    partials: torch.Tensor
+    y: torch.Tensor | None
+
+
+@plans.planned
+def _plan(x, shortcut, bias, out):
+    y = None
+    if shortcut is not None:
+        checks.check_residual(x, shortcut, bias)
+        y = pixels.new_output(x, (0, 0), 1, False, out)[1]
     views = [None if t is None else pixels.pixel_view(t) for t in (x, shortcut, y)]
     view = views[0]
     num_pixels = view.height * view.width
     chunk = pixels.chunk_pixels(view.frames, num_pixels)
-    chunks_per_frame = triton.cdiv(num_pixels, chunk)
+    chunks_per_frame = plans.ceil_div(num_pixels, chunk)
     partials = x.new_empty((view.n, view.frames * chunks_per_frame, 2, view.c), dtype=torch.float32)
     unit = pixels.common_unit(view, *views[1:])
     channels_inner = pixels.channels_inner(x)
     launch = tuning.statistics_tile(channels_inner, unit > 1, chunk)
-    grid = (partials.shape[1], triton.cdiv(view.c, launch.block_c), view.n)
-    _partials_kernel[grid](
-        x, shortcut, bias, y, partials,
+    sizes = (
         *(None if v is None else pixels.strides_in(v, unit) for v in views),
-        view.c, num_pixels // unit, chunk, chunks_per_frame, scale,
-        UNIT=unit, CHANNELS_INNER=channels_inner, BLOCK_P=launch.block_p, BLOCK_C=launch.block_c,
-        num_warps=launch.num_warps,
+        view.c, num_pixels // unit, chunk, chunks_per_frame,
     )  # fmt: skip
-    return partials
+    constants = dict(UNIT=unit, CHANNELS_INNER=channels_inner, BLOCK_P=launch.block_p, BLOCK_C=launch.block_c)
+    grid = partials.shape[1], plans.ceil_div(view.c, launch.block_c), view.n
+    return _Statistics(grid, sizes, constants | {"num_warps": launch.num_warps}, partials, y)

@@ -6,7 +6,7 @@ from elsewhere; `pack_rows` copies the first and the last rows in one launch.
 
 import triton
 import triton.language as tl
-from asyncdiff_fast.kernels import checks, pixels, tuning
+from asyncdiff_fast.kernels import checks, pixels, plans, tuning
 from asyncdiff_fast.kernels.group_norm_apply import group_norm_apply
 
 
@@ -56,7 +56,7 @@ def pack_rows(x, *, top=None, bottom=None):
     view = pixels.pixel_view(x)
     views = [None if t is None else pixels.pixel_view(t) for t in (top, bottom)]
     border_pixels = [0 if v is None else v.height * v.width for v in views]
-    grid = (triton.cdiv(sum(border_pixels) * view.c, tuning.HALO_BLOCK), view.n)
+    grid = (plans.ceil_div(sum(border_pixels) * view.c, tuning.HALO_BLOCK), view.n)
     if not any(border_pixels):
         return
     _pack_kernel[grid](

@@ -7,10 +7,12 @@
 All in fp32 with one rounding at the end; `y` is the norm of `r` as it is stored, which the next layers read too.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
-from asyncdiff_fast.kernels import tuning
+from asyncdiff_fast.kernels import plans, tuning
 from asyncdiff_fast.kernels.checks import even_rows
 
 APPROXIMATE = ("none", "tanh")
@@ -98,20 +100,33 @@ def gelu(x, *, approximate="tanh", out=None):
 def _launch_gelu(x, columns, gated, approximate, out):
     if approximate not in APPROXIMATE:
         raise ValueError(f"approximate must be one of {APPROXIMATE}: got {approximate!r}")
+    plan = _gelu_plan((x, out), columns, gated, approximate)
+    out = plans.new(plan.out, x) if out is None else out
+    if plan.grid is not None:
+        _gelu_kernel[plan.grid](x, out, *plan.sizes, **plan.constants)
+    return out
+
+
+class _Gelu(NamedTuple):
+    grid: tuple | None
+    sizes: tuple
+    constants: dict
+    out: torch.Tensor
+
+
+@plans.planned
+def _gelu_plan(x, out, columns, gated, approximate):
     shape = (*x.shape[:-1], columns)
-    out = torch.empty(shape, dtype=x.dtype, device=x.device) if out is None else out
+    out = x.new_empty(shape) if out is None else out
     if out.shape != shape:
         raise ValueError(f"out must be {shape}: got {tuple(out.shape)}")
     rows_x, rows_out = even_rows("x", x), even_rows("out", out)
     block_c = tuning.columns_block(columns)
     block_r = tuning.GELU_TILE // block_c
-    grid = (triton.cdiv(rows_x.shape[0], block_r), triton.cdiv(columns, block_c))
-    if x.numel():
-        _gelu_kernel[grid](
-            rows_x, rows_out, rows_x.stride(0), rows_out.stride(0), rows_x.shape[0], columns,
-            GATED=gated, TANH=approximate == "tanh", BLOCK_R=block_r, BLOCK_C=block_c, num_warps=tuning.GELU_WARPS,
-        )  # fmt: skip
-    return out
+    grid = (plans.ceil_div(rows_x.shape[0], block_r), plans.ceil_div(columns, block_c)) if x.numel() else None
+    constants = dict(GATED=gated, TANH=approximate == "tanh", BLOCK_R=block_r, BLOCK_C=block_c)
+    sizes = rows_x.stride(0), rows_out.stride(0), rows_x.shape[0], columns
+    return _Gelu(grid, sizes, constants | {"num_warps": tuning.GELU_WARPS}, out)
 
 
 def gate_residual_adaln(residual, x, gate, scale, shift, *, eps=1e-6, residual_out=None, out=None):
@@ -126,31 +141,50 @@ def gate_residual_adaln(residual, x, gate, scale, shift, *, eps=1e-6, residual_o
         itself where there is no `x`.
     Raises: ValueError if shapes or strides do not fit.
     """
+    plan = _modulation_plan((residual, x, gate, scale, shift, residual_out, out))
+    out = plans.new(plan.out, residual) if out is None else out
+    if x is None:
+        residual_out, x, gate = residual, residual, scale
+    elif residual_out is None:
+        residual_out = plans.new(plan.out, residual)
+    if plan.grid is not None:
+        _gate_residual_adaln_kernel[plan.grid](
+            residual, x, gate, scale, shift, residual_out, out, *plan.sizes, eps, **plan.constants
+        )
+    return residual_out, out
+
+
+class _Modulation(NamedTuple):
+    grid: tuple | None
+    sizes: tuple
+    constants: dict
+    out: torch.Tensor
+
+
+@plans.planned
+def _modulation_plan(residual, x, gate, scale, shift, residual_out, out):
     if residual.ndim != 3 or (x is None) != (gate is None) or (x is None and residual_out is not None):
         raise ValueError(
             f"residual must be (b, s, c), x and gate both given or both None, and residual_out only with them: got "
             f"{tuple(residual.shape)}, {'no x' if x is None else 'x'}, {'no gate' if gate is None else 'gate'}"
         )
     batch, tokens, columns = residual.shape
-    out = torch.empty_like(residual) if out is None else out
-    if x is None:
+    like = torch.empty_like(residual)
+    out, has_gate = like if out is None else out, x is not None
+    if not has_gate:
         residual_out, x, gate = residual, residual, scale
-        has_gate = False
-    else:
-        residual_out = torch.empty_like(residual) if residual_out is None else residual_out
-        has_gate = True
+    elif residual_out is None:
+        residual_out = like
     named = {"residual": residual, "x": x, "residual_out": residual_out, "out": out}
     named |= {"gate": gate, "scale": scale, "shift": shift}
     for name, tensor in named.items():
         want = (batch, tokens, columns) if name in ("residual", "x", "residual_out", "out") else (batch, columns)
         if tensor.shape != want or tensor.stride(-1) != 1:
             raise ValueError(f"{name} must be {want} with last stride 1: got {tuple(tensor.shape)}, {tensor.stride()}")
-    if residual.numel():
-        block_c = triton.next_power_of_2(columns)
-        _gate_residual_adaln_kernel[(batch * tokens,)](
-            residual, x, gate, scale, shift, residual_out, out,
-            *(tensor.stride()[:2] for tensor in (residual, x, residual_out, out)),
-            gate.stride(0), scale.stride(0), shift.stride(0), tokens, columns, eps,
-            HAS_GATE=has_gate, BLOCK_C=block_c, num_warps=tuning.row_warps(block_c),
-        )  # fmt: skip
-    return residual_out, out
+    block_c = plans.power_of_2(columns)
+    sizes = (
+        *(tensor.stride()[:2] for tensor in (residual, x, residual_out, out)),
+        gate.stride(0), scale.stride(0), shift.stride(0), tokens, columns,
+    )  # fmt: skip
+    constants = dict(HAS_GATE=has_gate, BLOCK_C=block_c, num_warps=tuning.row_warps(block_c))
+    return _Modulation((batch * tokens,) if residual.numel() else None, sizes, constants, like)

@@ -9,10 +9,11 @@ cosines are loaded once for all of them.
 Source: Su et al., RoFormer, 2021, section 3.4; Zhang and Sennrich, Root mean square layer normalization, 2019.
 """
 
-import torch
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
-from asyncdiff_fast.kernels import tuning
+from asyncdiff_fast.kernels import plans, tuning
 
 
 @triton.jit
@@ -116,26 +117,46 @@ def qk_norm_rope(
     Returns: (q_out, k_out, v_out).
     Raises: ValueError if shapes or strides do not fit.
     """
-    q_out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if q_out is None else q_out
-    k_out = torch.empty(k.shape, dtype=k.dtype, device=k.device) if k_out is None else k_out
-    if v is not None and v_out is None:
-        v_out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    _check(q, k, v, q_weight, k_weight, cos, sin, q_out, k_out, v_out)
-    batch, tokens, num_heads, head_size = q.shape
-    block_s, block_h = tuning.qk_norm_rope_block(num_heads, triton.next_power_of_2(head_size))
-    tensors = (q, k, q if v is None else v, q_out, k_out, q_out if v is None else v_out)
-    tables = (q if cos is None else cos, q if sin is None else sin)
-    if q.numel():
-        _qk_norm_rope_kernel[(triton.cdiv(tokens, block_s), triton.cdiv(num_heads, block_h), batch)](
-            *tensors[:3], q if q_weight is None else q_weight, k if k_weight is None else k_weight, *tables,
-            *tensors[3:], *(x.stride()[:3] for x in tensors), *(x.stride(0) for x in tables),
-            tokens, num_heads, eps,
-            NORM_Q=q_weight is not None, NORM_K=k_weight is not None, ROPE=cos is not None, COPY_V=v is not None,
-            INTERLEAVED=interleaved, HEAD_SIZE=head_size,
-            HALF=triton.next_power_of_2(head_size) // 2,
-            BLOCK_S=block_s, BLOCK_H=block_h, num_warps=tuning.QK_NORM_ROPE_WARPS,
+    plan = _plan((q, k, v, q_weight, k_weight, cos, sin, q_out, k_out, v_out), interleaved)
+    q_out, k_out, v_out = (
+        plans.new(like, q) if out is None and like is not None else out
+        for out, like in zip((q_out, k_out, v_out), plan.outs, strict=True)
+    )
+    if plan.grid is not None:
+        _qk_norm_rope_kernel[plan.grid](
+            q, k, q if v is None else v, q if q_weight is None else q_weight, k if k_weight is None else k_weight,
+            q if cos is None else cos, q if sin is None else sin, q_out, k_out, q_out if v is None else v_out,
+            *plan.sizes, eps, **plan.constants,
         )  # fmt: skip
     return q_out, k_out, v_out
+
+
+class _NormRope(NamedTuple):
+    grid: tuple | None
+    sizes: tuple
+    constants: dict
+    outs: tuple
+
+
+@plans.planned
+def _plan(q, k, v, q_weight, k_weight, cos, sin, q_out, k_out, v_out, interleaved):
+    q_out = q.new_empty(q.shape) if q_out is None else q_out
+    k_out = k.new_empty(k.shape) if k_out is None else k_out
+    if v is not None and v_out is None:
+        v_out = v.new_empty(v.shape)
+    _check(q, k, v, q_weight, k_weight, cos, sin, q_out, k_out, v_out)
+    batch, tokens, num_heads, head_size = q.shape
+    block_s, block_h = tuning.qk_norm_rope_block(num_heads, plans.power_of_2(head_size))
+    tensors = (q, k, q if v is None else v, q_out, k_out, q_out if v is None else v_out)
+    tables = (q if cos is None else cos, q if sin is None else sin)
+    grid = (plans.ceil_div(tokens, block_s), plans.ceil_div(num_heads, block_h), batch) if q.numel() else None
+    sizes = (*(x.stride()[:3] for x in tensors), *(x.stride(0) for x in tables), tokens, num_heads)
+    constants = dict(
+        NORM_Q=q_weight is not None, NORM_K=k_weight is not None, ROPE=cos is not None, COPY_V=v is not None,
+        INTERLEAVED=interleaved, HEAD_SIZE=head_size, HALF=plans.power_of_2(head_size) // 2,
+        BLOCK_S=block_s, BLOCK_H=block_h, num_warps=tuning.QK_NORM_ROPE_WARPS,
+    )  # fmt: skip
+    return _NormRope(grid, sizes, constants, (q_out, k_out, v_out))
 
 
 def _check(q, k, v, q_weight, k_weight, cos, sin, q_out, k_out, v_out):
