@@ -63,6 +63,7 @@ class Alike:
             both = first["told"].keys() & theirs["told"].keys()
             told = [{name: report["told"][name] for name in both} for report in (first, theirs)]
             _refuse_settings(*told, names[0], rank)
+        self._check_modules([report["modules"] for report in reports])
         self._check_weights([report["weights"] for report in reports])
         if any(report["random"] != first["random"] for report in reports):
             log.info("torch's own random numbers differed between ranks: all go on with those of rank %s", names[0])
@@ -88,6 +89,16 @@ class Alike:
                 "on one of them only: give the pipeline, and what draws beside it, generators of their own"
             )
 
+    def _check_modules(self, reports):
+        """What was changed on one rank must have been changed on all."""
+        for rank, theirs in zip(self._world.ranks, reports, strict=True):
+            if (theirs[0] or reports[0][0]) and theirs != reports[0]:
+                raise ValueError(
+                    "every rank must run the same denoiser: modules, attention processors, adapters or hooks of rank "
+                    f"{self._world.ranks[0]} and rank {rank} differ since patch() or the last call; change them alike "
+                    "on all ranks"
+                )
+
     def _check_weights(self, reports):
         """Where some were written, every bit is compared."""
         digests = [sample for _, sample in reports]
@@ -101,20 +112,20 @@ class Alike:
                 "since patch(); load the same weights and adapters on all ranks"
             )
 
-    def check_step(self, latent):
-        """Compare what the first step has made of the first call's result. Collective. Raises: ValueError."""
+    def check_step(self, latent, which="first"):
+        """Compare what the first step, or all but the last, has made of the latents. Collective. Raises: ValueError."""
         tensor = next((x for x in latent if isinstance(x, torch.Tensor)), None) if isinstance(latent, list) else latent
         told = [_sample(tensor)] if isinstance(tensor, torch.Tensor) and tensor.is_floating_point() else []
-        reports = self._world.gather((last_numbers(), told), "the first step")
-        names = self._world.ranks
+        reports = self._world.gather((last_numbers(), told), f"the {which} step")
+        names, when = self._world.ranks, "after the first" if which == "first" else "before the last"
         for rank, (numbers, theirs) in zip(names, reports, strict=True):
             _refuse_settings(reports[0][0], numbers, names[0], rank)
             worst = max((_distance(a, b) for a, b in zip(reports[0][1], theirs, strict=True)), default=0.0)
             if not worst <= (CLOSE.get(tensor.dtype, CLOSE_IN_HALF) if told else 0.0):
                 raise ValueError(
                     f"every rank must make the same of a step: latents of rank {names[0]} and rank {rank} differ by "
-                    f"{worst:.1e} of their spread after the first one; use the same guidance, scheduler and callbacks, "
-                    "and a generator of the same seed for what the scheduler draws, on all ranks"
+                    f"{worst:.1e} of their spread {when} one; use the same guidance, scheduler and "
+                    "callbacks, and a generator of the same seed for what the scheduler draws, on all ranks"
                 )
 
 

@@ -24,10 +24,11 @@ class Generations:
         world: all ranks of the mesh.
         pipeline: returns the pipeline, None where there is none.
         scheduler: the caller's, if it is not one of diffusers'.
+        alike_to_the_end: False if ranks are given latents of their own expectations after the first steps.
     """
 
-    def __init__(self, world, denoiser, pipeline, scheduler):
-        self._world, self._pipeline = world, pipeline
+    def __init__(self, world, denoiser, pipeline, scheduler, alike_to_the_end=True):
+        self._world, self._pipeline, self._alike_to_the_end = world, pipeline, alike_to_the_end
         self._alike = Alike(world, denoiser, pipeline, scheduler)
         self._turns = Turns(world.timeout_s, world.may_begin)
         # This rank has reported other inputs than the first one, or another rank has, and all report once more.
@@ -100,7 +101,7 @@ class Generations:
             ) from None
 
     def count(self, tick, latent):
-        """One more call; the first of a step is compared with the others'. Collective at the second step."""
+        """One more call; the first of a step is compared with the others'. Collective at the second and last step."""
         self._made += 1
         self._world.calls += 1
         if tick.step == 0 or tick.call > 0 or self._world.size == 1:
@@ -108,6 +109,9 @@ class Generations:
         self._alike.check_draws(tick.step)
         if tick.step == 1:
             self._alike.check_step(latent)
+        elif self._alike_to_the_end and tick.step + 1 == getattr(self._pipeline(), "_num_timesteps", None):
+            # A callback may have changed the latents of one rank alone.
+            self._alike.check_step(latent, "last")
 
     def fail(self, error, has_result):
         """An exception has come out of a call: tell the others. Raises it, with what they know of it.

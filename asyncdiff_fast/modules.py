@@ -1,5 +1,7 @@
 """What the modules of one denoiser are: their structure, whose forwards they run, whether they are compiled."""
 
+import zlib
+
 import torch
 
 from .hooks import PREFIX, ForwardHook
@@ -40,6 +42,19 @@ def structure(denoiser):
         return tuple(tuple(x) if isinstance(x, list | dict) else x for x in found), _scales(module), other_hooks(module)
 
     return hash(tuple((name, id(module), type(module), settings(module)) for name, module in denoiser.named_modules()))
+
+
+def told(denoiser):
+    """A digest of what `structure` is of that is the same in every process that has changed the same."""
+
+    def setting(x):
+        return repr(x) if isinstance(x, bool | int | float | str | list | tuple | None) else type(x).__qualname__
+
+    found = [
+        (name, type(module).__qualname__, *(setting(vars(module).get(s)) for s in _SETTINGS), repr(_scales(module)))
+        for name, module in denoiser.named_modules()
+    ]
+    return zlib.crc32(repr(found).encode())
 
 
 def _scales(module):

@@ -17,7 +17,7 @@ from .exchange.world import device
 from .fused.device_layers import DeviceLayers
 from .generations import Generations
 from .hooks import attached, on_pipeline_end
-from .modules import is_compiled, own, step_cache, structure
+from .modules import is_compiled, own, step_cache, structure, told
 from .parts import Parts
 from .route import Route
 from .shared import Shared
@@ -52,7 +52,7 @@ class Runtime:
         except BaseException:
             self._layers.remove()
             raise
-        self._generations = Generations(world, denoiser, pipeline, scheduler)
+        self._generations = Generations(world, denoiser, pipeline, scheduler, alike_to_the_end=not config.run_ahead)
         if steps is not None:
             steps.on_ended = self._generations.stop
         # The result of the latest call.
@@ -61,6 +61,8 @@ class Runtime:
         watch_schedulers()
         self._undo_end = on_pipeline_end(own(denoiser), self._end)
         self._root = attached(denoiser, self._entry())
+        # As it was at the last generation, or is now.
+        self._was = structure(denoiser)
 
     def _entry(self):
         """What the denoiser's forward runs."""
@@ -144,8 +146,11 @@ class Runtime:
             )
         where = device_of(args, kwargs)
 
+        now = structure(self.denoiser)
+
         def state():
             return {
+                "modules": (now != self._was, told(self.denoiser)),
                 "interrupted": self._steps is not None and self._steps.interrupted,
                 # The weights were elsewhere at `patch`, or have been moved since.
                 "moved": where is not None and _placed(where) != self._parts.device,
@@ -161,7 +166,7 @@ class Runtime:
             self._parts.device = self._parts.device if where is None else _placed(where)
             self._parts.restart()
         self._generations.check(everyone)
-        now = structure(self.denoiser)
+        self._was = now
         if now != self._structure:
             if self._structure is not None:
                 log.info("%s is traced again: modules were added or replaced", type(self.denoiser).__name__)

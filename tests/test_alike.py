@@ -12,6 +12,7 @@ import ranks
 import tiny_pipelines
 import torch
 from bare import Bare, loop
+from diffusers.models.attention_processor import AttnProcessor
 
 import asyncdiff_fast
 from asyncdiff_fast import generations
@@ -42,6 +43,23 @@ def _scheduler(pipe, other):
     pipe.scheduler = kept
 
 
+@contextlib.contextmanager
+def _processors(pipe):
+    kept = pipe.unet.attn_processors
+    pipe.unet.set_attn_processor(AttnProcessor())
+    yield {}
+    pipe.unet.set_attn_processor(kept)
+
+
+def _changed_at(step):
+    """Arguments with a callback that changes latents once."""
+
+    def callback(pipe, at, t, kwargs):
+        return {"latents": kwargs["latents"] * (1.05 if at == step else 1)}
+
+    return contextlib.nullcontext(dict(callback_on_step_end=callback))
+
+
 def _one_element(weight):
     weight.view(-1)[3] += 1e-3
 
@@ -58,13 +76,11 @@ DIFFERENCES = {
     "steps": (lambda pipe: contextlib.nullcontext(dict(num_inference_steps=STEPS + 1)), "differ"),
     "one element of a weight": (lambda pipe: _weight(pipe, _one_element), "same weights"),
     "a weight, behind torch's back": (lambda pipe: _weight(pipe, lambda w: w.data.mul_(1.1)), "same weights"),
-    "latents by a callback": (
-        lambda pipe: contextlib.nullcontext(
-            dict(callback_on_step_end=lambda p, i, t, kwargs: {"latents": kwargs["latents"] * 1.05})
-        ),
-        "latents of rank 0 and rank 1 differ",
-    ),
+    "attention processors": (_processors, "same denoiser"),
+    "latents by a callback": (lambda pipe: _changed_at(0), "after the first one"),
 }
+# Where steps are side by side, the ranks' exchanges are other ones from there on.
+LATE_DIFFERENCES = {"latents by a callback midway": (lambda pipe: _changed_at(3), "before the last one")}
 
 
 def _attempt(pipe, **arguments):
@@ -74,13 +90,17 @@ def _attempt(pipe, **arguments):
         return str(error), None
 
 
+def _differences(options):
+    return DIFFERENCES if "parallel_steps" in options else DIFFERENCES | LATE_DIFFERENCES
+
+
 def _differ(rank, options):
     """{difference: (error, whether the next picture is right)}; and the pictures of random numbers."""
     pipe = tiny_pipelines.build("sd15")
     pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config)
     asyncdiff_fast.patch(pipe, warmup_steps=2, timeout_s=30, **options)
     right, found = _attempt(pipe)[1], {}
-    for name, (make, _) in DIFFERENCES.items():
+    for name, (make, _) in _differences(options).items():
         with make(pipe) if rank == 1 else contextlib.nullcontext({}) as arguments:
             error, _ = _attempt(pipe, **arguments)
         again, picture = _attempt(pipe)
@@ -113,7 +133,7 @@ def _differ(rank, options):
 @pytest.mark.parametrize("options", [dict(num_stages=2), dict(parallel_steps=2)])
 def test_what_differs_is_named_and_the_next_picture_is_right(options):
     mine, theirs = ranks.run(2, _differ, options)
-    for name, (_, words) in DIFFERENCES.items():
+    for name, (_, words) in _differences(options).items():
         for error, again in (mine[0][name], theirs[0][name]):
             assert error is not None and words in error, f"{name}: {error}"
             assert again, f"{name}: the next picture is not right"
