@@ -134,7 +134,7 @@ class Patches:
         """What makes displaced calls, captured in pieces between their posts; None where they are launched."""
         if self._graphs is None or mode is not PatchMode.DISPLACED:
             return None
-        if patch.region is not None:
+        if patch.within is not None:
             self._graphs.tell("patches share the blocks alone, and exchange within the denoiser")
             return None
         # The first learns what is posted together, the second which kernels are faster.

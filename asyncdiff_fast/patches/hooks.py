@@ -78,8 +78,8 @@ class Hooks:
         """Put hooks on the modules in which a patch will meet something, as a recorded forward tells."""
         modules = dict(self._denoiser.named_modules())
         wanted = {name for name, _ in recorder.sites} | patch.constant_modules
-        if patch.region is not None:
-            wanted |= patch.region.modules
+        if patch.within is not None:
+            wanted |= patch.within.region.modules
         # What the modules inside a joining one do must not be taken for its own.
         wanted |= {n for outer in patch.joining_modules for n in modules if n == outer or n.startswith(f"{outer}.")}
         self.attach_all(wanted)
@@ -108,8 +108,10 @@ class Hooks:
             known = patch.constant()
             if known is not None:
                 return known
-            args, kwargs = patch.entering(args, kwargs)
-            return patch.leaving(self._run(written_out if outermost else None, outermost, forward, args, kwargs))
+            if patch.within is not None:
+                args, kwargs = patch.within.entering(args, kwargs)
+            result = self._run(written_out if outermost else None, outermost, forward, args, kwargs)
+            return result if patch.within is None else patch.within.leaving(result)
         finally:
             patch.way.leave()
 

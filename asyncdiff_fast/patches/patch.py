@@ -35,8 +35,8 @@ class Patch:
         self._outside = at_once if shared.graphs is None else shared.graphs.outside
         self.mode, self.group_norm, self.bessel = PatchMode.LOCAL, config.group_norm, config.bessel
         self.plan = None
-        # Where alone this is a patch, None: in all of a call.
-        self.region, self._made, self._together, self._cut = None, None, False, {}
+        # Where alone this is a patch; None: in all of a call.
+        self.within = None
         self.probing, self.bound, self.found = True, False, {}
         # Generations begun, and what compares its results with the whole picture's.
         self.generations, self.result_check = 0, None
@@ -77,33 +77,6 @@ class Patch:
     def joining_modules(self):
         """Names of the modules that join an activation with positions."""
         return {key[0] for key, _ in self._joins}
-
-    def entering(self, args, kwargs):
-        """(args, kwargs) of the module entered last: this patch's, in its region."""
-        if self.region is None or self.way.key not in self.region.given:
-            return args, kwargs
-        with self.seen.paused() if self.probing else contextlib.nullcontext():
-            args, kwargs = self.region.cut(self.way.key, self.cutter, args, kwargs, self._cut)
-        if self.probing:
-            self.seen.instead(self._cut.values())
-        return args, kwargs
-
-    def leaving(self, result):
-        """The result of the module entered last: of all patches, where the region ends."""
-        if self.region is None or self.way.key != self.region.end:
-            return result
-        if self.bound:
-            self._together = True
-            self._cut = {}
-            joints = self.region.joints(self.cutter, result)
-            parts = self._share(self.region.apart(self.cutter, joints, result))
-            return self.region.together(joints, parts, result)
-        with self.seen.paused():
-            whole, pairs = self.region.whole_like(result)
-            joints = self.region.joints(self.cutter, result)
-            self._made = tuple(self.region.apart(self.cutter, joints, x) for x in (whole, result))
-        self.seen.instead(pairs)
-        return whole
 
     def meet(self, func, args, kwargs):
         """The result of a watched function call on this patch."""
@@ -248,8 +221,8 @@ class Patch:
     def learn_result(self, whole, mine):
         """Learn where the rows are in the denoiser's results, on the whole picture and on this patch."""
         rows = self.cutter.rows
-        if self.region is not None:
-            rows, (whole, mine) = self.cutter.grid.rows, self._made
+        if self.within is not None:
+            rows, (whole, mine) = self.cutter.grid.rows, self.within.made
         self._result = PatchResult(rows, self.number, whole, mine, self.config.checks)
 
     def move(self, device):
@@ -283,14 +256,15 @@ class Patch:
         self.mode = mode
         self.bessel = self.config.bessel and not exact
         self.check.begin(mode is PatchMode.SYNC, self.keep)
-        self._together, self._cut = False, {}
+        if self.within is not None:
+            self.within.begin()
         if mode is PatchMode.SYNC and self._slots is not None:
             self._slots.settle()
 
     def cut(self, signature, args, kwargs):
         """(args, kwargs) of this patch; the whole picture's where the patch is one in a region alone."""
         self._latent = signature.latent(args, kwargs)
-        return self.cutter.cut(signature, args, kwargs) if self.region is None else (args, kwargs)
+        return self.cutter.cut(signature, args, kwargs) if self.within is None else (args, kwargs)
 
     def complete(self):
         """The forward is over. Raises: Lost if not all sites of the plan were met."""
@@ -307,13 +281,12 @@ class Patch:
             self.way.displaced = tuple(self.way.met)
             self._slots.group(self.way.displaced)
         self.epoch += self.mode is PatchMode.DISPLACED
-        if self.region is None:
-            return self._share(result)
-        if not self._together:
-            lost(f"{self.region.end[0]} was not called")
+        if self.within is None:
+            return self.share(result)
+        self.within.ended()
         return result
 
-    def _share(self, result):
+    def share(self, result):
         """What patches make together, of this patch's part."""
         self.check.judge(self.trend)
         if not self.config.checks:

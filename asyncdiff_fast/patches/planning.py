@@ -18,6 +18,7 @@ from .plan import PatchPlan
 from .recorder import record
 from .sites import SUM
 from .way import Lost
+from .within import Within
 
 # Inputs of which it is tried whether they are to be cut another way.
 MOST_TRIES = 4
@@ -177,7 +178,9 @@ class Planner:
         cutter = Cutter.of(recorder, latent, self._signature.latent_name, self.config, number, axis, other)
         inputs.check_masks(cutter, self._signature.named(args, kwargs))
         patch = Patch(self._shared, cutter, number, latent.device)
-        patch.reads, patch.region = tuple(recorder.reads), recorder.region
+        patch.reads = tuple(recorder.reads)
+        if recorder.region is not None:
+            patch.within = Within(recorder.region, patch)
         with self._refusing():
             patch.prepare(*beforehand(recorder, cutter, self.config.naive))
         self.hooks.attach(recorder, patch)
@@ -223,7 +226,7 @@ class Planner:
             problem = self._refusal(f"{others[0]}{more}", self.way_out_of_mixing)
         return (
             patch.found,
-            patch.sees_latent and patch.region is None,
+            patch.sees_latent and patch.within is None,
             {call.whole.site: call.part.given for call in found if call.sums},
             problem,
         )

@@ -23,7 +23,7 @@ def _all(rank):
     for kind in (region_nets.Plain, region_nets.Square):
         net = build(kind)
         found["displaced", kind] = outcome(net, lambda net=net: steps(net), warmup_steps=1)
-    for kind in (region_nets.Chooses, region_nets.Hidden):
+    for kind in (region_nets.Chooses, region_nets.Hidden, region_nets.Banded):
         net = build(kind)
         found[kind.__name__] = outcome(net, lambda net=net: steps(net), exchange="sync")
     return found
@@ -46,6 +46,7 @@ def test_blocks_alone_are_shared_out():
     assert difference(plain, steps(build(region_nets.Plain))) > 0 and difference(square, plain) <= 1e-5
     # What is said is why the usual way, whole rows of the picture, is none.
     assert_refused([rank["Chooses"] for rank in by_rank], "does not run on patch")
+    assert_refused([rank["Banded"] for rank in by_rank], "does not run on patch")
     assert_refused([rank["Hidden"] for rank in by_rank], "does not run on patch")
 
 

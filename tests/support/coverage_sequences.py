@@ -24,7 +24,7 @@ def _causal():
 MODELS = {
     "AceStepTransformer1DModel": (
         dict(hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
-            head_dim=16, in_channels=24, audio_acoustic_hidden_dim=8, sliding_window=128),
+            head_dim=16, in_channels=24, audio_acoustic_hidden_dim=8, sliding_window=4),
         lambda: dict(hidden_states=x(2, 32, 8), timestep=UNIT, timestep_r=UNIT, context_latents=x(2, 32, 16, seed=2),
             **text(32)),
     ),
