@@ -67,26 +67,14 @@ class PipelineCalls:
             reads = self._shards is not None and not self._shards.complete
             with planning() as quiet, heap.mapped() if reads else contextlib.nullcontext():
                 current, result = self._first(place, quiet, args, kwargs)
+            mode, kept = Mode.EXACT, True
             self._begin(current, tick, args, kwargs)
-            current.trend.made(tick.step)
-            if self._next is not None:
-                self._next.returned(current, result, args, kwargs)
-            return result, Mode.EXACT
-        current = self._pipelines[place] = self._pipelines.pop(place)
-        config, begin = self.config, self.config.least_warmup
-        mode = schedule.mode(config, tick.step, schedule.has_state(config, tick, current.trend.last_step))
-        self._begin(current, tick, args, kwargs)
-        # Only what the next call may read is kept, and with predictions what that of the one after is made from.
-        passes, predicts = mode is Mode.COMPUTE and current.passing is not None, self.config.predict != "none"
-        kept = passes or tick.step >= begin - 1 - predicts
-        for store in current.kept.values() if predicts and kept else ():
-            store.carry_on(current.trend.weight) if passes else store.put_aside()
-        with self.exchange.step():
-            if passes:
-                result = self._passed_through(current, forward, args, kwargs, done, place)
-            else:
-                exact = self._exact if current.exact is None else self._exact_in_parts
-                result = exact(current, forward, args, kwargs, kept)
+        else:
+            current = self._pipelines[place] = self._pipelines.pop(place)
+            has_state = schedule.has_state(self.config, tick, current.trend.last_step)
+            mode = schedule.mode(self.config, tick.step, has_state)
+            self._begin(current, tick, args, kwargs)
+            result, kept = self._again(current, mode, tick.step, forward, args, kwargs, done, place)
         if kept:
             current.trend.made(tick.step)
         if self._next is not None:
@@ -125,6 +113,19 @@ class PipelineCalls:
         """A call begins, perhaps the first of a generation."""
         current.trend.follow(tick.step, self._signature.timestep(args, kwargs), self._scheduler)
         current.trend.weigh(tick.step)
+
+    def _again(self, current, mode, step, forward, args, kwargs, done, place):
+        """(result, whether what was made is kept) of a call that is planned, of which `done` micro-steps are done."""
+        # Only what the next call may read is kept, and with predictions what that of the one after is made from.
+        passes, predicts = mode is Mode.COMPUTE and current.passing is not None, self.config.predict != "none"
+        kept = passes or step >= self.config.least_warmup - 1 - predicts
+        for store in current.kept.values() if predicts and kept else ():
+            store.carry_on(current.trend.weight) if passes else store.put_aside()
+        with self.exchange.step():
+            if passes:
+                return self._passed_through(current, forward, args, kwargs, done, place), kept
+            exact = self._exact if current.exact is None else self._exact_in_parts
+            return exact(current, forward, args, kwargs, kept), kept
 
     def _exact(self, current, forward, args, kwargs, kept=True):
         """The result of all, computed here; what later calls read is `kept`."""

@@ -17,7 +17,7 @@ from ..pipelined.micro import MicroStep
 from ..runtime import Runtime
 from ..stages.calls import StageCalls
 from ..stages.passes import Pass
-from ..steps.calls import StepCalls
+from ..steps.sampling import Sampling
 from .words import AGREE, BLOCK, CALL, MICRO, POST, REPLAY, SAMPLER, SITE, STALE, UNIT, WAIT, text
 
 
@@ -120,8 +120,8 @@ _WRAPPED = (
     (MicroStep, "_spared", _UNIT),
     (Patch, "_at_site", _ranged(_site)),
     (PipelineCalls, "micro_step", _ranged(lambda calls, p, *_: text(MICRO, p))),
-    (StepCalls, "_replay", _ranged(lambda *_: text(REPLAY, "the sampler's steps"))),
-    (StepCalls, "_next_block", _marked(_block)),
+    (Sampling, "_replay", _ranged(lambda *_: text(REPLAY, "the sampler's steps"))),
+    (Sampling, "_next_block", _marked(_block)),
     (StageCalls, "call", _marked(_stale)),
     (PipelineCalls, "call", _marked(_stale)),
     (Hooks, "on_patch", _marked(_displaced)),

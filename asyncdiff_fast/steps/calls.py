@@ -10,29 +10,21 @@ errors of the last one allow.
 """
 
 import logging
-import time
 
 import torch
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 from ..calls import watch
 from ..calls.clock import Clock
 from ..exchange.engine import described
 from ..exchange.errors import ExchangeError
-from ..exchange.fingerprint import input_digests
-from .block import Block, relative_error
-from .given import TIMESTEP, Step
-from .lengths import Lengths
-from .loop import num_steps
-from .outputs import Outputs, evaluated
+from .given import Step
 from .plan import StepPlan
+from .sampling import Sampling
 from .shared import SharedOutputs
-from .snapshot import Draws, Snapshot
 from .stats import StepStats
-from .unable import starts_slowly, why_not
 
 log = logging.getLogger(__name__)
-CHANGED = "the latents are changed between two steps"
 
 
 class StepCalls:
@@ -61,6 +53,7 @@ class StepCalls:
         """Begin to listen to samplers, with an exchange of these ranks."""
         self.exchange, self.interrupted = exchange, False
         self._shared = SharedOutputs(self.world, exchange)
+        self._begin()
         watch.listen(self)
         self._unwatch = watch.watch_instance(self._scheduler)
 
@@ -105,42 +98,19 @@ class StepCalls:
         if tick.call == 0 and self._called and tick.step > 0:
             self._irregular("no scheduler's step was seen between two calls: pass scheduler= to patch()")
         self._step, self._called, self._thread = tick.step, True, watch.this_thread()
-        if tick.call == 0 and self._block is None:
-            self._block = self._next_block(tick.step)
-        place = name, tick.call, key
-        if self._block is not None and not self._block.is_own(tick.step, self.world.rank):
+        if tick.call == 0:
+            self._sampling.begin(tick.step)
+        place, block = (name, tick.call, key), self._sampling.block
+        if block is not None and not block.is_own(tick.step, self.world.rank):
             kept = self._placeholders.get(place)
             if kept is not None:
                 # The caller may write into it.
                 return tree_map_only(torch.Tensor, torch.clone, kept)
         with self.exchange.step():
-            result = run(self._block is None)
+            result = run(block is None)
         self.counts.evaluations += 1
         self._placeholders[place] = tree_map_only(torch.Tensor, lambda x: x.detach().clone(), result)
         return result
-
-    def _next_block(self, step):
-        """The block that begins at a step; None for an exact step."""
-        if self._exact_because or self._lengths is None or not self._outputs:
-            return None
-        length = self._lengths.at(step, self._num_steps - step)
-        if length > 1 and not self._alike:
-            self._compare()
-        return Block(step, length) if length > 1 and self._alike else None
-
-    def _compare(self):
-        """Steps run side by side only where all ranks' samplers do the same. Collective, once a generation."""
-        named = {**self._latest.named, "result": self._results[0]}
-        states = [g.get_state() for g in tree_leaves(named) if isinstance(g, torch.Generator)]
-        try:
-            everyone = self.world.gather(input_digests({**named, "generator": states}), "the sampler's steps")
-        except ExchangeError as error:
-            # Of failures within calls of the denoiser, whoever carries them out says why.
-            raise self.world.explained(error) from error
-        different = {n for theirs in everyone for n in {*theirs, *everyone[0]} if theirs.get(n) != everyone[0].get(n)}
-        self._alike = not different
-        if different:
-            self._stay_exact(f"the sampler's step is given other values on other ranks: {', '.join(sorted(different))}")
 
     # Steps of the sampler.
 
@@ -149,13 +119,13 @@ class StepCalls:
         again, self._called = not self._called, False
         if again:
             self._irregular("the sampler steps more than once for each call of the denoiser")
-        if self._exact_because:
+        if self._sampling.exact_because:
             self.counts.exact_steps += 1
             return method(scheduler, *args, **kwargs)
-        step = Step(method, scheduler, args, kwargs, self._results)
+        step = Step(method, scheduler, args, kwargs, self._sampling.results)
         try:
             with self.exchange.step():
-                return self._exact(scheduler, step) if self._block is None else self._in_block(scheduler, step)
+                return self._sampling.made(scheduler, step)
         except BaseException as error:
             self.interrupted = True
             if isinstance(error, ExchangeError) and error.ended and self.on_ended(error):
@@ -165,91 +135,10 @@ class StepCalls:
                 raise self.world.explained(error) from error.__cause__
             raise
         finally:
-            if self._block is None and self._step + 1 == self._num_steps:
+            self._output_bytes = self._sampling.output_bytes or self._output_bytes
+            if self._sampling.block is None and self._step + 1 == self._sampling.num_steps:
                 # What steps in this thread after the last one is somebody else's.
                 self._thread = None
-
-    def _exact(self, scheduler, step):
-        """A step that every rank has evaluated. All take the first one's output: devices may round differently."""
-        self.counts.exact_steps += 1
-        self._look(scheduler, step)
-        if self._exact_because or starts_slowly(scheduler):
-            result, self._results = step.plain()
-            return result
-        output = self._shared.all(step.output)[0]
-        said = evaluated(scheduler, step, output)
-        guess = self._tried(scheduler, step, said) if self._outputs else None
-        result, self._results = step.run(output)
-        self._outputs.add(said)
-        self._latest, self._output_bytes = step, output.nbytes
-        if guess is not None:
-            self._lengths.learn([float(relative_error(guess, self._results[0]))])
-        return result
-
-    def _tried(self, scheduler, step, said):
-        """The latents that a prediction of this step's output would have led to; the sampler is as before."""
-        snapshot, draws = Snapshot(scheduler), Draws(step.named, step.sample.device)
-        _, results = step.run(self._outputs.ahead(1, said))
-        snapshot.restore(scheduler)
-        draws.restore(draws.used())
-        return results[0]
-
-    def _look(self, scheduler, step):
-        """Whether steps like this one can be replayed, and how many there will be."""
-        reason = step.reason or why_not(scheduler)
-        if reason is None and not step.follows:
-            reason = CHANGED
-        if reason is None and self._num_steps is None:
-            self._num_steps = num_steps(scheduler, step.named.get(TIMESTEP), self._told())
-            if self._num_steps is None:
-                reason = "neither the pipeline nor the scheduler tells how many steps there are"
-        if reason is not None:
-            self._stay_exact(reason)
-        elif self._lengths is None:
-            self._lengths = Lengths(self.world.size, self.config.least_warmup, self.config.tolerance)
-
-    def _in_block(self, scheduler, step):
-        block = self._block
-        if block.steps and not step.follows:
-            return self._cut_short(scheduler, step)
-        block.take(scheduler, step, self.world.rank)
-        if block.is_complete:
-            return self._replay(scheduler)
-        expected = self._outputs.ahead(len(block.steps), evaluated(scheduler, step))
-        result, self._results = block.tried(expected)
-        return result
-
-    def _replay(self, scheduler):
-        """The block's steps again, with what its ranks have evaluated. Collective; returns the last one's result."""
-        began = time.perf_counter()
-        block, self._block = self._block, None
-        result, self._results, used, errors = block.replay(scheduler, self._shared.all(block.own))
-        for said in used:
-            self._outputs.add(said)
-        self._lengths.learn(errors)
-        self.counts.block(block.length, errors, time.perf_counter() - began)
-        return result
-
-    def _cut_short(self, scheduler, step):
-        """Latents were replaced in the middle of a block: what came before is replayed, what comes after is exact.
-
-        What the ranks have evaluated of this step is of the new latents already.
-        """
-        block, self._block = self._block, None
-        expected, number = self._results[0], len(block.steps)
-        outputs = self._shared.all(step.output if number == self.world.rank else block.own)
-        _, results, _, _ = block.replay(scheduler, outputs)
-        log.warning(
-            "the latents were changed at step %d, between steps that run side by side: they were made from predicted "
-            "ones, %.1e from what they should have been; from here every step is exact. Pass parallel_steps=1 for "
-            "callbacks that change latents",
-            self._step,
-            float(relative_error(expected, results[0])),
-        )
-        self.counts.cut_short += 1
-        self._stay_exact(CHANGED)
-        result, self._results = step.run(outputs[number])
-        return result
 
     # Generations.
 
@@ -257,11 +146,9 @@ class StepCalls:
         """The calls themselves tell when a generation begins."""
 
     def _begin(self):
-        self._thread, self._called = None, False
-        self._step, self._block, self._results = -1, None, None
-        self._latest, self._alike = None, False
+        self._thread, self._called, self._step = None, False, -1
         self._placeholders.clear()
-        self._outputs, self._lengths, self._num_steps, self._exact_because = Outputs(), None, None, ""
+        self._sampling = Sampling(self.config, self.world, self._shared, self.counts, self._told, self._say)
 
     def pipeline_ended(self):
         """The pipeline has ended, whether or not its loop came to its last step."""
@@ -271,26 +158,26 @@ class StepCalls:
 
     def _end(self, how):
         """Say it if latents that somebody may hold are predictions."""
-        if self._block is not None and self._block.steps:
+        block = self._sampling.block
+        if block is not None and block.steps:
             log.warning(
                 "%s in the middle of a block of %d steps: the latents of its last %d are predictions, not evaluated",
                 how,
-                self._block.length,
-                len(self._block.steps),
+                block.length,
+                len(block.steps),
             )
 
     def _irregular(self, what):
         """Calls and steps do not come in turn: exact from here, which in the middle of a block is too late."""
-        if self._block is not None:
+        if self._sampling.block is not None:
             raise RuntimeError(
                 f"{what}; this came at step {self._step}, in the middle of steps that run side by side: pass "
                 "parallel_steps=1"
             )
-        self._stay_exact(what)
+        self._sampling.stay_exact(what)
 
-    def _stay_exact(self, reason):
-        self._exact_because = reason
-        self.counts.exact_because[reason] = self.counts.exact_because.get(reason, 0) + 1
+    def _say(self, reason):
+        """Why steps are exact from here, once for each reason."""
         if reason not in self._said:
             self._said.add(reason)
             log.info("steps are exact, one after the other: %s", reason)
