@@ -41,7 +41,7 @@ def _said(summary):
     if max(r["host_share"] for r in ranks) > 2 * _MUCH:
         yield (
             "The host is slow: between operators nothing is computed. Draw larger pictures or batches; on a GPU, calls "
-            "are captured where neither stages nor patches share them."
+            "are captured where neither stages nor patches share them, and with graphs=True where either does."
         )
 
 
