@@ -16,7 +16,7 @@ from asyncdiff_fast.kernels.reference_attention import attention_reference
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from asyncdiff_fast.exchange.world import World
-from asyncdiff_fast.fused import ops
+from asyncdiff_fast.fused import attention_ops
 from asyncdiff_fast.fused.choice import KernelChoice
 
 # Norm of the difference over norm of the reference: rounding of the probabilities and of the result.
@@ -133,7 +133,7 @@ def chosen(inputs):
     [(key, value)] = inputs.whole
 
     def run(kernel):
-        return ops.attention(inputs.query, [key], [value], inputs.query.shape[-1] ** -0.5, kernel)
+        return attention_ops.attention(inputs.query, [key], [value], inputs.query.shape[-1] ** -0.5, kernel)
 
     kernel = KernelChoice("auto", World([0], 1.0)).pick("attention", inputs.query, ((key.shape[1],),), run)
     return lambda: run(kernel)

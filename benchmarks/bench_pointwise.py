@@ -12,7 +12,7 @@ import op_bench
 import torch
 
 from asyncdiff_fast.exchange.world import World
-from asyncdiff_fast.fused import ops
+from asyncdiff_fast.fused import attention_ops, ops
 from asyncdiff_fast.fused.choice import KernelChoice
 
 # Rounding of the result, in units of the largest element or 1; torch's own rounds in between too.
@@ -99,7 +99,8 @@ def cases(device, quick):
 
 def op_of(layer):
     """The op that a layer's function is named for."""
-    return getattr(ops, getattr(layer[0], "func", layer[0]).__name__)
+    name = getattr(layer[0], "func", layer[0]).__name__
+    return getattr(ops, name, None) or getattr(attention_ops, name)
 
 
 def inputs(px, patches, layer, dtype, device):

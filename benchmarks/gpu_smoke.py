@@ -95,13 +95,13 @@ def patch_group_norm():
 
 def attention():
     """Heads of 64, keys in two pieces."""
-    from asyncdiff_fast.fused import ops
+    from asyncdiff_fast.fused import attention_ops
 
     q = torch.randn(2, 512, 10, 64, device=DEVICE).to(DTYPE)
     keys, values = ([torch.randn(2, n, 10, 64, device=DEVICE).to(DTYPE) for n in (512, 77)] for _ in range(2))
     k, v = (torch.cat(x, 1).double().transpose(1, 2) for x in (keys, values))
     want = F.scaled_dot_product_attention(q.double().transpose(1, 2), k, v, scale=0.125).transpose(1, 2)
-    return {"errors": [near(ops.attention(q, keys, values, 0.125, KERNEL), want)]}
+    return {"errors": [near(attention_ops.attention(q, keys, values, 0.125, KERNEL), want)]}
 
 
 def geglu():

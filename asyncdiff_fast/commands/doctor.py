@@ -69,7 +69,7 @@ def _kernels():
     """What `kernels="auto"` means here, and where its measured choices are kept."""
     import torch
 
-    from ..fused import choice, timing
+    from ..fused import choice, choice_file, timing
 
     reason = choice.why_not()
     if reason:
@@ -78,7 +78,7 @@ def _kernels():
         return {"fused": "torch's own; kernels=\"triton\" runs ours in Triton's interpreter", "cache": None}
     return {
         "fused": "Triton, where measured to be no slower than torch",
-        "cache": str(choice.cache_path(timing.environment())),
+        "cache": str(choice_file.path(timing.environment())),
     }
 
 

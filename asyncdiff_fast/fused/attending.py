@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 
 from ..kernels.checks import suits_attention
-from . import ops
+from . import attention_ops
 from .layers import Row, exact
 
 _PLAIN = {
@@ -83,7 +83,7 @@ def _by_choice(choice, func, args, options):
     if choice.mode == "auto" and q.shape[2:] == k.shape[2:] == v.shape[2:] and all(map(suits_attention, (q, k, v))):
 
         def run(kernel):
-            return ops.attention(q, [k], [v], q.shape[-1] ** -0.5, kernel)
+            return attention_ops.attention(q, [k], [v], q.shape[-1] ** -0.5, kernel)
 
         kernel = choice.pick("whole_attention", q, (k.shape[1],), run)
         if kernel != "torch":

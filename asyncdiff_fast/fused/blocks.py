@@ -9,7 +9,7 @@ from diffusers.models import attention
 from diffusers.models.transformers import transformer_flux as flux
 from torch import nn
 
-from . import ops
+from . import attention_ops, ops
 from .layers import Row, exact, gated_modulated, plain
 
 
@@ -112,7 +112,7 @@ def _flux_attention(
     cos, sin = image_rotary_emb if image_rotary_emb is not None else (None, None)
 
     def run(kernel):
-        return ops.joint_qk_norm_rope(*parts, *weights, self.norm_q.eps, cos, sin, kernel)
+        return attention_ops.joint_qk_norm_rope(*parts, *weights, self.norm_q.eps, cos, sin, kernel)
 
     facts = (tuple(x.shape[1] for x in parts[0]), cos is not None)
     q, k, v = run(choice.pick("joint_qk_norm_rope", projected[0], facts, run))

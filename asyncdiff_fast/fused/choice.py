@@ -9,19 +9,15 @@ ranks cannot measure together a rule of thumb stands in (`rule`).
 
 import contextlib
 import functools
-import hashlib
-import json
 import logging
 import os
-import tempfile
 from collections import Counter
 from importlib import util
-from pathlib import Path
 
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
-from . import timing
+from . import choice_file, timing
 from .latest import Latest
 from .registry import KERNELS
 
@@ -66,8 +62,8 @@ class KernelChoice:
         self.alone, self.on_cpu = world.size == 1, mode == "triton" and interpreting()
         self._learning = self.alone
         wanted = mode == "triton" or (mode == "auto" and gpu.available())
-        self._path = cache_path(gpu.environment()) if wanted and mode == "auto" and world.rank == 0 else None
-        known = _read(self._path) if self._path else {}
+        self._path = choice_file.path(gpu.environment()) if wanted and mode == "auto" and world.rank == 0 else None
+        known = choice_file.read(self._path) if self._path else {}
         # One rank without a GPU, and all do without: they must go the same way through their modules.
         everyone = world.gather((wanted, known), "the choice of kernels")
         self.active = all(able for able, _ in everyone)
@@ -175,7 +171,7 @@ class KernelChoice:
                 self._tried.add(text)
                 trials = {name: functools.partial(run, name) for name in KERNELS[op]}
                 found = decide({name: self._gpu.times_us(trial, device_idx) for name, trial in trials.items()})
-            _write(self._path, text, found)
+            choice_file.write(self._path, text, found)
             log.info("%s: %s of %s us (launched, replayed)", text, (found["launched"], found["captured"]), found["us"])
         return self._world.broadcast(found, f"the kernel of {op}")
 
@@ -209,44 +205,3 @@ def rule(op, shape, facts):
     processors = torch.cuda.get_device_properties().multi_processor_count
     full = tiles / (-(-tiles // processors) * processors)
     return "cudnn" if len(facts[0]) == 1 and full >= 0.7 else "triton"
-
-
-def cache_path(environment):
-    """The file of the choices on one kind of device with certain versions; None where there is no home to keep it."""
-    try:
-        folder = os.environ.get("ASYNCDIFF_FAST_CACHE") or Path.home() / ".cache" / "asyncdiff_fast"
-    except RuntimeError:
-        return None
-    digest = hashlib.sha256(json.dumps(environment, sort_keys=True).encode()).hexdigest()[:16]
-    return Path(folder) / f"kernels-{digest}.json"
-
-
-def _read(path):
-    """The choices in a file; none if it is not there or not ours."""
-    try:
-        found = json.loads(path.read_text())
-        return {text: entry for text, entry in found.items() if _holds(text, entry)}
-    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError):
-        return {}
-
-
-def _holds(text, entry):
-    return {entry["launched"], entry["captured"]} <= set(KERNELS[text.split()[0]])
-
-
-def _write(path, text, entry):
-    """Add one choice to a file, which other processes may do at the same time: the last one wins, whole."""
-    if path is None:
-        return
-    made = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-            made = file.name
-            json.dump(_read(path) | {text: entry}, file, indent=1)
-        os.replace(made, path)
-    except OSError as error:
-        if made is not None:
-            with contextlib.suppress(OSError):
-                os.unlink(made)
-        log.warning("the choice of kernels is not kept: %s", error)

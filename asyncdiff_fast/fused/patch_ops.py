@@ -2,7 +2,7 @@
 
 The norm writes its result between the neighbours' rows, where the next convolution reads it, and packs the own border
 rows for sending in the same pass. `kernel` "torch" runs the reference, in fp32 as the kernels do. `attention` over all
-patches' keys and values is `ops.attention`, whose one segment is the view of a ring.
+patches' keys and values is `attention_ops.attention`, whose one segment is the view of a ring.
 """
 
 import torch

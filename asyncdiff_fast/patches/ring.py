@@ -5,7 +5,7 @@ import math
 import torch
 
 from ..calls.schedule import PatchMode
-from ..fused import ops
+from ..fused import attention_ops
 from ..kernels.checks import suits_attention
 from .state import Received, State
 
@@ -62,7 +62,7 @@ class RingState(State):
                 scale = query.shape[-1] ** -0.5 if scale is None else scale
 
                 def run(kernel):
-                    return ops.attention(q, [k], [v], scale, kernel)
+                    return attention_ops.attention(q, [k], [v], scale, kernel)
 
                 kernel = step.pick("attention", q, ((k.shape[1],),), run)
                 if kernel != "torch":

@@ -12,7 +12,7 @@ import torch
 
 import asyncdiff_fast
 from asyncdiff_fast.exchange.world import World, start_process_group, stop_process_group
-from asyncdiff_fast.fused import choice, ops
+from asyncdiff_fast.fused import choice, choice_file, ops
 
 KEY = ("geglu", torch.Size((2, 8)), (8, 1), torch.float16, 0, ())
 
@@ -156,7 +156,7 @@ DAMAGED += ['{"geglu 1": {"launched": ["torch"], "captured": "torch"}}']
 def test_a_damaged_cache_is_measured_again(monkeypatch, tmp_path, text):
     monkeypatch.setenv("ASYNCDIFF_FAST_CACHE", str(tmp_path))
     gpu = _Gpu(SLOW, FAST)
-    choice.cache_path(gpu.environment()).write_text(text)
+    choice_file.path(gpu.environment()).write_text(text)
     assert _settle(_choice(gpu)) == "triton"
     assert gpu.measured
     assert _settle(_choice(_Gpu())) == "triton", "the file must be whole again"
@@ -174,10 +174,12 @@ def test_a_full_disk_leaves_nothing_behind(monkeypatch, tmp_path):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     path = tmp_path / "kernels.json"
-    choice._write(path, "geglu 1", {"launched": "torch", "captured": "torch", "us": {}})
-    monkeypatch.setattr(choice.json, "dump", full)
-    choice._write(path, "geglu 2", {"launched": "torch", "captured": "torch", "us": {}})
-    assert [file.name for file in tmp_path.iterdir()] == ["kernels.json"] and list(choice._read(path)) == ["geglu 1"]
+    choice_file.write(path, "geglu 1", {"launched": "torch", "captured": "torch", "us": {}})
+    monkeypatch.setattr(choice_file.json, "dump", full)
+    choice_file.write(path, "geglu 2", {"launched": "torch", "captured": "torch", "us": {}})
+    assert [file.name for file in tmp_path.iterdir()] == ["kernels.json"] and list(choice_file.read(path)) == [
+        "geglu 1"
+    ]
 
 
 def test_without_a_home_nothing_is_kept(monkeypatch):
@@ -185,8 +187,8 @@ def test_without_a_home_nothing_is_kept(monkeypatch):
         raise RuntimeError("Could not determine home directory.")
 
     monkeypatch.delenv("ASYNCDIFF_FAST_CACHE", raising=False)
-    monkeypatch.setattr(choice.Path, "home", no_home)
-    assert choice.cache_path({}) is None
+    monkeypatch.setattr(choice_file.Path, "home", no_home)
+    assert choice_file.path({}) is None
     assert _settle(_choice(_Gpu(SLOW, FAST))) == "triton"
 
 

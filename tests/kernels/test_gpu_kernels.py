@@ -12,7 +12,7 @@ from norm_cases import CASES, EPS, inputs
 from norm_oracle import assert_near, group_norm_oracle
 from ring_views import key_value
 
-from asyncdiff_fast.fused import ops, registry
+from asyncdiff_fast.fused import attention_ops, ops, registry
 from asyncdiff_fast.fused.choice import KernelChoice
 
 DEVICE = "cuda"
@@ -266,9 +266,11 @@ def test_measured_choice():
     assert KernelChoice("auto", _Alone()).pick("group_norm", x, (), None) == kernel
     q = torch.randn(2, 1024, 10, 64, device=DEVICE).half()
     keys = torch.randn(2, 4096, 10, 64, device=DEVICE).half()
-    chosen = choice.pick("attention", q, ((4096,),), lambda kernel: ops.attention(q, [keys], [keys], 0.125, kernel))
-    want = ops.attention(q, [keys], [keys], 0.125, "torch")
-    torch.testing.assert_close(ops.attention(q, [keys], [keys], 0.125, chosen), want, rtol=2e-2, atol=2e-3)
+    chosen = choice.pick(
+        "attention", q, ((4096,),), lambda kernel: attention_ops.attention(q, [keys], [keys], 0.125, kernel)
+    )
+    want = attention_ops.attention(q, [keys], [keys], 0.125, "torch")
+    torch.testing.assert_close(attention_ops.attention(q, [keys], [keys], 0.125, chosen), want, rtol=2e-2, atol=2e-3)
 
 
 class _Alone:

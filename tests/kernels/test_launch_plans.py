@@ -8,7 +8,7 @@ import pytest
 import torch
 from asyncdiff_fast.kernels import plans
 
-from asyncdiff_fast.fused import ops, patch_ops
+from asyncdiff_fast.fused import attention_ops, ops, patch_ops
 
 triton = pytest.importorskip("triton")
 KERNELS = str(Path(plans.__file__).parent)
@@ -55,7 +55,7 @@ def _calls():
         "geglu": lambda: ops.geglu(wide, "triton"),
         "gate_residual_adaln": lambda: ops.gate_residual_adaln(tokens, tokens, mod, mod, mod, 1e-6, "triton"),
         "add_layer_norm": lambda: ops.add_layer_norm(tokens, tokens, w, None, 1e-5, "triton"),
-        "joint_qk_norm_rope": lambda: ops.joint_qk_norm_rope(
+        "joint_qk_norm_rope": lambda: attention_ops.joint_qk_norm_rope(
             [heads], [heads], [heads], [torch.ones(16)], [torch.ones(16)], 1e-6, None, None, "triton"
         ),
         "patch_group_norm": lambda: patch_ops.patch_group_norm(x, w, w, 8, 1e-5, "triton", **around),
