@@ -51,7 +51,7 @@ class WholePicture:
     `part`: the number of the part of the batch that is computed.
     """
 
-    mode, bound = PatchMode.SYNC, True
+    mode, bound, within = PatchMode.SYNC, True, None
 
     def __init__(self, plan, kept):
         self.way, self.part = Way(), 0
