@@ -1,5 +1,6 @@
 """How figures are taken and kept: timing, facts of the machine, rows of results."""
 
+import contextlib
 import datetime
 import importlib.metadata
 import json
@@ -9,6 +10,7 @@ import platform
 import resource
 import statistics
 import subprocess
+import sys
 import time
 
 import torch
@@ -36,6 +38,22 @@ def facts():
 def left_s():
     """Seconds until `DEADLINE`."""
     return DEADLINE - time.time()
+
+
+class Failures:
+    """Cases that failed, which must not cost the others their rows; `count` of them."""
+
+    def __init__(self):
+        self.count = 0
+
+    @contextlib.contextmanager
+    def kept(self, case):
+        """Within it an exception is printed and counted."""
+        try:
+            yield
+        except Exception as error:
+            self.count += 1
+            print(f"FAILED {case}: {type(error).__name__}: {error}"[:600], file=sys.stderr, flush=True)
 
 
 def summary(seconds):

@@ -174,7 +174,7 @@ def show_profile(patch, whole, device):
 
 @torch.no_grad()
 def main(argv):
-    options, failed = parse(argv), 0
+    options, failures = parse(argv), measure.Failures()
     if options.device == "cpu":
         torch.set_num_threads(1)
     for pixels in options.pixels or [None]:
@@ -182,23 +182,17 @@ def main(argv):
             if measure.left_s() < LEAST_S:
                 print(f"left out: {pixels} pixels, {patches} patches", flush=True)
                 continue
-            try:
+            with failures.kept(f"{pixels} pixels, {patches} patches"):
                 made = row(options, pixels, patches)
-            except Exception as error:
-                # One case that fails must not cost the others their rows.
-                failed += 1
-                told = f"FAILED {pixels} pixels, {patches} patches: {type(error).__name__}: {error}"
-                print(told[:600], file=sys.stderr, flush=True)
-                continue
-            print(json.dumps(made), flush=True)
-            for mode, found in {"eager": made, "graph": made.get("graph")}.items():
-                if found:
-                    ms = [f"{1e3 * found[way]['median_s']:.2f}" for way in ("whole", "patch")]
-                    told = f"ROW {options.model} {pixels or ''} of {patches} patches {options.options} {mode}: "
-                    print(f"{told}{ms[0]} -> {ms[1]} ms, {found['speedup']:.2f}x", file=sys.stderr, flush=True)
-            if options.save:
-                measure.write_row("patch_compute", made)
-    return min(1, failed)
+                print(json.dumps(made), flush=True)
+                for mode, found in {"eager": made, "graph": made.get("graph")}.items():
+                    if found:
+                        ms = [f"{1e3 * found[way]['median_s']:.2f}" for way in ("whole", "patch")]
+                        told = f"ROW {options.model} {pixels or ''} of {patches} patches {options.options} {mode}: "
+                        print(f"{told}{ms[0]} -> {ms[1]} ms, {found['speedup']:.2f}x", file=sys.stderr, flush=True)
+                if options.save:
+                    measure.write_row("patch_compute", made)
+    return min(1, failures.count)
 
 
 if __name__ == "__main__":

@@ -179,26 +179,23 @@ def row(options, way, kernels):
 
 
 def main(argv):
-    options, failed = parse(argv), 0
+    options, failures = parse(argv), measure.Failures()
     for way, kernels in itertools.product(options.ways, options.kernels):
         if measure.left_s() < LEAST_S:
             print(f"left out: {way} {kernels}", flush=True)
             continue
-        try:
+        with failures.kept(f"{way} {kernels}"):
             made = row(options, way, kernels)
-        except Exception as error:
-            # One case that fails must not cost the others their rows.
-            failed += 1
-            print(f"FAILED {way} {kernels}: {type(error).__name__}: {error}"[:600], file=sys.stderr, flush=True)
-            continue
-        print(json.dumps(made), flush=True)
-        ms = [f"{1e3 * made[f'{n}_{w}']['median_s']:.2f}" for n in ("host", "call") for w in ("launched", "replayed")]
-        told = f"ROW pieces of {options.model}, {way}, rank {options.rank} of {options.ranks}, kernels={kernels}: "
-        told += f"host {ms[0]} -> {ms[1]} ms, call {ms[2]} -> {ms[3]} ms, {made['speedup']:.2f}x, {made['graphs']}"
-        print(told, file=sys.stderr, flush=True)
-        if options.save:
-            measure.write_row("pieces", made)
-    return min(1, failed)
+            print(json.dumps(made), flush=True)
+            ms = [
+                f"{1e3 * made[f'{n}_{w}']['median_s']:.2f}" for n in ("host", "call") for w in ("launched", "replayed")
+            ]
+            told = f"ROW pieces of {options.model}, {way}, rank {options.rank} of {options.ranks}, kernels={kernels}: "
+            told += f"host {ms[0]} -> {ms[1]} ms, call {ms[2]} -> {ms[3]} ms, {made['speedup']:.2f}x, {made['graphs']}"
+            print(told, file=sys.stderr, flush=True)
+            if options.save:
+                measure.write_row("pieces", made)
+    return min(1, failures.count)
 
 
 if __name__ == "__main__":

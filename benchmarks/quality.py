@@ -192,6 +192,16 @@ def measured(args, pairs):
         yield name, reference, rulers[reference].closeness(np.load(path)), facts
 
 
+def result(args, how, rows):
+    """What a file of results holds: `how` the pictures were drawn, facts of the machine, {configuration: figures}."""
+    return {"title": title(args, how), **measure.facts(), "rows": rows}
+
+
+def title(args, how):
+    """Of results: what was drawn."""
+    return f"{args.prompts} held-out prompts × {args.seeds} seeds, guidance {args.guidance:g}, {how}."
+
+
 def main(args):
     launch_missing(args)
     captions, _ = captions_and_seeds(args)
@@ -199,8 +209,7 @@ def main(args):
     reference = next(name for name in args.configurations if name.startswith("exact@"))
     ruler = Ruler(pictures_of[reference], captions, args.seeds)
     result = {
-        "title": f"{args.prompts} held-out prompts × {args.seeds} seeds, guidance {args.guidance:g}, DDIM; "
-        f"reference `{reference}`.",
+        "title": title(args, f"DDIM; reference `{reference}`"),
         "note": "100 dB stands for equal; `only by exact`: obeyed by the reference alone; 95 % intervals over prompts.",
         **measure.facts(),
         "rows": {name: ruler.row(pictures) for name, pictures in pictures_of.items()},

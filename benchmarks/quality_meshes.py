@@ -66,12 +66,8 @@ def beside(result, steps):
 def main(args):
     args.configurations = [REFERENCE, *configurations()]
     quality.launch_missing(args)
-    result = {
-        "title": f"{args.prompts} held-out prompts × {args.seeds} seeds, guidance {args.guidance:g}, {STEPS} steps "
-        f"DDIM, tolerance {LATENT_TOLERANCE:g}, each picture drawn alone.",
-        **measure.facts(),
-        "rows": rows(args),
-    }
+    how = f"{STEPS} steps DDIM, tolerance {LATENT_TOLERANCE:g}, each picture drawn alone"
+    result = quality.result(args, how, rows(args))
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "quality_meshes.json").write_text(quality_predict_tables.as_json(result))
     print("\n".join(beside(result, measure.read_result("quality_steps"))))

@@ -67,12 +67,8 @@ def beside(result, predicted, steps):
 def main(args):
     args.configurations = [REFERENCE, *configurations()]
     quality.launch_missing(args)
-    result = {
-        "title": f"{args.prompts} held-out prompts × {args.seeds} seeds, guidance {args.guidance:g}, {STEPS} steps "
-        f"DDIM, {WARMUP} warm-up steps, batches of {args.batch_size}.",
-        **measure.facts(),
-        "rows": rows(args),
-    }
+    how = f"{STEPS} steps DDIM, {WARMUP} warm-up steps, batches of {args.batch_size}"
+    result = quality.result(args, how, rows(args))
     predicted, steps = (measure.read_result(name) for name in ("quality_predict", "quality_steps"))
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "quality_pipelined.json").write_text(quality_predict_tables.as_json(result))

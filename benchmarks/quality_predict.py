@@ -9,7 +9,6 @@ those of 50 steps DDIM also with exact sampling of fewer steps that takes as lon
 
 import itertools
 
-import measure
 import quality
 import quality_predict_tables as tables
 
@@ -74,12 +73,8 @@ def main(args):
     references = configurations()
     args.configurations = list(dict.fromkeys([*references.values(), *references]))
     quality.launch_missing(args)
-    result = {
-        "title": f"{args.prompts} held-out prompts × {args.seeds} seeds, guidance {args.guidance:g}, "
-        f"{WARMUP} warm-up steps, batches of {args.batch_size}.",
-        **measure.facts(),
-        "rows": rows(args, references),
-    }
+    how = f"{WARMUP} warm-up steps, batches of {args.batch_size}"
+    result = quality.result(args, how, rows(args, references))
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "quality_predict.json").write_text(tables.as_json(result))
     (args.out / "quality_predict.md").write_text(tables.as_markdown(result))

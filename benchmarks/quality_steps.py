@@ -74,11 +74,7 @@ def committed_rows(folder):
 def write(args):
     """Tables and plot of what is drawn so far."""
     pictures = "each picture drawn alone" if args.batch_size == 1 else f"batches of {args.batch_size}"
-    result = {
-        "title": f"{args.prompts} held-out prompts × {args.seeds} seeds, guidance {args.guidance:g}, {pictures}.",
-        **measure.facts(),
-        "rows": rows(args),
-    }
+    result = quality.result(args, pictures, rows(args))
     others, pipelined = (measure.read_result(name) for name in ("quality_predict", "quality_pipelined"))
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "quality_steps.json").write_text(quality_predict_tables.as_json(result))

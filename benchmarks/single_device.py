@@ -219,7 +219,7 @@ def told(row):
 
 @torch.no_grad()
 def main(argv):
-    options, failed = parse(argv), 0
+    options, failures = parse(argv), measure.Failures()
     built = build(options)
     for pixels in options.pixels or [None]:
         given = inputs(options, built[0], pixels)
@@ -227,17 +227,13 @@ def main(argv):
             if measure.left_s() < LEAST_S:
                 print(f"left out: {pixels or ''} {case}", file=sys.stderr, flush=True)
                 continue
-            try:
+            with failures.kept(case):
                 for row in rows(options, built, given, case):
                     if options.save:
                         measure.write_row("single_device", row)
                     print(json.dumps(row), flush=True)
                     print(told(row), file=sys.stderr, flush=True)
-            except Exception as error:
-                # One case that fails must not cost the others their rows.
-                failed += 1
-                print(f"FAILED {case}: {type(error).__name__}: {error}"[:600], file=sys.stderr, flush=True)
-    return min(1, failed)
+    return min(1, failures.count)
 
 
 if __name__ == "__main__":

@@ -128,11 +128,8 @@ def _items(x):
 def _holds_items(x):
     if isinstance(x, _Items):
         return True
-    return (
-        any(map(_holds_items, x.values() if isinstance(x, dict) else x))
-        if isinstance(x, dict | list | tuple)
-        else False
-    )
+    held = x.values() if isinstance(x, dict) else x if isinstance(x, list | tuple) else ()
+    return any(map(_holds_items, held))
 
 
 def _open(x):

@@ -3,7 +3,7 @@
 import ranks
 import region_nets
 import torch
-from patch_runs import assert_refused, difference, outcome
+from patch_runs import assert_refused, difference, outcome, twice
 from region_nets import RIGHT, build, steps
 
 import asyncdiff_fast
@@ -15,10 +15,7 @@ def _all(rank):
     for kind in RIGHT:
         net = build(kind)
         for mode in ("sync", "displaced"):
-            # Another prompt and other positions, of the same shapes, come second.
-            plain = [y for seed in (0, 1) for y in steps(net, seed)]
-            result = outcome(net, lambda net=net: [y for seed in (0, 1) for y in steps(net, seed)], exchange=mode)
-            found[kind.__name__, mode] = difference(result, plain) if isinstance(result, list) else result
+            found[kind.__name__, mode], result = twice(net, steps, exchange=mode)
         found[kind.__name__, "results"] = result
     for kind in (region_nets.Plain, region_nets.Square):
         net = build(kind)

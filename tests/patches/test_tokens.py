@@ -5,7 +5,7 @@ import pytest
 import ranks
 import token_nets
 import torch
-from patch_runs import assert_refused, difference, outcome
+from patch_runs import assert_refused, difference, outcome, twice
 from token_nets import MORE, SIZE, build, steps
 
 import asyncdiff_fast
@@ -65,11 +65,7 @@ def _all(rank):
     for kind in RIGHT:
         net = build(kind)
         for mode in ("sync", "displaced"):
-            # Another prompt and other numbers, of the same shapes, come second.
-            plain = [y for seed in (0, 1) for y in steps(net, seed)]
-            options = dict(exchange=mode, warmup_steps=1)
-            result = outcome(net, lambda net=net: [y for seed in (0, 1) for y in steps(net, seed)], **options)
-            found[kind.__name__, mode] = difference(result, plain) if isinstance(result, list) else result
+            found[kind.__name__, mode], _ = twice(net, steps, exchange=mode, warmup_steps=1)
     masked = build(token_nets.TextFirst)
     more = token_nets.MORE[token_nets.TextFirst](0)
     more["attention_mask"][:, -3] = 0

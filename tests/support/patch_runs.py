@@ -71,6 +71,19 @@ def outcome(model, run, **options):
     return found
 
 
+def twice(net, steps, **options):
+    """(How far they are from those unpatched, their results) of two generations on patches, `steps(net, seed)` each;
+    the refusal in place of both. The second has other inputs of the same shapes.
+    """
+
+    def both():
+        return [y for seed in (0, 1) for y in steps(net, seed)]
+
+    plain = both()
+    found = outcome(net, both, **options)
+    return (difference(found, plain) if isinstance(found, list) else found), found
+
+
 def assert_refused(outcomes, *words, kind="ValueError"):
     for rank, found in enumerate(outcomes):
         assert isinstance(found, tuple), f"rank {rank} was not refused"
