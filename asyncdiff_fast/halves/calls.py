@@ -17,7 +17,8 @@ from ..calls.signature import device_of
 from ..exchange import wire
 from ..exchange.slots import Recv, Send
 from ..modules import own, structure
-from .cuts import fresh, silent, size_of
+from .cuts import silent, size_of
+from .trees import fresh
 from .trials import Trials
 
 log = logging.getLogger(__name__)

@@ -4,7 +4,9 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from ..tracing.side_effects import processors_that_keep, restored
-from .cuts import Join, candidates, chosen, copied, difference, guess, wholes, written
+from .cuts import candidates, chosen, guess, wholes, written
+from .joins import Join, difference
+from .trees import copied
 
 # How far half a batch may be from the same rows of the whole, of the largest element: other kernels for other sizes.
 CLOSE = 2e-2

@@ -11,7 +11,8 @@ from torch.utils._pytree import tree_leaves
 from asyncdiff_fast.calls.clock import Tick
 from asyncdiff_fast.calls.signature import CallSignature
 from asyncdiff_fast.halves.calls import Halves
-from asyncdiff_fast.halves.cuts import difference, fresh
+from asyncdiff_fast.halves.joins import difference
+from asyncdiff_fast.halves.trees import fresh
 
 
 class Rank:
