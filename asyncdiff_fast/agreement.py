@@ -1,12 +1,15 @@
 """What ranks check and agree on before anything is patched."""
 
 import dataclasses
+import logging
 
-from . import modules
+from . import combinations, modules
 from .decoder.calls import Decoder
 from .denoisers import is_patched
 from .exchange import fingerprint
 from .fused import choice
+
+log = logging.getLogger(__name__)
 
 
 def agree(world, config, found, vae, problem):
@@ -39,6 +42,12 @@ def agree(world, config, found, vae, problem):
             )
 
 
+def warn_of_idle(world, config):
+    """Say on the first rank which options change nothing."""
+    for name, of in combinations.idle(config).items() if world.rank == 0 else ():
+        log.warning("%s=%r changes nothing here: it is of %s", name, getattr(config, name), of)
+
+
 def _check(world, config, found):
     choice.check(config.kernels)
     if config.world_size != world.size:
@@ -46,7 +55,7 @@ def _check(world, config, found):
             f"world_size must be parallel_steps * cfg halves * num_patches * (num_stages + stride - 1): got "
             f"{config.parallel_steps} * {config.mesh.halves} * {config.num_patches} * ({config.num_stages} + "
             f"{config.stride} - 1) = {config.world_size}, world_size {world.size}; start {config.world_size} processes "
-            f"(torchrun --nproc-per-node {config.world_size}) or pass {_fitting(world.size, config)}"
+            f"(torchrun --nproc-per-node {config.world_size}) or {_fitting(world.size, config)}"
         )
     for denoiser in found:
         kind = type(denoiser).__name__
@@ -87,10 +96,18 @@ def _check_decoder(world, vae):
 
 
 def _fitting(size, config):
-    """Options that a number of ranks fits."""
-    if config.parallel_steps > 1:
-        return f"parallel_steps={max(size * config.parallel_steps // config.world_size, 1)}"
-    others = size // config.mesh.halves
-    if config.num_patches > 1:
-        return f"num_patches={max(others // config.stage_ranks, 1)}"
-    return f"num_stages={max(others - config.stride + 1, 1)}"
+    """What to change, so that the options need as many ranks as there are."""
+    if config.world_size == 1:
+        return f"pass parallel_steps={size}" + (", or cfg_parallel=True where there is guidance" if size == 2 else "")
+    shared = {name: getattr(config, name) for name in ("parallel_steps", "num_patches", "num_stages")}
+    given = [name for name, number in shared.items() if number > 1] + ["cfg_parallel"] * config.cfg_parallel
+    if size == 1:
+        return f"leave out {', '.join(given)}"
+    for name in given:
+        more, least = (config.stride - 1, config.stride) if name == "num_stages" else (0, 1)
+        number = shared.get(name, 2)
+        others = config.world_size // (number + more)
+        fitting = size // others - more
+        if size % others == 0 and fitting >= least and name != "cfg_parallel":
+            return f"pass {name}={fitting}"
+    return f"pass parallel_steps={size} in place of {', '.join(given)}"

@@ -11,6 +11,15 @@ _WITH_PIPELINE = {
 }
 # And where stages begin the next call.
 _RUN_AHEAD = {"cfg_parallel": (False,), "predict": ("auto", "none"), "parallel_steps": (1,)}
+# Options that say how patches or stages go about it, each with what it is of: alone they change nothing.
+_DETAILS = {
+    "group_norm": ("num_patches", lambda config: config.num_patches > 1),
+    "bessel": ("num_patches", lambda config: config.num_patches > 1),
+    "cut": ("num_patches or pipeline_patches", lambda config: config.num_patches > 1 or config.pipeline_count > 1),
+    "pipeline_text": ("pipeline_patches", lambda config: config.pipeline_count > 1),
+    "time_shift": ("num_stages", lambda config: config.num_stages > 1),
+    "stride_phase": ("stride=2", lambda config: config.stride == 2),
+}
 # And beneath steps side by side, where calls read what calls of several steps ago have made.
 _UNDER_STEPS = {
     "exchange": ("displaced", "sync"),
@@ -74,6 +83,26 @@ def check_patches(config):
             f'patch_axis must be "rows" unless patches are naive: got patch_axis={config.patch_axis!r}; pass '
             'exchange="none", warmup_steps=0'
         )
+    if config.num_patches > 1 and config.exchange == "sync" and config.group_norm in ("stale", "local"):
+        raise ValueError(
+            'exchange="sync" is exact, so patches normalise with the statistics of the whole picture: got '
+            f'exchange="sync", group_norm={config.group_norm!r}; leave one of them out'
+        )
+    if config.num_patches == 1 and config.exchange != "displaced" and (config.reads_stale or config.parallel_steps > 1):
+        raise ValueError(
+            "exchange says how patches read of each other, and makes neither stages nor steps side by side exact: got "
+            f"exchange={config.exchange!r}, num_patches=1, num_stages={config.num_stages}, "
+            f"parallel_steps={config.parallel_steps}; pass num_patches instead of these, or leave exchange out"
+        )
+
+
+def idle(config):
+    """{name of an option that was given and changes nothing: the options that it is of}."""
+    if config.world_size == 1:
+        return {}
+    defaults = type(config)()
+    given = {name: of for name, of in _DETAILS.items() if getattr(config, name) != getattr(defaults, name)}
+    return {name: of for name, (of, is_used) in given.items() if not is_used(config)}
 
 
 def check_all(config):

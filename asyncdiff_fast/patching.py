@@ -5,7 +5,7 @@ import weakref
 import torch
 
 from . import modules
-from .agreement import agree
+from .agreement import agree, warn_of_idle
 from .alike import share_seeds
 from .config import Config
 from .decoder.calls import Decoder
@@ -45,6 +45,7 @@ def patch(target, *, mesh=None, scheduler=None, **options):
         world = World(_ranks(mesh, config), timeout_s)
         agree(world, config, found, vae, problem)
         share_seeds(world)
+        warn_of_idle(world, config)
         steps = _steps(config, world, target, scheduler)
         for number, denoiser in enumerate(found):
             made.append((denoiser, _patch_one(denoiser, config, world, scheduler, target, steps, number)))

@@ -9,6 +9,7 @@ from dataclasses import replace
 import torch
 from torch.utils._pytree import tree_leaves
 
+from .advice import Advice
 from .calls.containers import opened, opening
 from .calls.schedule import Mode
 from .calls.signature import CallSignature, device_of, inputs_key
@@ -55,6 +56,7 @@ class Runtime:
         self._generations = Generations(world, denoiser, pipeline, scheduler, alike_to_the_end=not config.run_ahead)
         if steps is not None:
             steps.on_ended = self._generations.stop
+        self._advice = Advice(config, type(own(denoiser)).__name__, world.rank)
         # The result of the latest call.
         self._last = None
         self.route = Route(denoiser, self._parts, self._layers, self._signature, pipeline)
@@ -102,6 +104,7 @@ class Runtime:
                     "calls with gradients need all weights on every rank: got shard_weights=True; call within "
                     "torch.no_grad(), or unpatch() first"
                 )
+            self._advice.gradients()
             self._end()
             return forward(*args, **kwargs)
         key = inputs_key(args, kwargs)
@@ -110,6 +113,7 @@ class Runtime:
         try:
             if tick.begins:
                 self._begin_generation(args, kwargs)
+            self._advice.call(tick.step)
             self._generations.count(tick, self._signature.latent(args, kwargs))
 
             def whole(exact):
@@ -128,6 +132,7 @@ class Runtime:
     def _end(self):
         """The pipeline has ended, or calls follow that are none of ours."""
         self._generations.end()
+        self._gained()
         if not self._generations.interrupted:
             self._parts.drop_begun()
         self._last = None
@@ -144,6 +149,7 @@ class Runtime:
             raise ValueError(
                 "a step cache of diffusers was enabled after patch(): both reuse activations; call disable_cache()"
             )
+        self._gained()
         where = device_of(args, kwargs)
 
         now = structure(self.denoiser)
@@ -178,6 +184,10 @@ class Runtime:
         for part in self._parts:
             part.begin_generation()
 
+    def _gained(self):
+        """A generation is over: where nothing was shared, its user hears of it."""
+        self._advice.generation_over(self.route.calls, None if self._steps is None else self._steps.counts)
+
     def _needs_gradients(self, args, kwargs):
         if not torch.is_grad_enabled():
             return False
@@ -193,6 +203,7 @@ class Runtime:
 
     def clear_stats(self):
         """Begin to count anew."""
+        self._advice.counts_anew()
         self.route.calls = dict.fromkeys(Mode, 0)
         if self._steps is not None:
             self._steps.counts.clear()

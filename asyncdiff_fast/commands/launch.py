@@ -7,8 +7,9 @@ import sys
 
 # So many processes a machine bears, however few its cores.
 _FEW = 4
-# Options that say how a call is shared, or how stages share it.
+# Options that say how a call is shared, or how patches or stages share it.
 _WAYS = {"num_stages", "stages", "num_patches", "parallel_steps"}
+_OF_PATCHES = {"exchange", "group_norm", "bessel", "cut", "patch_axis"}
 _OF_STAGES = {
     "stride", "stride_phase", "time_shift", "balance", "predict", "pipeline_patches", "pipeline_text", "shard_weights",
 }  # fmt: skip
@@ -21,11 +22,13 @@ class UsageError(Exception):
 def complete(options, num_processes):
     """Options that use `num_processes`: where they name no way to share, as many steps side by side.
 
-    The halves of guidance take two of them each. Where an option is one of stages', they become stages.
+    The halves of guidance take two of them each. Where an option is one of patches' or stages', they become those.
     """
     num_ranks = num_processes // (2 if options.get("cfg_parallel") else 1)
     if num_ranks < 2 or options.keys() & _WAYS:
         return options
+    if options.keys() & _OF_PATCHES:
+        return options | {"num_patches": num_ranks}
     if options.keys() & _OF_STAGES:
         return options | {"num_stages": max(num_ranks - (options.get("stride") == 2), 1)}
     return options | {"parallel_steps": num_ranks}

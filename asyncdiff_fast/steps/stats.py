@@ -21,13 +21,18 @@ class StepStats:
         self._lengths[length] += 1
         self._errors += errors
 
+    @property
+    def blocks(self):
+        """How many blocks there were."""
+        return sum(self._lengths.values())
+
     def as_dict(self):
         """Dict, fit for JSON."""
         errors = self._errors
         return {
             "evaluations": self.evaluations,
             "exact_steps": self.exact_steps,
-            "blocks": sum(self._lengths.values()),
+            "blocks": self.blocks,
             "blocks_cut_short": self.cut_short,
             "block_lengths": dict(sorted(self._lengths.items())),
             "replay_s": self._replay_s,

@@ -114,12 +114,14 @@ def test_every_option_has_the_help_of_the_config(capsys):
         ({"stride": 1}, 4, {"stride": 1, "num_stages": 4}),
         ({"stride": 2, "cfg_parallel": True}, 6, {"stride": 2, "cfg_parallel": True, "num_stages": 2}),
         ({"balance": "time"}, 2, {"balance": "time", "num_stages": 2}),
+        ({"exchange": "sync"}, 2, {"exchange": "sync", "num_patches": 2}),
+        ({"exchange": "sync", "cfg_parallel": True}, 4, {"exchange": "sync", "cfg_parallel": True, "num_patches": 2}),
         ({"predict": "linear"}, 2, {"predict": "linear", "num_stages": 2}),
         ({"num_stages": 2}, 4, {"num_stages": 2}),
         ({"stages": (("a",), ("b",))}, 4, {"stages": (("a",), ("b",))}),
     ],
 )
-def test_processes_that_nothing_shares_become_steps_or_stages(options, num_processes, expected):
+def test_processes_that_nothing_shares_get_a_way_to_share(options, num_processes, expected):
     completed = complete(options, num_processes)
     assert completed == expected
     Config.from_options(completed)

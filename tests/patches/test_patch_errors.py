@@ -112,6 +112,9 @@ OPTIONS = {
     "axis": (dict(patch_axis="columns"), ("patch_axis", "naive", 'exchange="none", warmup_steps=0')),
     "axis name": (dict(patch_axis="both"), ("patch_axis", '"alternating"', "'both'")),
     "sync stages": (dict(num_stages=2, group_norm="sync"), ("num_stages=2", "num_patches=2", 'group_norm="sync"')),
+    "sync norms of its own": (dict(exchange="sync", group_norm="local"), ("group_norm='local'", "leave one of them")),
+    "sync without patches": (dict(num_patches=1, num_stages=2, exchange="sync"), ("num_stages=2", "pass num_patches")),
+    "sync steps": (dict(num_patches=1, parallel_steps=2, exchange="sync"), ("parallel_steps=2", "leave exchange out")),
     "exact stages": (dict(num_stages=2, exchange="sync"), ("exchange='sync'", "num_stages=1")),
 }
 
