@@ -208,6 +208,13 @@ class Config:
         return self.num_patches > 1 and self.exchange == "displaced" and self.predict != "none"
 
     @property
+    def ways(self):
+        """The options that say how calls are shared, as text; empty on one device."""
+        names = ("parallel_steps", "cfg_parallel", "num_patches", "num_stages", "stride", "pipeline_patches")
+        given = {name: getattr(self, name) for name in names}
+        return ", ".join(f"{name}={value}" for name, value in given.items() if value not in (1, False, None))
+
+    @property
     def inside(self):
         """True if something inside the denoiser is shared out."""
         return self.num_stages > 1 or self.num_patches > 1

@@ -66,6 +66,11 @@ class Runtime:
         # As it was at the last generation, or is now.
         self._was = structure(denoiser)
 
+    def __repr__(self):
+        size = self.world.size
+        where = "one device" if size == 1 else f"rank {self.world.rank} of {size}, {self.config.ways}"
+        return f"<Runtime of {type(own(self.denoiser)).__name__}: {where}>"
+
     def _entry(self):
         """What the denoiser's forward runs."""
 
@@ -196,7 +201,8 @@ class Runtime:
 
     def stats(self):
         """Dict: calls by mode, bytes sent and time waited by this rank, since `clear_stats`; kernels in use; and the
-        latest relative errors of what was predicted, and of reuse, by what it is (waits for the device).
+        latest relative errors of what was predicted, and of reuse, by what it is (waits for the device). A call is
+        exact here if nothing in it is of another step; whether its latents were predicted, `["steps"]` says.
         """
         calls = {f"{mode.name.lower()}_calls": n for mode, n in self.route.calls.items()}
         return calls | {"kernels": self._layers.summary()} | self._parts.stats()

@@ -30,13 +30,14 @@ def _warnings(rank):
     logging.getLogger("asyncdiff_fast").addHandler(handler)
     for name, (options, _) in CASES.items():
         model = Bare()
-        asyncdiff_fast.patch(model, timeout_s=60, **options)
+        runtime = asyncdiff_fast.patch(model, timeout_s=60, **options)
         for _ in range(2):
             loop(model, DOWN[:4])
         # The end of the second is the beginning of this one.
         loop(model)
         asyncdiff_fast.unpatch(model)
         found[name] = lines.copy()
+        found[f"{name}, shown"] = repr(runtime)
         lines.clear()
     model = Bare()
     asyncdiff_fast.patch(model, num_stages=2, timeout_s=60)
@@ -59,6 +60,10 @@ def test_the_first_rank_says_once_that_nothing_was_gained(found, name):
     first, other = (rank[name] for rank in found)
     assert not other and len(first) == (words is not QUIET)
     assert all(words in line for line in first)
+
+
+def test_a_runtime_shows_how_calls_are_shared(found):
+    assert found[1]["patches, shown"] == "<Runtime of Bare: rank 1 of 2, num_patches=2>"
 
 
 def test_gradients_are_named(found):

@@ -67,7 +67,7 @@ class DeviceLayers:
     def summary(self):
         """Dict, fit for JSON: which layers are replaced, what was chosen for them, and what was captured."""
         captured = {} if self.graphs is None else {"graphs": self.graphs.summary()}
-        return self._fusion.summary() | captured
+        return self._fusion.summary() | captured | self.packed.summary()
 
     def remove(self):
         """Restore every forward, once the hooks above are off."""

@@ -38,6 +38,11 @@ class PackedWeights:
         """{module: its forward that uses packed weights}."""
         return self._forwards.replaced
 
+    def summary(self):
+        """Dict, fit for JSON: how many weights have a packed copy, and how large all are; empty where none has."""
+        packed = [copy.weight_bytes for copy in self._copies.values() if copy.packed is not None]
+        return {"packed": {"weights": len(packed), "mb": sum(packed) / 1e6}} if packed else {}
+
     def begin(self):
         """A generation begins: weights may have changed since the last; what that did not use is dropped."""
         self._copies = {key: copy for key, copy in self._copies.items() if copy.generation == self._generation}
@@ -126,11 +131,11 @@ class _Copy:
 
     def __init__(self, weight, options, generation):
         self.options, self.generation, self.packed = options, generation, None
-        self._stamp, self._sum = Stamp(weight), None
+        self._stamp, self._sum, self.weight_bytes = Stamp(weight), None, 0
 
     def pack(self, weight, pack):
         """Make the copy, `pack(weight)`."""
-        self._sum = _sum_of_bits(weight)
+        self._sum, self.weight_bytes = _sum_of_bits(weight), weight.nbytes
         self.packed = pack(weight)
 
     def is_of(self, weight, generation):

@@ -81,6 +81,10 @@ class Workers:
                 self._team.end()
                 self._team = None
 
+    def __repr__(self):
+        config = Config.from_options(self._options)
+        return f"<Workers: {config.world_size} processes, {config.ways or 'one device'}>"
+
     def __enter__(self):
         return self
 

@@ -163,10 +163,12 @@ def test_one_device_patched_and_unpatched(monkeypatch):
     net = Net().eval()
     x = torch.randn(1, 4, 8, 8)
     exact = net(x, 5.0)
-    asyncdiff_fast.patch(net)
+    runtime = asyncdiff_fast.patch(net)
     for step in range(4):
         torch.testing.assert_close(net(x, 5.0 - step), exact)
-    assert len(packs) == 2
+    assert len(packs) == 2 and repr(runtime) == "<Runtime of Net: one device>"
+    told = runtime.stats()["kernels"]["packed"]
+    assert told["weights"] == 2 and told["mb"] == pytest.approx((net.first.weight.nbytes + net.last.weight.nbytes) / 1e6)
     net.first.weight.data.mul_(2)
     later = nn.Module.__call__(net, x, 5.0)
     asyncdiff_fast.unpatch(net)

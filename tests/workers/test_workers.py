@@ -60,6 +60,7 @@ def test_a_call_gives_the_picture_and_shows_its_steps(workers):
     np.testing.assert_allclose(call(), alone(), atol=1e-5)
     assert seen == [(step, STEPS) for step in range(1, STEPS + 1)]
     stats = workers.stats()
+    assert repr(workers) == "<Workers: 2 processes, parallel_steps=2>"
     assert len(stats) == 2 and stats[0][0]["steps"]["exact_steps"] > 0
 
 
