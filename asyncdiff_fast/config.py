@@ -11,7 +11,8 @@ WARMUP_STEPS, STEPS_WARMUP = 4, 2
 # Relative errors of predictions that are accepted where the options do not say.
 ACTIVATION_TOLERANCE, LATENT_TOLERANCE = 0.05, 0.014
 
-_CHOICES = {
+# What options that are words may be.
+CHOICES = {
     "exchange": ("displaced", "sync", "none"),
     "group_norm": ("corrected", "stale", "sync", "local"),
     "patch_axis": ("rows", "columns", "alternating"),
@@ -51,7 +52,7 @@ class Config:
         balance: "flops" divides by counted work, the same on all GPUs and on all CPUs; "time" measures each unit once;
             "memory" divides the bytes of weights, with `shard_weights`.
         timeout_s: seconds to wait for another rank before failing.
-        kernels: "auto" replaces layers by fused kernels where they were measured to be no slower, on a GPU with Triton;
+        kernels: "auto" replaces layers by fused kernels where they were measured to be faster, on a GPU with Triton;
             "triton" wherever they can run; "torch" nowhere.
         graphs: calls are captured as CUDA graphs and replayed, one for each kind of call, a UNet's convolutions with
             weights in channels_last; what cannot be captured is launched, and logged once. For one device, steps side
@@ -118,7 +119,7 @@ class Config:
             self._set("warmup_steps", WARMUP_STEPS if self.parallel_steps == 1 else STEPS_WARMUP)
         if self.warmup_steps != "auto":
             self._check_integer("warmup_steps", 0)
-        for name, allowed in _CHOICES.items():
+        for name, allowed in CHOICES.items():
             quoted = [f'"{a}"' for a in allowed]
             self._check(getattr(self, name) in allowed, name, f"{', '.join(quoted[:-1])} or {quoted[-1]}")
         for name in ("cfg_parallel", "bessel", "time_shift", "run_ahead", "shard_weights", "vae"):

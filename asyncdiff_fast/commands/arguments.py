@@ -6,7 +6,7 @@ import re
 import typing
 from pathlib import Path
 
-from ..config import Config
+from ..config import CHOICES, Config
 
 
 class Parser(argparse.ArgumentParser):
@@ -124,6 +124,8 @@ def _add_options(parser, description):
         if kinds:
             kind = _number_or_word if {int, str} <= set(kinds) else kinds[0]
             value = {"type": kind, "metavar": "|".join(k.__name__.upper() for k in kinds)}
+            if field.name in CHOICES:
+                value = {"metavar": "{" + ",".join(CHOICES[field.name]) + "}"}
             how = {"action": argparse.BooleanOptionalAction} if kinds[0] is bool else value
             # What depends on other options, the docstring says.
             default = "" if field.default is None else f" (default: {field.default})"

@@ -9,6 +9,9 @@ from ..config import Config
 from . import compare
 from .launch import as_text
 
+# What ranks say to each other and do in Python takes milliseconds a step.
+SHORT_STEP_S = 0.1
+
 
 def psnr_db(picture, exact):
     """Peak signal-to-noise ratio of two pictures in 0..1; None if they are equal."""
@@ -136,6 +139,11 @@ def table(report):
     ]
     if report["device"] == "cpu" and report["core_share"] < 0.9:
         lines.append(f"times say little: the one process got {report['core_share']:.0%} of a core; the machine is busy")
+    if report["device"] == "cpu" and first["step_s"] is not None and first["step_s"] < SHORT_STEP_S:
+        lines.append(
+            f"a step takes {_milliseconds(first['step_s'])} alone, too short to gain much by sharing; "
+            "benchmarks/end_to_end.py measures a denoiser that is large"
+        )
     return "\n".join(lines)
 
 
