@@ -31,13 +31,6 @@ def whole(row):
     return f"{row['whole_speedup']:.2f}×" + ("" if over is None else f"; over one patched device {over:.2f}×")
 
 
-def headlines():
-    """(header, rows): the short form of `cells`, of `as_patched`."""
-    header, body = cells(as_patched())
-    places = [header.index(name) for name in header if name.startswith(("denoiser", "ranks", "speed", "whole", "mach"))]
-    return [header[i] for i in places], [[line[i] for i in places] for line in body]
-
-
 def pipelined():
     """(header, rows) of patches that pass through stages, beside what their micro-steps allow."""
     header = [
