@@ -10,6 +10,7 @@ share one pool of memory.
 
 import contextlib
 import functools
+import gc
 import logging
 from collections import OrderedDict
 
@@ -119,6 +120,8 @@ class Graphs:
         hook = foreign_hook(self._denoiser)
         if hook:
             raise RuntimeError(hook)
+        # Calls hold much of the device's memory, and what holds calls may be in cycles.
+        gc.collect()
         with torch.cuda.device_of(kind.inputs[0]):
             if kind.pinned is not None and kind.pinned.nbytes:
                 kind.make, _ = self._captures.capture(kind.pinned.make)
