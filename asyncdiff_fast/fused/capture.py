@@ -94,6 +94,8 @@ class CudaGraphs(Capture):
     def end(self):
         """Ends a piece. Returns the function that replays it, None if there is nothing in it."""
         graph, self._graph = self._graph, None
+        if graph is None:
+            raise RuntimeError("a piece before this one could not be captured")
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
             try:

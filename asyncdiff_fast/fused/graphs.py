@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_flatten
 
 from ..modules import step_cache, structure
 from . import capture
-from .kinds import NUMBERS, Kind, copied, foreign_hook, key_of, place_for
+from .kinds import NUMBERS, Kind, copied, foreign_hook, key_of, place_for, uncached_casts
 from .pinned import Pinned
 from .repeatable import stranger
 
@@ -122,7 +122,7 @@ class Graphs:
             raise RuntimeError(hook)
         # Calls hold much of the device's memory, and what holds calls may be in cycles.
         gc.collect()
-        with torch.cuda.device_of(kind.inputs[0]):
+        with torch.cuda.device_of(kind.inputs[0]), uncached_casts():
             if kind.pinned is not None and kind.pinned.nbytes:
                 kind.make, _ = self._captures.capture(kind.pinned.make)
             kind.replay, kind.result = self._captures.capture(call)

@@ -1,5 +1,6 @@
 """Kinds of calls: two are of one kind if only the numbers in their tensors differ, and the timestep."""
 
+import contextlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,6 +53,17 @@ def place_for(x):
     """A tensor like x, each of whose elements has a place of its own: a timestep may be one for the whole batch."""
     strides = torch.empty_like(x).stride() if 0 in x.stride() else x.stride()
     return torch.empty_strided(x.shape, strides, dtype=x.dtype, device=x.device)
+
+
+@contextlib.contextmanager
+def uncached_casts():
+    """Inside, autocast casts weights wherever they are read: what it has cast before is freed when its context ends."""
+    before = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(before)
 
 
 def copied(result):

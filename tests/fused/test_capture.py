@@ -1,5 +1,7 @@
 """What captures on a GPU keeps to the rules of torch's graphs: memory, streams, and captures that are broken off."""
 
+import contextlib
+
 import pytest
 import torch_graphs
 
@@ -77,6 +79,20 @@ def test_a_broken_capture_leaves_nothing_behind(gpu, pieces_before):
     kept()
     _pieces(captures, gpu, 2)()
     assert gpu.replays == [1, 2]
+
+
+def test_a_broken_capture_is_none_whoever_overlooks_it(gpu):
+    captures = CudaGraphs()
+
+    def call():
+        with contextlib.suppress(RuntimeError):
+            gpu.wait()
+        for _ in range(2):
+            with contextlib.suppress(RuntimeError):
+                captures.outside(print)
+
+    with pytest.raises(RuntimeError, match="a piece before this one could not be captured"):
+        captures.capture(call)
 
 
 def test_an_implementation_that_cannot_be_captured_is_none(gpu, monkeypatch):

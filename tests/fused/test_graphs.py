@@ -3,13 +3,14 @@
 A replay of the stand-in computes the call once more from the tensors that stay, into the results that stay.
 """
 
+import itertools
 import logging
 
 import fused_checks
 import pytest
 import tiny_parts
 import torch
-from stand_in_graphs import Replays
+from stand_in_graphs import Replays, Tape
 
 import asyncdiff_fast
 from asyncdiff_fast.fused import capture, graphs
@@ -221,3 +222,24 @@ def test_by_default_calls_are_captured_where_nothing_in_them_is_somebodys_own(ca
     runtime = asyncdiff_fast.patch(compiled)
     assert "graphs" not in runtime.stats()["kernels"]
     asyncdiff_fast.unpatch(compiled)
+
+
+def test_replayed_casts_are_those_of_the_weights_as_they_are(captures):
+    """What autocast has cast is freed when its context ends, so a graph must not read it."""
+    captures(Tape)
+    unet = fused_checks.unet()
+
+    def generation():
+        with torch.autocast("cpu", torch.bfloat16):
+            found = _calls(unet, steps=3)
+        unet.conv_in.weight.data.mul_(2)
+        return found
+
+    want = [generation() for _ in range(2)]
+    unet.conv_in.weight.data.div_(4)
+    runtime = asyncdiff_fast.patch(unet, graphs=True)
+    got = [generation() for _ in range(2)]
+    assert _told(runtime) == {"captured": 1, "replayed": 5, "refused": []}
+    asyncdiff_fast.unpatch(unet)
+    for a, b in zip(itertools.chain(*got), itertools.chain(*want), strict=True):
+        assert (a - b).abs().max() < 2e-2 * b.abs().max()
