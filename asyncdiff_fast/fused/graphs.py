@@ -24,7 +24,7 @@ from .pinned import Pinned
 from .repeatable import stranger
 
 log = logging.getLogger(__name__)
-# Kinds of calls that are kept, such as those of several sizes.
+# Kinds of calls that are kept for each caller, such as those of several sizes.
 KEPT = 8
 
 
@@ -173,8 +173,9 @@ class Graphs:
         if key not in self._kinds:
             self._kinds[key] = self._made(tree, leaves)
         self._kinds.move_to_end(key)
-        while len(self._kinds) > KEPT:
-            self._kinds.popitem(last=False)
+        of_one = [other for other in self._kinds if other[0] == key[0]]
+        for oldest in of_one[:-KEPT]:
+            del self._kinds[oldest]
         return self._kinds[key]
 
     def _made(self, tree, leaves):

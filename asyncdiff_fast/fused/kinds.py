@@ -45,14 +45,17 @@ def key_of(tree, leaves, device_type):
 
 def _described(x):
     if isinstance(x, torch.Tensor):
-        return x.shape, x.stride(), x.dtype, x.device
+        return x.shape, _strides(x), x.dtype, x.device
     return type(x), x
 
 
 def place_for(x):
     """A tensor like x, each of whose elements has a place of its own: a timestep may be one for the whole batch."""
-    strides = torch.empty_like(x).stride() if 0 in x.stride() else x.stride()
-    return torch.empty_strided(x.shape, strides, dtype=x.dtype, device=x.device)
+    return torch.empty_strided(x.shape, _strides(x), dtype=x.dtype, device=x.device)
+
+
+def _strides(x):
+    return torch.empty_like(x, device="meta").stride() if 0 in x.stride() else x.stride()
 
 
 @contextlib.contextmanager

@@ -172,8 +172,10 @@ def test_other_modules_or_weights_are_captured_anew(captures):
 
 
 def test_calls_that_ranks_share_are_refused():
-    with pytest.raises(ValueError, match="graphs=True, num_stages=2, num_patches=1, pipeline_patches=4; pass graphs=F"):
-        asyncdiff_fast.Config(graphs=True, num_stages=2, pipeline_patches=4)
+    with pytest.raises(ValueError, match="graphs=True, num_stages=2, num_patches=2; pass graphs=False, num_stages or"):
+        asyncdiff_fast.Config(graphs=True, num_stages=2, num_patches=2)
+    with pytest.raises(ValueError, match="graphs=True, pipeline_patches=1; pass graphs=False, or more patches"):
+        asyncdiff_fast.Config(graphs=True, num_stages=2, pipeline_patches=1)
     with pytest.raises(ValueError, match='graphs must be True, False or "auto"'):
         asyncdiff_fast.Config(graphs=1)
     assert asyncdiff_fast.Config(graphs=True, parallel_steps=2, cfg_parallel=True).world_size == 4
