@@ -4,7 +4,9 @@ A replay of the stand-in computes the call once more from the tensors that stay,
 """
 
 import itertools
+import json
 import logging
+from pathlib import Path
 
 import fused_checks
 import pytest
@@ -245,3 +247,13 @@ def test_replayed_casts_are_those_of_the_weights_as_they_are(captures):
     asyncdiff_fast.unpatch(unet)
     for a, b in zip(itertools.chain(*got), itertools.chain(*want), strict=True):
         assert (a - b).abs().max() < 2e-2 * b.abs().max()
+
+
+@pytest.mark.parametrize("way", ["num_stages", "num_patches"])
+def test_pieces_are_left_out_by_default_until_rows_say_that_they_gain(way):
+    """What `graphs="auto"` does of calls that ranks share is decided by what a GPU has measured."""
+    rows = (Path(__file__).parents[2] / "benchmarks" / "results").glob("pieces*.jsonl")
+    measured = [json.loads(line) for path in rows for line in path.read_text().splitlines()]
+    gains = [row["speedup"] for row in measured if row["way"] == way.removeprefix("num_") and row["mode"] == "auto"]
+    config = asyncdiff_fast.Config(**{way: 2})
+    assert bool(graphs.wanted(fused_checks.unet(), config, "cuda")) == (len(gains) > 0 and min(gains) > 1)
