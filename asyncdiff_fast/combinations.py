@@ -151,11 +151,16 @@ def _check_predictions(config):
 def _check_graphs(config):
     if config.graphs is not True:
         return
-    if config.pipelined or (config.num_patches > 1 and config.num_stages > 1):
+    if config.num_patches > 1 and config.num_stages > 1:
         raise ValueError(
-            "calls that patches and stages share are not captured, those of either alone are: got graphs=True, "
-            f"num_stages={config.num_stages}, num_patches={config.num_patches}, "
-            f"pipeline_patches={config.pipeline_patches}; pass graphs=False, or num_stages or num_patches alone"
+            "calls of patches that stages share are not captured, those of either alone are, and those of patches that "
+            f"pass through stages: got graphs=True, num_stages={config.num_stages}, num_patches={config.num_patches}; "
+            "pass graphs=False, num_stages or num_patches alone, or pipeline_patches in place of num_patches"
+        )
+    if config.pipelined and config.pipeline_count == 1:
+        raise ValueError(
+            "of patches that pass through stages those of two and more are captured: got graphs=True, "
+            f"pipeline_patches={config.pipeline_patches}; pass graphs=False, or more patches"
         )
     if config.num_patches > 1 and config.exchange != "displaced":
         raise ValueError(

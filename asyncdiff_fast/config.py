@@ -56,9 +56,10 @@ class Config:
             "triton" wherever they can run; "torch" nowhere.
         graphs: calls are captured as CUDA graphs and replayed, one for each kind of call, a UNet's convolutions with
             weights in channels_last; what cannot be captured is launched, and logged once. For one device, steps side
-            by side, the halves of guidance, and stages, whose asynchronous calls are captured in pieces between their
-            posts. "auto" does so on a GPU unless stages or patches share calls, a module is compiled, or comes from
-            outside torch, diffusers, transformers, peft and torchao, and so might do something else at each call.
+            by side, the halves of guidance, and stages, patches or patches through stages, whose stale calls are
+            captured in pieces between their posts. "auto" does so on a GPU unless stages or patches share calls, a
+            module is compiled, or comes from outside torch, diffusers, transformers, peft and torchao, and so might do
+            something else at each call.
         predict: what another rank's values of the step before stand for: "linear" carries their last change forward by
             the sampler's intervals; "none" takes them as they are, as published; "auto" is "linear" where that was
             measured to be no worse in the mean and in the worst picture: for stages, and for two patches; not

@@ -61,28 +61,48 @@ def stages(options):
     }
     few = ["--device", "cpu", "--model", "tiny", "--rounds", "2"] if tiny else ["--model", "sdxl"]
     pieces = run("pieces", *few, "--kernels", *(("torch",) if tiny else ("auto", "torch")), "--save")
-    ops = {name: run(f"bench_{name}", *on_cpu, "--quick") for name in ("group_norm", "attention", "pointwise")}
-    ops["goals"] = run("goals")
-    compiled = run("single_device", *model, "--kernels", "torch", "--compile", "blocks", "--save")
+
+    def op(name):
+        # What rows say of goals is printed after each.
+        return {name: run(f"bench_{name}", *on_cpu, "--quick"), f"goals_{name}": run("goals")}
+
     left_out = ["--without", "text", "joined", "add_layer_norm", "channels_last"]
-    more = () if tiny else ("flux", "sd15")
-    others = {f"single_{name}": run("single_device", "--model", name, "--quick", "--save") for name in more}
+    profile = [
+        *model,
+        "--kernels",
+        "torch" if tiny else "auto",
+        "--profile",
+        "--formats",
+        "contiguous_format",
+        *left_out,
+    ]
+    compiled = [*model, "--kernels", "torch" if tiny else "auto", "--formats", "channels_last", "--save", "--compile"]
+
+    def other(name):
+        tried = ["--tiny", *on_cpu] if tiny else ["--model", name, "--quick"]
+        return {f"single_{name}": run("single_device", *tried, "--kernels", "torch" if tiny else "auto", "--save")}
+
     return [
         Stage("build", 5, 120, {"build": run("gpu_build", options.site)}),
         Stage("facts", 5, 30, {"facts": run("gpu_smoke", "facts")}, vital=True),
         Stage("smoke", 10, 75, {"smoke": run("gpu_smoke", "right")}, ("exchange_smoke", exchange_tests)),
-        Stage("pieces", 20, 120, {"pieces": pieces}),
-        Stage("single", 30, 150, {"single": single}),
-        Stage("kernels", 30, 150, {"kernels": tests("tests/kernels/test_gpu_kernels.py")}),
-        Stage("exchange", 15, 60, {"exchange": run("bench_exchange", "--only", "gpu", "--quick", "--save")}),
-        Stage("ops", 20, 120, ops),
+        Stage("captures", 10, 45, {"captures": tests("tests/fused/test_gpu_captures.py")}),
+        Stage("kernels", 30, 120, {"kernels": tests("tests/kernels/test_gpu_kernels.py")}),
+        Stage("pieces", 20, 90, {"pieces": pieces}),
+        Stage("single", 30, 120, {"single": single}),
+        Stage("group_norm", 20, 90, op("group_norm")),
+        Stage("pointwise", 15, 60, op("pointwise")),
+        Stage("patches", 30, 120, patches),
+        Stage("flux", 30, 75, other("flux")),
+        Stage("sd15", 20, 60, other("sd15")),
         Stage("pipelines", 20, 90, {"pipelines": tests("tests/test_gpu_pipelines.py")}),
-        Stage("profile", 30, 90, {"profile": run("single_device", *model, "--kernels", "auto" if not tiny else "torch",
-                                                 "--profile", "--formats", "contiguous_format", *left_out, "--save")}),
-        Stage("patches", 30, 150, patches),
-        Stage("compiled", 60, 150, {"compiled": compiled}),
-        Stage("others", 40, 150, others),
-    ]  # fmt: skip
+        Stage("attention", 20, 90, op("attention")),
+        Stage("exchange", 15, 60, {"exchange": run("bench_exchange", "--only", "gpu", "--quick", "--save")}),
+        Stage("profile", 30, 90, {"profile": run("single_device", *profile, "--save")}),
+        Stage("blocks", 60, 150, {"blocks": run("single_device", *compiled, "blocks")}),
+        # Compiled for many minutes: what all others leave of the time.
+        Stage("autotune", 240, 560, {"autotune": run("single_device", *compiled, "whole")}),
+    ]
 
 
 def _workers(tiny):
@@ -137,14 +157,15 @@ class Run:
             file.write(line + "\n")
 
     def done(self):
-        """Names of the stages that an earlier run has brought to a good end, of this commit."""
+        """Names of the stages that an earlier run has brought to a good end, of these sources."""
         lines = self.summary.read_text().splitlines() if self.summary.exists() else []
         heads = [i for i, line in enumerate(lines) if line.startswith("== ")]
-        same = heads and lines[heads[-1]].split()[1:2] == self._head().split()[1:2]
+        same = heads and lines[heads[-1]].split()[1:3] == self._head().split()[1:3]
         return {line.split()[0] for line in lines if same and line.split()[1:2] == ["ok"]}
 
     def _head(self):
-        return f"== {os.environ.get('COMMIT') or 'unknown'} {time.strftime('%Y-%m-%d %H:%M:%S')}"
+        known = (os.environ.get(name) or "unknown" for name in ("COMMIT", "SOURCES"))
+        return f"== {' '.join(known)} {time.strftime('%Y-%m-%d %H:%M:%S')}"
 
     def begin(self):
         """Returns the stages to run."""

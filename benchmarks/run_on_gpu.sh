@@ -6,7 +6,8 @@
 # Stages run in the order of their value (`--list` shows them, default: all), each within a limit of its own, and none is
 # begun that no longer fits into N seconds (default: 560). A stage or case that fails keeps nothing else from running.
 # After each stage FOLDER (default: build/gpu) has two files: summary.txt, which is printed at the end too, and
-# run.tar.gz with logs and rows. What is done already is left out when the script is started again with the same FOLDER.
+# run.tar.gz with logs and rows. What is done already, of the same sources, is left out when the script is started again
+# with the same FOLDER.
 # WHEELS (default: .whl, if there) are installed beside the environment. --rehearse runs everything on the CPU, on tiny
 # shapes. PYTHON chooses the interpreter, COMMIT names the commit where git does not know it.
 set -euo pipefail
@@ -18,13 +19,17 @@ while (($#)); do
     case $1 in
         --out) out=${2:?--out needs a folder} && shift ;;
         --wheels) wheels=${2:?--wheels needs a folder} && shift ;;
-        --help) sed -n '2,12s/^# \{0,1\}//p' "$0" && exit ;;
+        --help) sed -n '2,13s/^# \{0,1\}//p' "$0" && exit ;;
         *) arguments+=("$1") ;;
     esac
     shift
 done
 mkdir -p "$out" build/gpu_work
-out=$(realpath "$out") site=$(realpath build/gpu_work)/site
+# What is built of other sources, or for another Python, is not what is to be measured.
+export SOURCES=$({ "$python" -VV && find asyncdiff_fast kernels csrc CMakeLists.txt pyproject.toml setup.py -type f \
+    ! -name '*.pyc' ! -name '*.so' -print0 | sort -z | xargs -0 sha256sum; } | sha256sum | cut -c1-12)
+out=$(realpath "$out") site=$(realpath build/gpu_work)/site-$SOURCES
+find build/gpu_work -maxdepth 1 -name 'site*' ! -path "*/site-$SOURCES" -exec rm -rf {} +
 # Nothing of the environment is replaced; what is installed here comes before it.
 if compgen -G "$wheels/*.whl" >/dev/null; then
     "$python" -m pip install -q --no-index --no-deps --no-compile --upgrade --target "$site" "$wheels"/*.whl

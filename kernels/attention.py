@@ -15,12 +15,13 @@ order. Nothing is atomic and all choices depend on shapes alone: equal inputs gi
 """
 
 import itertools
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from asyncdiff_fast.kernels import plans, tuning
-from asyncdiff_fast.kernels.attention_layout import check_attention, pieces, stride_unit, strides
+from asyncdiff_fast.kernels.attention_layout import aligned, check_attention, pieces, stride_unit, strides
 from asyncdiff_fast.kernels.attention_merge import launch_merge, tile_of_queries
 
 LOG2_E = 1.4426950408889634
@@ -208,27 +209,26 @@ def attention(queries, segments, *, scale=None, outs=None, return_lse=False, num
     """
     single = isinstance(queries, torch.Tensor)
     queries = (queries,) if single else tuple(queries)
-    segments = tuple((key, value) for key, value in segments if key.shape[1] or value.shape[1])
-    if outs is None:
-        outs = tuple(torch.empty(q.shape, dtype=q.dtype, device=q.device) for q in queries)
-    else:
-        outs = (outs,) if single else tuple(outs)
-    check_attention(queries, segments, outs, scale, num_splits)
-    batch, _, num_heads, head_size = queries[0].shape
-    q_sizes = tuple(q.shape[1] for q in queries)
-    if settings is None:
-        settings = tuning.attention_settings(head_size, queries[0].dtype, len(segments))
-    num_tiles = sum(plans.ceil_div(size, settings.block_m) for size in q_sizes)
-    if num_splits is None:
-        num_keys = sum(key.shape[1] for key, _ in segments)
-        num_splits = tuning.attention_splits(batch * num_heads * num_tiles, num_keys, settings)
-    lse = _launch(
-        queries, segments, outs, head_size**-0.5 if scale is None else scale, num_splits, settings, return_lse
-    )
+    segments = tuple([(key, value) for key, value in segments if key.shape[1] or value.shape[1]])
+    keys, values = zip(*segments, strict=True) if segments else ((), ())
+    outs = () if outs is None else (outs,) if isinstance(outs, torch.Tensor) else tuple(outs)
+    given = (*queries, *keys, *values, *outs)
+    plan = _plan(
+        given, (len(queries), len(keys), len(outs)), aligned(given), scale, num_splits, settings, return_lse
+    )  # fmt: skip
+    outs = outs or tuple([plans.new(out, queries[0]) for out in plan.outs])
+    partial = None if plan.partial is None else plans.new(plan.partial, queries[0])
+    lse = None if plan.lse is None else plans.new(plan.lse, queries[0])
+    if plan.grid is not None:
+        _attention_kernel[plan.grid](queries, outs, keys, values, partial, lse, *plan.sizes, **plan.constants)
+    if partial is not None:
+        lse = launch_merge(partial.transpose(2, 3), lse, outs, return_lse)
+    elif return_lse:
+        lse = lse[0]
     result = outs[0] if single else outs
     if not return_lse:
         return result
-    lses = lse.split(q_sizes, dim=2)
+    lses = lse.split([q.shape[1] for q in queries], dim=2)
     return result, lses[0] if single else lses
 
 
@@ -240,12 +240,32 @@ def _precision(dtype):
     return "tf32x3" if dtype == torch.float32 and torch.version.hip is None else "ieee"
 
 
-def _launch(queries, segments, outs, scale, num_splits, settings, return_lse):
-    """Write `outs`; give lse (b, h, rows of all queries) or None."""
+class _Attention(NamedTuple):
+    """Of a launch; `outs`, `partial`, `lse` are like what it writes, the last two None where it does not."""
+
+    grid: tuple | None
+    sizes: tuple
+    constants: dict
+    outs: tuple
+    partial: torch.Tensor | None
+    lse: torch.Tensor | None
+
+
+@plans.planned
+def _plan(*given):
+    *tensors, counts, wide, scale, num_splits, settings, return_lse = given
+    tensors = iter(tensors)
+    queries, keys, values, outs = (
+        tuple(itertools.islice(tensors, count)) for count in (counts[0], counts[1], counts[1], counts[2])
+    )
+    outs = outs or tuple(torch.empty(q.shape, dtype=q.dtype, device=q.device) for q in queries)
+    check_attention(queries, tuple(zip(keys, values, strict=True)), outs, scale, num_splits)
     batch, _, num_heads, head_size = queries[0].shape
-    keys, values = zip(*segments, strict=True)
-    q_sizes = tuple(q.shape[1] for q in queries)
-    sizes = tuple(key.shape[1] for key in keys)
+    q_sizes, sizes = (tuple(x.shape[1] for x in tensors) for tensors in (queries, keys))
+    settings = settings or tuning.attention_settings(head_size, queries[0].dtype, len(sizes))
+    num_tiles = sum(plans.ceil_div(size, settings.block_m) for size in q_sizes)
+    if num_splits is None:
+        num_splits = tuning.attention_splits(batch * num_heads * num_tiles, sum(sizes), settings)
     d0, d1 = pieces(head_size)
     left_over = any(size % settings.block_n for size in sizes)
     # A second loop over left-overs needs so many descriptors that ptxas (12.8) mixes those of a head in two pieces up.
@@ -255,24 +275,21 @@ def _launch(queries, segments, outs, scale, num_splits, settings, return_lse):
     num_blocks = sum(blocks) + num_tails
     blocks_per_split = plans.ceil_div(num_blocks, num_splits)
     num_splits = plans.ceil_div(num_blocks, blocks_per_split)
-    rows = (num_splits, batch, num_heads, sum(q_sizes))
-    device = queries[0].device
-    partial = torch.empty((*rows, head_size), device=device) if num_splits > 1 else None
-    lse = torch.empty(rows, device=device) if num_splits > 1 or return_lse else None
-    unit = stride_unit((*queries, *keys, *values, *outs))
-    all_strides = (tuple(s // unit for s in strides(tensors)) for tensors in (queries, outs, keys, values))
-    num_tiles = sum(plans.ceil_div(size, settings.block_m) for size in q_sizes)
-    if num_tiles:
-        _attention_kernel[(num_tiles, batch * num_heads, num_splits)](
-            queries, outs, keys, values, partial, lse, *all_strides,
-            q_sizes, sizes, tuple(itertools.accumulate(blocks[:-1], initial=0)), num_heads, sum(blocks), num_tails,
-            blocks_per_split, scale * LOG2_E,
-            NUM_QUERIES=len(queries), NUM_SEGMENTS=len(sizes), HEAD_SIZE=head_size, D0=d0, D1=d1,
-            BLOCK_M=settings.block_m, BLOCK_N=settings.block_n, STAGES=settings.num_stages, MASKED=masked,
-            SPLIT=num_splits > 1, WRITE_LSE=lse is not None, UNIT=unit,
-            PRECISION=_precision(queries[0].dtype),
-            num_warps=settings.num_warps, num_stages=settings.num_stages,
-        )  # fmt: skip
-    if num_splits > 1:
-        return launch_merge(partial.transpose(2, 3), lse, outs, return_lse)
-    return lse[0] if return_lse else None
+    like = queries[0].new_empty((num_splits, batch, num_heads, sum(q_sizes)), dtype=torch.float32)
+    partial = like.new_empty((*like.shape, head_size)) if num_splits > 1 else None
+    lse = like if num_splits > 1 or return_lse else None
+    groups = queries, outs, keys, values
+    unit = stride_unit(sum(groups, ()), wide)
+    launch_sizes = (
+        *(tuple(stride // unit for stride in strides(tensors)) for tensors in groups),
+        q_sizes, sizes, tuple(itertools.accumulate(blocks[:-1], initial=0)), num_heads, sum(blocks), num_tails,
+        blocks_per_split, (head_size**-0.5 if scale is None else scale) * LOG2_E,
+    )  # fmt: skip
+    constants = dict(
+        NUM_QUERIES=len(queries), NUM_SEGMENTS=len(sizes), HEAD_SIZE=head_size, D0=d0, D1=d1,
+        BLOCK_M=settings.block_m, BLOCK_N=settings.block_n, STAGES=settings.num_stages, MASKED=masked,
+        SPLIT=num_splits > 1, WRITE_LSE=lse is not None, UNIT=unit, PRECISION=_precision(queries[0].dtype),
+        num_warps=settings.num_warps, num_stages=settings.num_stages,
+    )  # fmt: skip
+    grid = (num_tiles, batch * num_heads, num_splits) if num_tiles else None
+    return _Attention(grid, launch_sizes, constants, outs, partial, lse)

@@ -18,10 +18,17 @@ def strides(tensors):
     return tuple(x.stride(dim) if x.shape[dim] > 1 else 0 for x in tensors for dim in (0, 1, 2))
 
 
-def stride_unit(tensors):
-    """8 if all rows begin at multiples of 8 elements and 16 bytes, so that loads may be that wide; else 1."""
-    aligned = all(x.data_ptr() % 16 == 0 for x in tensors) and all(stride % 8 == 0 for stride in strides(tensors))
-    return 8 if aligned else 1
+def aligned(tensors):
+    """Whether all begin at multiples of 16 bytes. An address is no part of a layout: each launch must look."""
+    ends = 0
+    for x in tensors:
+        ends |= x.data_ptr()
+    return ends % 16 == 0
+
+
+def stride_unit(tensors, wide):
+    """8 if all rows begin at multiples of 8 elements of `aligned` tensors, so that loads may be `wide`; else 1."""
+    return 8 if wide and all(stride % 8 == 0 for stride in strides(tensors)) else 1
 
 
 def check_attention(queries, segments, outs, scale, num_splits):
@@ -32,7 +39,7 @@ def check_attention(queries, segments, outs, scale, num_splits):
             f"got {len(queries)}, {len(outs)} and {len(segments)}; parts that lie together are one segment"
         )
     batch, _, num_heads, head_size = queries[0].shape
-    dtype, device = queries[0].dtype, queries[0].device
+    dtype = queries[0].dtype
     if head_size not in HEAD_SIZES or dtype not in DTYPES:
         raise ValueError(
             f"head size must be a multiple of 8 from 16 to 160 and dtype fp32, fp16 or bf16: got {head_size} and "
@@ -42,10 +49,10 @@ def check_attention(queries, segments, outs, scale, num_splits):
         raise ValueError(f"scale and num_splits must be positive: got {scale} and {num_splits}")
     for name, tensors in (("queries", queries), ("outs", outs), *((f"segment {i}", s) for i, s in enumerate(segments))):
         for x in tensors:
-            if (*x.shape[:1], *x.shape[2:]) != (batch, num_heads, head_size) or (x.dtype, x.device) != (dtype, device):
+            if (*x.shape[:1], *x.shape[2:]) != (batch, num_heads, head_size) or x.dtype != dtype:
                 raise ValueError(
-                    f"{name} must be (b, s, h, d) = ({batch}, s, {num_heads}, {head_size}) of {dtype} on {device}, as "
-                    f"the first query is: got {tuple(x.shape)} of {x.dtype} on {x.device}"
+                    f"{name} must be (b, s, h, d) = ({batch}, s, {num_heads}, {head_size}) of {dtype}, as the first "
+                    f"query is: got {tuple(x.shape)} of {x.dtype}"
                 )
             if x.stride(3) != 1 or x.stride(1) > MAX_TOKEN_STRIDE:
                 raise ValueError(

@@ -6,11 +6,13 @@ All in fp32, parts 0, 1, 2 â€¦ one after another. A part without keys has lse âˆ
 Source: the merge of FlashDecoding and of ring attention, written with the maximum taken out.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from asyncdiff_fast.kernels import plans
-from asyncdiff_fast.kernels.attention_layout import stride_unit, strides
+from asyncdiff_fast.kernels.attention_layout import aligned, stride_unit, strides
 
 BLOCK_M = 16
 
@@ -86,19 +88,37 @@ def _attention_merge_kernel(
 
 def launch_merge(parts, part_lses, outs, return_lse):
     """Merge (p, b, s, h, d) with (p, b, h, s) into one or two outs (b, s_i, h, d); give lse (b, h, s) or None."""
+    plan = _plan((parts, part_lses, *outs), aligned((parts, *outs)), return_lse)
+    lse = None if plan.lse is None else plans.new(plan.lse, parts)
+    if plan.grid is not None:
+        _attention_merge_kernel[plan.grid](parts, part_lses, outs, lse, *plan.sizes, **plan.constants)
+    return lse
+
+
+class _Merge(NamedTuple):
+    grid: tuple | None
+    sizes: tuple
+    constants: dict
+    lse: torch.Tensor | None
+
+
+@plans.planned
+def _plan(parts, part_lses, *given):
+    *outs, wide, return_lse = given
     num_parts, batch, _, num_heads, head_size = parts.shape
     q_sizes = tuple(out.shape[1] for out in outs)
     lse = part_lses.new_empty(part_lses.shape[1:]) if return_lse else None
     num_tiles = sum(plans.ceil_div(size, BLOCK_M) for size in q_sizes)
-    unit = stride_unit((parts[0], *outs)) if parts.stride(0) % 8 == 0 else 1
-    if num_tiles:
-        _attention_merge_kernel[(num_tiles, batch * num_heads)](
-            parts, part_lses, outs, lse, tuple(s // unit for s in parts.stride()[:4]), part_lses.stride(),
-            tuple(s // unit for s in strides(outs)), q_sizes, num_parts, num_heads,
-            NUM_QUERIES=len(outs), HEAD_SIZE=head_size, BLOCK_D=plans.power_of_2(head_size), BLOCK_M=BLOCK_M,
-            UNIT=unit, WRITE_LSE=return_lse, num_warps=4,
-        )  # fmt: skip
-    return lse
+    unit = stride_unit((parts[0], *outs), wide and parts.stride(0) % 8 == 0)
+    sizes = (
+        tuple(s // unit for s in parts.stride()[:4]), part_lses.stride(), tuple(s // unit for s in strides(outs)),
+        q_sizes, num_parts, num_heads,
+    )  # fmt: skip
+    constants = dict(
+        NUM_QUERIES=len(outs), HEAD_SIZE=head_size, BLOCK_D=plans.power_of_2(head_size), BLOCK_M=BLOCK_M,
+        UNIT=unit, WRITE_LSE=return_lse, num_warps=4,
+    )  # fmt: skip
+    return _Merge((num_tiles, batch * num_heads) if num_tiles else None, sizes, constants, lse)
 
 
 def attention_merge(outs, lses, *, out=None, return_lse=False):

@@ -8,8 +8,8 @@ they were captured, as torch asks of graphs that share a pool.
 
 import contextlib
 import functools
-import gc
 import warnings
+import weakref
 
 import torch
 
@@ -58,24 +58,32 @@ class Capture:
 
 
 class CudaGraphs(Capture):
-    """Captures on a GPU."""
+    """Captures on a GPU, all on one stream: torch gives memory again only where it was allocated for, a pool's too."""
 
     device_type = "cuda"
 
     def __init__(self):
         super().__init__()
-        # An empty piece is not replayed, but a pool must not be without any graph while its memory is in use.
-        self._pool = self._graph = self._empty = None
+        self._device = self._stream = self._pool = self._graph = None
+        # torch captures into a pool that is in use only while one of its graphs lives, be it an empty one.
+        self._graphs, self._empty = weakref.WeakSet(), []
 
     @contextlib.contextmanager
     def around(self):
-        """As `torch.cuda.graph` prepares a capture; graphs are captured on a stream of their own."""
-        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        """As `torch.cuda.graph` prepares a capture, on the current device."""
         torch.cuda.synchronize()
-        gc.collect()
         torch.cuda.empty_cache()
-        with torch.cuda.stream(torch.cuda.Stream()):
-            yield
+        device = torch.cuda.current_device()
+        if self._device != device:
+            self._device, self._stream, self._graphs = device, torch.cuda.Stream(), weakref.WeakSet()
+        others = list(self._graphs)
+        if not others:
+            self._pool = torch.cuda.graph_pool_handle()
+        try:
+            with torch.cuda.stream(self._stream):
+                yield
+        finally:
+            self._empty.clear()
 
     def begin(self):
         """A piece begins."""
@@ -86,13 +94,47 @@ class CudaGraphs(Capture):
     def end(self):
         """Ends a piece. Returns the function that replays it, None if there is nothing in it."""
         graph, self._graph = self._graph, None
+        if graph is None:
+            raise RuntimeError("a piece before this one could not be captured")
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
-            graph.capture_end()
+            try:
+                graph.capture_end()
+            except BaseException:
+                _put_right(graph, self._device, self._pool)
+                raise
+        self._graphs.add(graph)
         if any("graph is empty" in str(warning.message).lower() for warning in told):
-            self._empty = graph
+            self._empty.append(graph)
             return None
         return graph.replay
+
+
+# Captures that did not come to an end: torch may still ask them whose memory is being allocated.
+_BROKEN_OFF = []
+
+
+def _put_right(graph, device, pool):
+    """After a capture that CUDA has broken off, as where the host would wait for the device; on the same stream.
+
+    torch's `capture_end` raises then, up to 2.11 before it has left the pool and told the random numbers: from there on
+    nothing would be freed, drawn or captured.
+    """
+    try:
+        torch._C._cuda_endAllocateToPool(device, pool)
+    except RuntimeError:
+        # torch has left it, and gives it up itself.
+        pass
+    else:
+        torch._C._cuda_releasePool(device, pool)
+    graph.reset()
+    _BROKEN_OFF.append(graph)
+    # One that ends well tells the random numbers.
+    empty = torch.cuda.CUDAGraph()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        empty.capture_begin(capture_error_mode="thread_local")
+        empty.capture_end()
 
 
 def at_once(action, *args):

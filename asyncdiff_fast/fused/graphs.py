@@ -10,6 +10,7 @@ share one pool of memory.
 
 import contextlib
 import functools
+import gc
 import logging
 from collections import OrderedDict
 
@@ -18,12 +19,12 @@ from torch.utils._pytree import tree_flatten
 
 from ..modules import step_cache, structure
 from . import capture
-from .kinds import NUMBERS, Kind, copied, foreign_hook, key_of, place_for
+from .kinds import NUMBERS, Kind, copied, foreign_hook, key_of, place_for, uncached_casts
 from .pinned import Pinned
 from .repeatable import stranger
 
 log = logging.getLogger(__name__)
-# Kinds of calls that are kept, such as those of several sizes.
+# Kinds of calls that are kept for each caller, such as those of several sizes.
 KEPT = 8
 
 
@@ -119,7 +120,9 @@ class Graphs:
         hook = foreign_hook(self._denoiser)
         if hook:
             raise RuntimeError(hook)
-        with torch.cuda.device_of(kind.inputs[0]):
+        # Calls hold much of the device's memory, and what holds calls may be in cycles.
+        gc.collect()
+        with torch.cuda.device_of(kind.inputs[0]), uncached_casts():
             if kind.pinned is not None and kind.pinned.nbytes:
                 kind.make, _ = self._captures.capture(kind.pinned.make)
             kind.replay, kind.result = self._captures.capture(call)
@@ -170,8 +173,9 @@ class Graphs:
         if key not in self._kinds:
             self._kinds[key] = self._made(tree, leaves)
         self._kinds.move_to_end(key)
-        while len(self._kinds) > KEPT:
-            self._kinds.popitem(last=False)
+        of_one = [other for other in self._kinds if other[0] == key[0]]
+        for oldest in of_one[:-KEPT]:
+            del self._kinds[oldest]
         return self._kinds[key]
 
     def _made(self, tree, leaves):

@@ -1,5 +1,6 @@
 """Kinds of calls: two are of one kind if only the numbers in their tensors differ, and the timestep."""
 
+import contextlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,14 +45,28 @@ def key_of(tree, leaves, device_type):
 
 def _described(x):
     if isinstance(x, torch.Tensor):
-        return x.shape, x.stride(), x.dtype, x.device
+        return x.shape, _strides(x), x.dtype, x.device
     return type(x), x
 
 
 def place_for(x):
     """A tensor like x, each of whose elements has a place of its own: a timestep may be one for the whole batch."""
-    strides = torch.empty_like(x).stride() if 0 in x.stride() else x.stride()
-    return torch.empty_strided(x.shape, strides, dtype=x.dtype, device=x.device)
+    return torch.empty_strided(x.shape, _strides(x), dtype=x.dtype, device=x.device)
+
+
+def _strides(x):
+    return torch.empty_like(x, device="meta").stride() if 0 in x.stride() else x.stride()
+
+
+@contextlib.contextmanager
+def uncached_casts():
+    """Inside, autocast casts weights wherever they are read: what it has cast before is freed when its context ends."""
+    before = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(before)
 
 
 def copied(result):

@@ -1,11 +1,14 @@
 """This GPU, for choosing between implementations of an op: whether there is one, which, and how long a call takes."""
 
+import functools
 import logging
 import platform
 import statistics
 from importlib import metadata, util
 
 import torch
+
+from .capture import CudaGraphs
 
 log = logging.getLogger(__name__)
 WARMUP, ROUNDS, CALLS = 3, 5, 10
@@ -44,21 +47,29 @@ def times_us(run, device_idx):
     Launched one by one from Python, a small kernel takes as long as its launch; replayed from a CUDA graph, its own
     time. Calls repeat with the same arguments, so what fits stays in the L2 cache, as between the layers of a model.
     """
+
+    def calls():
+        # No result is kept: the next one takes its place.
+        for _ in range(CALLS):
+            run()
+
     with torch.cuda.device(device_idx):
         try:
             for _ in range(WARMUP):
                 run()
-            launched = _median_us(lambda: [run() for _ in range(CALLS)])
-            graph = torch.cuda.CUDAGraph()
-            # Other threads, such as NCCL's watchdog, may go on.
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                for _ in range(CALLS):
-                    run()
-            return launched, _median_us(graph.replay)
+            launched = _median_us(calls)
+            replay, _ = _captures().capture(calls)
+            return launched, _median_us(replay)
         # Whatever a kernel or its compiler fails with, Triton's own errors among it, another one is there.
         except Exception as error:
             log.info("not usable: %s", str(error).splitlines()[0] if str(error) else type(error).__name__)
             return None
+
+
+@functools.cache
+def _captures():
+    """What captures all that is timed: on one stream, for which libraries have workspaces."""
+    return CudaGraphs()
 
 
 def _median_us(calls):

@@ -36,7 +36,7 @@ class PipelineCalls:
     def __init__(self, shared, world, exchange, shards=None):
         self.denoiser, self.config, self.world, self.exchange = shared.denoiser, shared.config, world, exchange
         self.plan, self.hooks, self._shards = None, Hooks(shared.denoiser), shards
-        self._scheduler = shared.scheduler
+        self._scheduler, self._graphs = shared.scheduler, shared.graphs
         self._signature, self._planner = shared.signature, MicroPlanner(shared, world, self.hooks, self._learn)
         self._pipelines, self._hooks, self._placeholders, self._phases = {}, {}, {}, 0
         refusal = f"does not work with pipeline_patches={self.config.pipeline_patches}"
@@ -96,8 +96,8 @@ class PipelineCalls:
 
     def forget(self, released=False):
         """Drop all plans, buffers and hooks; the slots too, unless they are `released`."""
-        for current in () if released else self._pipelines.values():
-            current.release()
+        for current in self._pipelines.values():
+            current.release(released)
         if released and self._next is not None:
             self._next.forget()
         self._pipelines.clear()
@@ -140,10 +140,11 @@ class PipelineCalls:
 
         def run(part):
             cut = batches.cut(part, count, batch, args, kwargs)
+            call = functools.partial(self._active.call, forward)
             if current.whole is None or not kept:
-                return forward(*cut[0], **cut[1])
+                return call(*cut[0], **cut[1])
             current.whole.part = part
-            return self._at_sites(current.whole, PatchMode.SYNC, forward, *cut)
+            return self._at_sites(current.whole, PatchMode.SYNC, call, *cut)
 
         return self.through(current.exact, run)
 
@@ -160,8 +161,11 @@ class PipelineCalls:
         return self.through(current.passing, run, done, then)
 
     def on_patch(self, patch, forward, args, kwargs, exact=False):
-        """What a micro-step runs."""
-        return self._at_sites(patch, PatchMode.DISPLACED, forward, args, kwargs, exact)
+        """What a micro-step runs; it is replayed, by pieces between its posts, if calls are captured."""
+        call, through = functools.partial(self._active.call, forward), None
+        if self._graphs is not None and not exact:
+            through = functools.partial(self._graphs.call, of=patch)
+        return self._at_sites(patch, PatchMode.DISPLACED, call, args, kwargs, exact, through)
 
     def through(self, passage, run, done=0, then=lambda: None):
         """The result of all micro-steps of a route; `run(p)` is the denoiser's in one of them; `then()` comes next."""
@@ -174,7 +178,6 @@ class PipelineCalls:
 
     def micro_step(self, p, step, run):
         """Micro-step `p`; `run(p)` is the denoiser's call in it."""
-        step.begin()
         self._active = step
         try:
             result = run(p)
@@ -182,11 +185,11 @@ class PipelineCalls:
             self._active = None
         return step.end(result)
 
-    def _at_sites(self, picture, mode, forward, args, kwargs, exact=False):
+    def _at_sites(self, picture, mode, forward, args, kwargs, exact=False, through=None):
         def run(args, kwargs):
             return self.hooks.counted(forward)(*args, **kwargs)
 
-        return self.hooks.on_patch(picture, self._signature, mode, run, args, kwargs, exact)
+        return self.hooks.on_patch(picture, self._signature, mode, run, args, kwargs, exact, through)
 
     def _run_module(self, name, forward, args, kwargs):
         if self._active is None:
@@ -205,7 +208,8 @@ class PipelineCalls:
         phase = f"call {place[0]}, micro-steps, plan {self._phases}"
         self._phases += 1
         self._attach(sorted(plan.route.spared))
-        current = Pipeline(plan, patches, structures, self.world, self.exchange, device, placeholders, phase)
+        made = (self.world, self.exchange, device, placeholders, phase, self._graphs)
+        current = Pipeline(plan, patches, structures, *made)
         results, exact = [], self._exact if complete else self._exact_in_parts
         if complete:
             results.append(self._exact(current, forward, args, kwargs))

@@ -1,7 +1,9 @@
 """One micro-step on one rank: its own units run, the others' results are received or left out."""
 
+import functools
+
 import torch
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from ..stages.cutset import PREDICTION
 from ..stages.replay import Replay
@@ -12,20 +14,25 @@ class MicroStep:
 
     Args:
         structures: of its units' results.
-        first: {value: tensor} of the text that later micro-steps read, as the first one has made it, and results of
-            modules that run in it alone; shared by all.
+        first: the `First` of all: the text that later micro-steps read, by value, and results of modules that run in
+            the first alone.
+        outside: as `Capture.outside`.
     """
 
-    def __init__(self, route, p, rank, placeholders, structures, slots, first):
+    def __init__(self, route, p, rank, placeholders, structures, slots, first, outside):
         self.route, self.p, self.rank = route, p, rank
-        self.program, self._slots, self._first = route.program(p, rank), slots, first
+        self.program, self._slots, self._first, self._outside = route.program(p, rank), slots, first, outside
         self._units = Replay(route.micro[p].graph, placeholders)
         self._units.structures = structures
         self._text = route.config.pipeline_text
 
-    def begin(self):
-        """Its forward begins."""
+    def call(self, forward, *args, **kwargs):
+        """What the denoiser's `forward` returns here: right as far as this rank makes it."""
         self._units.restart()
+        result = forward(*args, **kwargs)
+        if self._units.missing is not None:
+            self._lost(self._units.missing)
+        return result
 
     def run(self, name, forward, args, kwargs):
         """What a module's hook returns."""
@@ -40,17 +47,17 @@ class MicroStep:
                 result = self._with_first(index, result, args, kwargs)
             if index in self.program.sends:
                 tensors = self._units.tensors(index, result, args, kwargs)
-                self._slots.send(self.p, self.program.sends[index], tensors)
+                self._outside(self._slots.send, self.p, self.program.sends[index], tensors)
         else:
             number = self.program.receives.get(index)
             known = {v: self._slots.view(self.p, number, v) for v in self._received(number)}
             if self.p and self._text != "patch":
-                # Copies: what reads it may change it.
                 mine = (v for v in self.route.rowless if self._makes(index, v) and v in self._first)
-                known |= {v: self._first[v].clone() for v in mine}
-            result = self._units.result(index, args, kwargs, known, lambda: self._arrive(number))
+                known |= {v: self._first.copy(v) for v in mine}
+            arrive = functools.partial(self._outside, self._arrive, number)
+            result = self._units.result(index, args, kwargs, known, arrive)
         for number in self.program.waits.get(index + 1, ()):
-            self._arrive(number)
+            self._outside(self._arrive, number)
         return result
 
     def _spared(self, name, forward, args, kwargs):
@@ -59,15 +66,12 @@ class MicroStep:
             return forward(*args, **kwargs)
         if self.p == 0:
             result = forward(*args, **kwargs)
-            self._first[name] = tree_map_only(torch.Tensor, torch.clone, result)
+            self._first.keep(name, result)
             return result
-        # Copies: what reads it may change it.
-        return tree_map_only(torch.Tensor, torch.clone, self._first[name])
+        return self._first.copy(name)
 
     def end(self, result):
         """Its forward has given this; the last stage's is the prediction, which all ranks get."""
-        if self._units.missing is not None:
-            self._lost(self._units.missing)
         if self.rank == self.route.division.num_stages - 1:
             tensors = [x for x in tree_leaves(result) if isinstance(x, torch.Tensor)]
             self._slots.send(self.p, self._prediction, tensors)
@@ -96,21 +100,23 @@ class MicroStep:
             return
         self._slots.wait(self.p, number)
         if self.p == 0 and self._text != "patch":
-            mine = [v for v in self._received(number) if v in self.route.rowless]
-            self._first.update((v, self._slots.view(0, number, v).clone()) for v in mine)
+            for v in self._received(number):
+                if v in self.route.rowless:
+                    self._first.keep(v, self._slots.view(0, number, v))
 
     def _with_first(self, index, result, args, kwargs):
         """A unit's result, its text that of the first micro-step."""
         made = self._units.tensors(index, result, args, kwargs)
         text = {v: x for v, x in made.items() if v in self.route.rowless}
         if self.p == 0:
-            self._first.update((v, x.clone()) for v, x in text.items())
+            for v, x in text.items():
+                self._first.keep(v, x)
         if self.p == 0 or not text:
             return result
         leaves, spec = tree_flatten(result)
         for i, leaf in enumerate(self.route.micro[self.p].graph.units[index].leaves):
             if leaf is not None and leaf[0] == "value" and leaf[1] in text:
-                leaves[i] = self._first[leaf[1]].clone()
+                leaves[i] = self._first.copy(leaf[1])
         return tree_unflatten(leaves, spec)
 
     def _lost(self, what):

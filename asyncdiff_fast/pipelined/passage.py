@@ -2,9 +2,11 @@
 
 import torch
 
+from ..fused.capture import at_once
 from ..patches.patch import LAYER_HOPS
 from ..prediction.trend import Trend
 from ..stages.replay import Replay, structure_of, with_tensors
+from .first import First
 from .kept import keep
 from .micro import MicroStep
 from .picture import WholePicture
@@ -14,15 +16,14 @@ from .slots import MicroSlots
 class Passage:
     """One route on one rank: its micro-steps and their slots. Collective to make."""
 
-    def __init__(self, route, structures, world, exchange, device, placeholders, phase):
+    def __init__(self, route, structures, world, exchange, device, placeholders, phase, outside=at_once):
         self.route, self.slots = route, MicroSlots(route, world.rank, device, exchange, phase)
-        self.first, shared = {}, (world.rank, placeholders)
-        self.steps = [MicroStep(route, p, *shared, found, self.slots, self.first) for p, found in enumerate(structures)]
+        before, after = (world.rank, placeholders), (self.slots, First(), outside)
+        self.steps = [MicroStep(route, p, *before, found, *after) for p, found in enumerate(structures)]
 
     def begin(self):
         """A call begins."""
         self.slots.begin()
-        self.first.clear()
 
     def result(self, like):
         """The denoiser's result, as `like` is built, from those of all micro-steps."""
@@ -35,13 +36,17 @@ class Passage:
 
 
 class Pipeline:
-    """One plan on one rank: its routes, and what sites keep. Collective to make."""
+    """One plan on one rank: its routes, and what sites keep. Collective to make.
 
-    def __init__(self, plan, patches, structures, world, exchange, device, placeholders, phase):
+    `graphs` captures the micro-steps of patches that pass through, if it is not None.
+    """
+
+    def __init__(self, plan, patches, structures, world, exchange, device, placeholders, phase, graphs=None):
         self.plan, self.patches = plan, patches
         self.trend = Trend(plan.config.pipeline_count + LAYER_HOPS)
         made = (world, exchange, device, placeholders)
-        self.passing = plan.passing and Passage(plan.passing, structures["passing"], *made, phase)
+        self._graphs, outside = graphs, at_once if graphs is None else graphs.outside
+        self.passing = plan.passing and Passage(plan.passing, structures["passing"], *made, phase, outside)
         self.exact = plan.exact and Passage(plan.exact, structures["exact"], *made, f"{phase}, exact")
         self.whole, self.kept = None, {}
         if plan.patches is not None:
@@ -51,9 +56,12 @@ class Pipeline:
             for patch in patches:
                 patch.bind(plan.patches, self.kept)
 
-    def release(self):
-        """Forget the slots."""
-        for passage in filter(None, (self.passing, self.exact)):
+    def release(self, released=False):
+        """Forget the graphs, and the slots unless they are `released`."""
+        if self._graphs is not None:
+            for patch in self.patches:
+                self._graphs.forget(patch)
+        for passage in () if released else filter(None, (self.passing, self.exact)):
             passage.slots.release()
 
 

@@ -1,6 +1,7 @@
 """The run on a GPU machine: its stages, deadline, summary and pack, and a rehearsal of its beginning on the CPU."""
 
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -58,6 +59,26 @@ def test_what_is_done_is_not_done_again(staged):
     assert summary.count("OK once") == 1 and summary.count("FAIL raises") == 2
     _, summary = staged(commands, "works")
     assert summary.count("OK once") == 2, "what is named is run"
+
+
+def test_what_was_done_of_other_sources_is_done_again(staged, monkeypatch):
+    for sources in ("1", "2", "2"):
+        monkeypatch.setenv("SOURCES", sources)
+        _, summary = staged({"works": ("print('OK once')", 9)})
+    assert summary.count("OK once") == 2
+
+
+def test_what_is_installed_of_other_sources_is_not_taken(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import gpu_build
+
+    package = tmp_path / "asyncdiff_fast"
+    ignored = shutil.ignore_patterns("__pycache__", "*.so")
+    shutil.copytree(gpu_build.ROOT / "asyncdiff_fast", package, ignore=ignored)
+    shutil.copytree(gpu_build.ROOT / "kernels", package / "kernels", ignore=ignored)
+    assert gpu_build.is_of_checkout(package)
+    (package / "kernels" / "plans.py").write_text("KEPT = 1")
+    assert not gpu_build.is_of_checkout(package)
 
 
 def test_no_stage_is_begun_that_does_not_fit(staged):

@@ -3,13 +3,16 @@
 A replay of the stand-in computes the call once more from the tensors that stay, into the results that stay.
 """
 
+import itertools
+import json
 import logging
+from pathlib import Path
 
 import fused_checks
 import pytest
 import tiny_parts
 import torch
-from stand_in_graphs import Replays
+from stand_in_graphs import Replays, Tape
 
 import asyncdiff_fast
 from asyncdiff_fast.fused import capture, graphs
@@ -171,8 +174,10 @@ def test_other_modules_or_weights_are_captured_anew(captures):
 
 
 def test_calls_that_ranks_share_are_refused():
-    with pytest.raises(ValueError, match="graphs=True, num_stages=2, num_patches=1, pipeline_patches=4; pass graphs=F"):
-        asyncdiff_fast.Config(graphs=True, num_stages=2, pipeline_patches=4)
+    with pytest.raises(ValueError, match="graphs=True, num_stages=2, num_patches=2; pass graphs=False, num_stages or"):
+        asyncdiff_fast.Config(graphs=True, num_stages=2, num_patches=2)
+    with pytest.raises(ValueError, match="graphs=True, pipeline_patches=1; pass graphs=False, or more patches"):
+        asyncdiff_fast.Config(graphs=True, num_stages=2, pipeline_patches=1)
     with pytest.raises(ValueError, match='graphs must be True, False or "auto"'):
         asyncdiff_fast.Config(graphs=1)
     assert asyncdiff_fast.Config(graphs=True, parallel_steps=2, cfg_parallel=True).world_size == 4
@@ -221,3 +226,34 @@ def test_by_default_calls_are_captured_where_nothing_in_them_is_somebodys_own(ca
     runtime = asyncdiff_fast.patch(compiled)
     assert "graphs" not in runtime.stats()["kernels"]
     asyncdiff_fast.unpatch(compiled)
+
+
+def test_replayed_casts_are_those_of_the_weights_as_they_are(captures):
+    """What autocast has cast is freed when its context ends, so a graph must not read it."""
+    captures(Tape)
+    unet = fused_checks.unet()
+
+    def generation():
+        with torch.autocast("cpu", torch.bfloat16):
+            found = _calls(unet, steps=3)
+        unet.conv_in.weight.data.mul_(2)
+        return found
+
+    want = [generation() for _ in range(2)]
+    unet.conv_in.weight.data.div_(4)
+    runtime = asyncdiff_fast.patch(unet, graphs=True)
+    got = [generation() for _ in range(2)]
+    assert _told(runtime) == {"captured": 1, "replayed": 5, "refused": []}
+    asyncdiff_fast.unpatch(unet)
+    for a, b in zip(itertools.chain(*got), itertools.chain(*want), strict=True):
+        assert (a - b).abs().max() < 2e-2 * b.abs().max()
+
+
+@pytest.mark.parametrize("way", ["num_stages", "num_patches"])
+def test_pieces_are_left_out_by_default_until_rows_say_that_they_gain(way):
+    """What `graphs="auto"` does of calls that ranks share is decided by what a GPU has measured."""
+    rows = (Path(__file__).parents[2] / "benchmarks" / "results").glob("pieces*.jsonl")
+    measured = [json.loads(line) for path in rows for line in path.read_text().splitlines()]
+    gains = [row["speedup"] for row in measured if row["way"] == way.removeprefix("num_") and row["mode"] == "auto"]
+    config = asyncdiff_fast.Config(**{way: 2})
+    assert bool(graphs.wanted(fused_checks.unet(), config, "cuda")) == (len(gains) > 0 and min(gains) > 1)

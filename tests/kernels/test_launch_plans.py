@@ -46,7 +46,7 @@ def _calls():
     """{op: function that launches it}."""
     x, w, t, rows = torch.zeros(2, 32, 64, 64), torch.ones(32), torch.ones(2, 32), torch.zeros(2, 32, 1, 64)
     tokens, wide, mod, parts = torch.zeros(2, 64, 32), torch.zeros(2, 64, 64), torch.ones(2, 32), torch.ones(2, 2, 8, 2)
-    heads = torch.zeros(2, 64, 4, 16)
+    heads, long = torch.zeros(2, 64, 4, 16), torch.zeros(1, 1024, 1, 16)
     around = dict(halo=[1, 1], silu=True, temb=t, combine="corrected", parts=parts, above=rows, top=rows)
     return {
         "group_norm": lambda: ops.group_norm(x, w, w, 8, 1e-5, True, w, t, None, None, None, "triton"),
@@ -58,6 +58,10 @@ def _calls():
         "joint_qk_norm_rope": lambda: attention_ops.joint_qk_norm_rope(
             [heads], [heads], [heads], [torch.ones(16)], [torch.ones(16)], 1e-6, None, None, "triton"
         ),
+        "attention": lambda: attention_ops.attention(
+            heads, [heads, heads[:, :7]], [heads, heads[:, :7]], 0.25, "triton"
+        ),
+        "divided attention": lambda: attention_ops.attention(long, [long], [long], 0.25, "triton"),
         "patch_group_norm": lambda: patch_ops.patch_group_norm(x, w, w, 8, 1e-5, "triton", **around),
     }
 
