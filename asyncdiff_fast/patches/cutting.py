@@ -1,6 +1,8 @@
 """Cuts a call's inputs to one patch's rows, and tensors of positions with them."""
 
-from dataclasses import dataclass
+import functools
+from collections import Counter
+from dataclasses import dataclass, replace
 
 import torch
 from torch.utils._pytree import tree_map_only, tree_unflatten
@@ -56,8 +58,8 @@ class Cutter:
     given: dict
 
     @classmethod
-    def of(cls, recorder, latent, latent_name, config, patch, axis, other=(), split=None):
-        """The cutter for one forward on the whole picture; `axis` is -2 for rows, -1 for columns.
+    def of(cls, recorder, latent, latent_name, config, axis, split=None):
+        """The first patch's cutter for one forward on the whole picture; `axis` is -2 for rows, -1 for columns.
 
         `split(rows of the latent, of them in one of the coarsest resolution)`: the patches' `Rows`; default: even ones.
         """
@@ -79,7 +81,15 @@ class Cutter:
         starts = {} if grid is None else {grid.size: 0} if order is None else order.starts
         if axis == -1 and grid is not None:
             raise ValueError("patch_axis must be rows where the denoiser works on tokens: pass patch_axis='rows'")
-        return cls(latent_name, dim, axis, rows, levels, sizes, grid, patch, starts, other, dict(config.cut))
+        return cls(latent_name, dim, axis, rows, levels, sizes, grid, 0, starts, (), dict(config.cut))
+
+    def of_patch(self, patch):
+        """The same of another patch."""
+        return replace(self, patch=patch)
+
+    def other_than(self, name):
+        """The same but for one input, which is cut other than it seems to be."""
+        return replace(self, other=(name,))
 
     def lies_in(self, x, latent):
         """True if a tensor is a view of the whole latent, rows for rows."""
@@ -117,7 +127,7 @@ class Cutter:
             return self._narrow(x, self.dim, self.rows)
         if name in self.given:
             return self._cut_as_given(name, x)
-        if x.dim() >= 4 and tuple(x.shape[-2:]) in self.sizes:
+        if x.dim() >= 4 and tuple(x.shape[-2:]) in self.sizes and name not in self.other:
             return self._narrow(x, self.axis, self.sizes[tuple(x.shape[-2:])])
         for dim in self.token_dims(name, x):
             x = self.take(x, dim)
@@ -205,10 +215,27 @@ class Cutter:
             return self.take(x, dim)
         return self._narrow(x, dim, self.sizes[tuple(x.shape[-2:])])
 
-    def join_position(self, x, result):
-        """`x` cut as the `result` of joining it with an activation is; None if it has no rows in it."""
-        dim = self.position_dim(x, result)
-        return None if dim is None else self._position(x, dim)
+    def joined(self, join):
+        """The value of a `Join` cut as its result is; None if it has no rows in it."""
+        x = join.value
+        dim = self.position_dim(x, join.shape)
+        if dim is not None:
+            return self._position(x, dim)
+        dims = [d for d in join.along if x.shape[d] in self._flat]
+        return self._flat_rows(x, dims[0] % x.dim()) if dims else None
+
+    @functools.cached_property
+    def _flat(self):
+        """{pixels of a picture: its (rows, width)}, of those sizes that no other has."""
+        counts = Counter(h * w for h, w in self.sizes)
+        return {h * w: (h, w) for h, w in self.sizes if counts[h * w] == 1}
+
+    def _flat_rows(self, x, dim):
+        """A patch's pixels, which lie in dimension `dim` row by row."""
+        size = self._flat[x.shape[dim]]
+        start, stop = self.sizes[size].held[self.patch]
+        picture = x.unflatten(dim, size)
+        return picture.narrow(dim + 2 + self.axis, start, stop - start).flatten(dim, dim + 1)
 
 
 def _tiling(recorder):

@@ -13,7 +13,7 @@ from ..prediction.trend import Trend
 from .following import Following
 from .kinds import make_state
 from .result import PatchResult
-from .sites import CONV, JOINS, KINDS, NORM, SUMS, seen
+from .sites import CONV, JOINS, KINDS, NORM, SUMS, kind_of, seen
 from .slots import PatchSlots
 from .way import Way, lost
 
@@ -83,6 +83,8 @@ class Patch:
         if func in JOINS:
             for i, x in self._joins.get(self.way.at_join(), ()):
                 args = (*args[:i], x, *args[i + 1 :])
+            return func(*args, **kwargs)
+        if func not in SUMS and kind_of(func, args, kwargs) is None:
             return func(*args, **kwargs)
         key, place = self.way.at_sum() if func in SUMS else self.way.at_site()
         entry = self._states.get((key, place))

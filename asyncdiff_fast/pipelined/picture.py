@@ -4,7 +4,7 @@ import contextlib
 
 from ..calls.schedule import PatchMode
 from ..patches.patch import Patch
-from ..patches.sites import KINDS
+from ..patches.sites import kind_of
 from ..patches.way import Way
 
 
@@ -81,7 +81,7 @@ class WholePicture:
 
     def meet(self, func, args, kwargs):
         """The result of a watched function call."""
-        if func in KINDS:
+        if kind_of(func, args, kwargs):
             store = self._kept.get(self.way.at_site())
             if store is not None:
                 store.fill(args, kwargs, self.part)
