@@ -9,31 +9,11 @@ from torch.utils._pytree import tree_map_only, tree_unflatten
 
 from ..calls.containers import flattened
 from . import layout, site_rows
-from .sites import CONV, PROMPT
+from .grid import Grid, tiled, tiling
+from .sites import PROMPT
 
 # These may have a value for each token.
 _BY_TOKEN = ("timestep", "guidance", "mask")
-
-
-@dataclass(frozen=True)
-class Grid:
-    """Tokens of a picture (or clip) in one dimension: `outer` times the rows of a resolution, `inner` to a row."""
-
-    rows: layout.Rows
-    outer: int
-    inner: int
-
-    @property
-    def size(self):
-        """Tokens in all."""
-        return self.outer * self.rows.size * self.inner
-
-    def take(self, x, dim, patch):
-        """A patch's tokens of dimension `dim`."""
-        dim %= x.dim()
-        start, stop = self.rows.held[patch]
-        parts = x.unflatten(dim, (self.outer, self.rows.size, self.inner)).narrow(dim + 1, start, stop - start)
-        return parts.flatten(dim, dim + 2)
 
 
 @dataclass(frozen=True)
@@ -69,7 +49,7 @@ class Cutter:
         factor, order = site_rows.factor_of(recorder, size, axis), recorder.tokens
         if order is not None:
             factor = max(factor, size // order.rows)
-        aligned = config.naive or order is not None or _tiling(recorder) is not None
+        aligned = config.naive or order is not None or tiling(recorder) is not None
         rows = split(size, factor) if split else layout.split(size, config.num_patches, factor, aligned)
         levels = site_rows.levels_of(recorder, rows, axis)
         pictures = {tuple(latent.shape[-2:])} | {s.result[-2:] for s in site_rows.resamplings(recorder)}
@@ -77,7 +57,7 @@ class Cutter:
         if order is not None:
             grid = Grid(rows.coarser(order.rows, size // order.rows), order.outer, order.inner)
         else:
-            grid = Grid(rows, 1, 1) if sequence else _tokens(recorder, levels)
+            grid = Grid(rows, 1, 1) if sequence else tiled(recorder, levels)
         starts = {} if grid is None else {grid.size: 0} if order is None else order.starts
         if axis == -1 and grid is not None:
             raise ValueError("patch_axis must be rows where the denoiser works on tokens: pass patch_axis='rows'")
@@ -236,20 +216,3 @@ class Cutter:
         start, stop = self.sizes[size].held[self.patch]
         picture = x.unflatten(dim, size)
         return picture.narrow(dim + 2 + self.axis, start, stop - start).flatten(dim, dim + 1)
-
-
-def _tiling(recorder):
-    """The first convolution if its kernel is its stride, so that it makes tokens of the latent; else None."""
-    first = next(iter(site_rows.resamplings(recorder)), None)
-    if first is None or first.kind != CONV:
-        return None
-    kernel, stride, *_ = first.options[len(first.shape) - 4]
-    return first if kernel == stride else None
-
-
-def _tokens(recorder, levels):
-    """The grid of tokens that a denoiser makes of its latent; None without one."""
-    first = _tiling(recorder)
-    if first is None or first.result[-2] not in levels:
-        return None
-    return Grid(levels[first.result[-2]], first.result[2] if len(first.result) == 5 else 1, first.result[-1])

@@ -15,6 +15,7 @@ from .cutting import Cutter
 from .mixing import mixed
 from .patch import Patch
 from .plan import PatchPlan
+from .positions import Positions
 from .recorder import record
 from .way import Lost
 from .within import Within
@@ -179,7 +180,8 @@ class Planner:
         if recorder.region is not None:
             patch.within = Within(recorder.region, patch)
         with self._refusing():
-            patch.prepare(*tries.beforehand(recorder, cutter, self.config.naive))
+            sites = () if self.config.naive else site_rows.resampling_sites(recorder, cutter.levels)
+            patch.prepare(sites, Positions.of(recorder, cutter))
         self.hooks.attach(recorder, patch)
         return patch
 
@@ -216,14 +218,14 @@ class Planner:
 
     def _seen(self, recorder, patch):
         """(sites, whether the latent is read where it lies, {place: shapes that are summed}, a problem) of a patch."""
-        found = mixed(recorder.calls, patch.seen.calls) if patch.seen is not None and not self.config.naive else ()
+        found = () if self.config.naive else mixed(recorder.calls, patch.look.following.calls)
         others, problem = [str(call) for call in found if not call.sums], None
         if others:
             more = f" (and {len(others) - 1} more)" if len(others) > 1 else ""
             problem = self._refusal(f"{others[0]}{more}", self.way_out_of_mixing)
         return (
-            patch.found,
-            patch.sees_latent and patch.within is None,
+            patch.look.found,
+            patch.look.sees_latent and patch.within is None,
             {call.whole.site: call.part.given for call in found if call.sums},
             problem,
         )

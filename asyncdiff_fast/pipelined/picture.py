@@ -13,8 +13,8 @@ class MicroPatch(Patch):
 
     def bind(self, plan, kept):
         """Take the states of the sites that are kept here, `kept`: {place of a site in the plan: what is kept}."""
-        self.plan, self.found, self._slots = plan, {}, _NoSlots()
-        self.probing, self.bound = False, True
+        self.plan, self._slots = plan, _NoSlots()
+        self.look, self.bound = None, True
         self._order, self._states = plan.sites, {}
         for index, store in kept.items():
             site = plan.sites[index]
