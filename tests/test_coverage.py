@@ -34,7 +34,8 @@ ALONE, *SHARED = MODES
 REASONS = {
     "does not run on patch": "does not run on a patch",
     "needs a latent": "no latent of 3 to 5 dimensions",
-    "gives another result on half": "halves differ",
+    "does not give on half": "halves differ",
+    "while it is looked at": "calls cannot be followed",
     "leads": "rows change by slices or filters",
     "changes the rows": "rows change by slices or filters",
     "attends to tokens that are not": "tokens beside the picture's",
@@ -45,14 +46,14 @@ FEW = (
     "UNet2DConditionModel", "Lumina2Transformer2DModel", "SanaTransformer2DModel", "DiTTransformer2DModel",
     "MiniMaxMusic3Transformer1DModel",
 )  # fmt: skip
-# Whose tokens, positions and texts come as those of another class do.
+# Whose tokens, positions and texts come as those of another class do, or that compile for seconds.
 ALIKE = {
-    "AnyFlowTransformer3DModel", "BriaFiboTransformer2DModel", "BriaTransformer2DModel", "ChronoEditTransformer3DModel",
+    "AnyFlowFARTransformer3DModel", "AnyFlowTransformer3DModel", "BriaFiboTransformer2DModel", "BriaTransformer2DModel", "ChronoEditTransformer3DModel",
     "CogView3PlusTransformer2DModel", "ConsisIDTransformer3DModel", "DreamLiteTransformer2DModel",
     "Flux3Transformer2DModel", "HeliosTransformer3DModel", "HunyuanImageTransformer2DModel",
     "JoyImageEditTransformer3DModel", "Kandinsky6Transformer3DModel", "LongCatImageTransformer2DModel",
     "OvisImageTransformer2DModel", "SkyReelsV2Transformer3DModel", "Transformer2DModel", "TransformerTemporalModel",
-    "WanVACETransformer3DModel",
+    "WanAnimate2Transformer3DModel", "WanVACETransformer3DModel",
 }  # fmt: skip
 
 

@@ -107,6 +107,22 @@ def flattened(named):
     return list(zip(paths, leaves, strict=True)), spec
 
 
+def held(x, depth=2):
+    """[(attribute, tensors, what the objects among them hold)] of an object that a caller keeps tensors in; else [].
+
+    Args:
+        depth: of objects in objects.
+    """
+    found = []
+    for name, value in vars(x).items() if depth and _is_object(x) else ():
+        leaves = tree_leaves(value)
+        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        below = [more for more in (held(leaf, depth - 1) for leaf in leaves) if more]
+        if tensors or below:
+            found.append((name, tensors, below))
+    return found
+
+
 def _is_object(x):
     """True of what a caller may keep something in beside plain containers."""
     known = torch.Tensor | torch.nn.Module | type | types.ModuleType | types.FunctionType | types.MethodType

@@ -6,6 +6,8 @@ import inspect
 import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
+from .containers import held
+
 TIMESTEP_NAMES = ("timestep", "timesteps", "t", "time", "sigma", "sigmas", "noise_level")
 # Those of Stable Cascade and of Wuerstchen.
 _OTHER_NAMES = ("timestep_ratio", "r")
@@ -116,4 +118,4 @@ def _key(x):
         return x
     if dataclasses.is_dataclass(x) and not isinstance(x, type):
         return type(x).__name__, tuple(_key(getattr(x, f.name, None)) for f in dataclasses.fields(x))
-    return type(x).__name__
+    return type(x).__name__, _key(held(x))

@@ -44,9 +44,10 @@ def planned(place, config, args, kwargs):
         raise ValueError(f"the decoder of {type(place.vae).__name__} cannot be shared: {error}; {WAY_OUT}") from error
     finally:
         hooks.remove()
-    if patches[0].constant_modules or patches[0].joining_modules:
-        names = ", ".join(sorted({*patches[0].constant_modules, *patches[0].joining_modules}))
-        raise ValueError(f"{type(place.vae).__name__} has positions for every row, in {names}: {WAY_OUT}")
+    positions = patches[0].positions
+    names = sorted({*positions.constant_modules, *positions.joining_modules})
+    if names:
+        raise ValueError(f"{type(place.vae).__name__} has positions for every row, in {', '.join(names)}: {WAY_OUT}")
     return plan, patches
 
 

@@ -5,7 +5,7 @@ import torch
 from ..calls import schedule
 from ..calls.schedule import PatchMode
 from .lockstep import Lockstep
-from .planning import Planner, samples_of
+from .planning import Planner
 from .way import Lost
 
 
@@ -81,17 +81,17 @@ class LonePlanner(Planner):
         """
         whole, recorder = self._look(forward, args, kwargs)
         run, axis, problem = self._quiet(forward), schedule.patch_axis(self.config, 0), None
-        for seen, other in self._ways(recorder, args, kwargs, axis):
-            numbers = range(self.config.num_patches)
-            patches = [self._patch(seen, args, kwargs, axis, number, other) for number in numbers]
+        for seen, cutter in self._tries(recorder, args, kwargs, axis):
             try:
+                cutters = map(cutter.of_patch, range(self.config.num_patches))
+                patches = [self._patch(seen, cutter, args, kwargs) for cutter in cutters]
                 for text in (self._first_look(patch, run, args, kwargs, whole) for patch in patches):
                     if text is not None:
                         raise ValueError(text)
                 everyone = [self._seen(seen, patch) for patch in patches]
                 named = self._signature.named(args, kwargs)
                 plan = self._plan(patches[0].cutter, seen, everyone, whole, named)
-                found = plan, patches, samples_of(plan, seen), whole, run
+                found = plan, patches, seen.samples(plan), whole, run
                 check(*found)
                 return found
             except ValueError as error:
@@ -101,7 +101,8 @@ class LonePlanner(Planner):
     def on_first_patch(self, forward, args, kwargs, make_plan):
         """What `make_plan(denoiser, forward, args, kwargs, config)` makes of the first patch's call."""
         _, recorder = self._look(forward, args, kwargs)
-        self.hooks.active = self._patch(recorder, args, kwargs, schedule.patch_axis(self.config, 0), 0)
+        seen, cutter = self._tries(recorder, args, kwargs, schedule.patch_axis(self.config, 0))[0]
+        self.hooks.active = self._patch(seen, cutter, args, kwargs)
         self.hooks.active.begin(PatchMode.LOCAL)
         cut_args, cut_kwargs = self.hooks.active.cut(self._signature, args, kwargs)
         try:

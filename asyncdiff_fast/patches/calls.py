@@ -11,6 +11,7 @@ from ..prediction.self_check import Pace, summaries
 from .hooks import Hooks
 from .inputs import check_masks
 from .lists import stacked
+from .norm import before_rows
 from .planning import Planner
 from .way import Lost
 
@@ -158,9 +159,9 @@ class Patches:
         return PatchMode.SYNC if missing.get(mode) else mode
 
     def norm_before(self, norm, conv, x, **added):
-        """See `Patch.norm_before`; of modules."""
+        """See `norm.before_rows`; of modules."""
         names = self.hooks.names.get(norm), self.hooks.names.get(conv)
-        return None if self.hooks.active is None else self.hooks.active.norm_before(names, norm, x, **added)
+        return None if self.hooks.active is None else before_rows(self.hooks.active, names, norm, x, **added)
 
     def errors(self):
         """{site: its prediction's relative error, and that of reuse}, of the latest calls."""

@@ -1,37 +1,19 @@
 """Cuts a call's inputs to one patch's rows, and tensors of positions with them."""
 
-from dataclasses import dataclass
+import functools
+from collections import Counter
+from dataclasses import dataclass, replace
 
 import torch
 from torch.utils._pytree import tree_map_only, tree_unflatten
 
 from ..calls.containers import flattened
 from . import layout, site_rows
-from .sites import CONV, PROMPT
+from .grid import Grid, tiled, tiling
+from .sites import PROMPT
 
 # These may have a value for each token.
 _BY_TOKEN = ("timestep", "guidance", "mask")
-
-
-@dataclass(frozen=True)
-class Grid:
-    """Tokens of a picture (or clip) in one dimension: `outer` times the rows of a resolution, `inner` to a row."""
-
-    rows: layout.Rows
-    outer: int
-    inner: int
-
-    @property
-    def size(self):
-        """Tokens in all."""
-        return self.outer * self.rows.size * self.inner
-
-    def take(self, x, dim, patch):
-        """A patch's tokens of dimension `dim`."""
-        dim %= x.dim()
-        start, stop = self.rows.held[patch]
-        parts = x.unflatten(dim, (self.outer, self.rows.size, self.inner)).narrow(dim + 1, start, stop - start)
-        return parts.flatten(dim, dim + 2)
 
 
 @dataclass(frozen=True)
@@ -56,8 +38,8 @@ class Cutter:
     given: dict
 
     @classmethod
-    def of(cls, recorder, latent, latent_name, config, patch, axis, other=(), split=None):
-        """The cutter for one forward on the whole picture; `axis` is -2 for rows, -1 for columns.
+    def of(cls, recorder, latent, latent_name, config, axis, split=None):
+        """The first patch's cutter for one forward on the whole picture; `axis` is -2 for rows, -1 for columns.
 
         `split(rows of the latent, of them in one of the coarsest resolution)`: the patches' `Rows`; default: even ones.
         """
@@ -67,7 +49,7 @@ class Cutter:
         factor, order = site_rows.factor_of(recorder, size, axis), recorder.tokens
         if order is not None:
             factor = max(factor, size // order.rows)
-        aligned = config.naive or order is not None or _tiling(recorder) is not None
+        aligned = config.naive or order is not None or tiling(recorder) is not None
         rows = split(size, factor) if split else layout.split(size, config.num_patches, factor, aligned)
         levels = site_rows.levels_of(recorder, rows, axis)
         pictures = {tuple(latent.shape[-2:])} | {s.result[-2:] for s in site_rows.resamplings(recorder)}
@@ -75,11 +57,19 @@ class Cutter:
         if order is not None:
             grid = Grid(rows.coarser(order.rows, size // order.rows), order.outer, order.inner)
         else:
-            grid = Grid(rows, 1, 1) if sequence else _tokens(recorder, levels)
+            grid = Grid(rows, 1, 1) if sequence else tiled(recorder, levels)
         starts = {} if grid is None else {grid.size: 0} if order is None else order.starts
         if axis == -1 and grid is not None:
             raise ValueError("patch_axis must be rows where the denoiser works on tokens: pass patch_axis='rows'")
-        return cls(latent_name, dim, axis, rows, levels, sizes, grid, patch, starts, other, dict(config.cut))
+        return cls(latent_name, dim, axis, rows, levels, sizes, grid, 0, starts, (), dict(config.cut))
+
+    def of_patch(self, patch):
+        """The same of another patch."""
+        return replace(self, patch=patch)
+
+    def other_than(self, name):
+        """The same but for one input, which is cut other than it seems to be."""
+        return replace(self, other=(name,))
 
     def lies_in(self, x, latent):
         """True if a tensor is a view of the whole latent, rows for rows."""
@@ -117,7 +107,7 @@ class Cutter:
             return self._narrow(x, self.dim, self.rows)
         if name in self.given:
             return self._cut_as_given(name, x)
-        if x.dim() >= 4 and tuple(x.shape[-2:]) in self.sizes:
+        if x.dim() >= 4 and tuple(x.shape[-2:]) in self.sizes and name not in self.other:
             return self._narrow(x, self.axis, self.sizes[tuple(x.shape[-2:])])
         for dim in self.token_dims(name, x):
             x = self.take(x, dim)
@@ -205,24 +195,24 @@ class Cutter:
             return self.take(x, dim)
         return self._narrow(x, dim, self.sizes[tuple(x.shape[-2:])])
 
-    def join_position(self, x, result):
-        """`x` cut as the `result` of joining it with an activation is; None if it has no rows in it."""
-        dim = self.position_dim(x, result)
-        return None if dim is None else self._position(x, dim)
+    def joined(self, join):
+        """The value of a `Join` cut as its result is; None if it has no rows in it."""
+        x = join.value
+        dim = self.position_dim(x, join.shape)
+        if dim is not None:
+            return self._position(x, dim)
+        dims = [d for d in join.along if x.shape[d] in self._flat]
+        return self._flat_rows(x, dims[0] % x.dim()) if dims else None
 
+    @functools.cached_property
+    def _flat(self):
+        """{pixels of a picture: its (rows, width)}, of those sizes that no other has."""
+        counts = Counter(h * w for h, w in self.sizes)
+        return {h * w: (h, w) for h, w in self.sizes if counts[h * w] == 1}
 
-def _tiling(recorder):
-    """The first convolution if its kernel is its stride, so that it makes tokens of the latent; else None."""
-    first = next(iter(site_rows.resamplings(recorder)), None)
-    if first is None or first.kind != CONV:
-        return None
-    kernel, stride, *_ = first.options[len(first.shape) - 4]
-    return first if kernel == stride else None
-
-
-def _tokens(recorder, levels):
-    """The grid of tokens that a denoiser makes of its latent; None without one."""
-    first = _tiling(recorder)
-    if first is None or first.result[-2] not in levels:
-        return None
-    return Grid(levels[first.result[-2]], first.result[2] if len(first.result) == 5 else 1, first.result[-1])
+    def _flat_rows(self, x, dim):
+        """A patch's pixels, which lie in dimension `dim` row by row."""
+        size = self._flat[x.shape[dim]]
+        start, stop = self.sizes[size].held[self.patch]
+        picture = x.unflatten(dim, size)
+        return picture.narrow(dim + 2 + self.axis, start, stop - start).flatten(dim, dim + 1)

@@ -44,17 +44,51 @@ class Followed:
 
     def given(self, func, leaves):
         """Those of a function's tensors that are followed and whose values it reads."""
-        read = () if func in SHAPE_ONLY else leaves[:1] if func in _FIRST_ONLY else leaves
-        return [x for x in read if x in self]
+        return [x for x in _read(func, leaves) if x in self]
 
     def pass_on(self, func, args, leaves, result):
         """Follow what a function makes of followed tensors, or writes them into. True if it was given such."""
         if not self.given(func, leaves):
             return False
-        name = getattr(func, "__name__", "")
-        changed = args[:1] if name in _IN_PLACE or (name.endswith("_") and not name.endswith("__")) else ()
-        self.add((result, changed))
+        self.add((result, _written(func, args)))
         return True
+
+
+def _read(func, leaves):
+    """Those of a function's tensors whose values it reads."""
+    return () if func in SHAPE_ONLY else leaves[:1] if func in _FIRST_ONLY else leaves
+
+
+def _written(func, args):
+    """Those of a function's arguments that it writes into."""
+    name = getattr(func, "__name__", "")
+    return args[:1] if name in _IN_PLACE or (name.endswith("_") and not name.endswith("__")) else ()
+
+
+class Sources:
+    """Which of some inputs tensors follow from, as `Followed` of each of them; `inputs`: {its name: tensor}."""
+
+    def __init__(self, inputs):
+        self._known = {}
+        for name, x in inputs.items():
+            self._add((x,), {name})
+
+    def of(self, tensors):
+        """Names of the inputs that one of some tensors follows from."""
+        found = (self._known.get(id(x)) for x in tensors)
+        pairs = zip(tensors, found, strict=True)
+        return frozenset().union(*(names for x, known in pairs if known and known[0]() is x for names in known[1:]))
+
+    def pass_on(self, func, args, leaves, result):
+        """As `Followed.pass_on`."""
+        names = self.of(_read(func, leaves))
+        if names:
+            self._add((result, _written(func, args)), names)
+
+    def _add(self, tree, names):
+        for x in tree_leaves(tree):
+            if isinstance(x, torch.Tensor):
+                self._known[id(x)] = weakref.ref(x), self.of((x,)) | names
 
 
 @dataclass(frozen=True)

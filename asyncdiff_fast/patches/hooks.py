@@ -77,11 +77,13 @@ class Hooks:
     def attach(self, recorder, patch):
         """Put hooks on the modules in which a patch will meet something, as a recorded forward tells."""
         modules = dict(self._denoiser.named_modules())
-        wanted = {name for name, _ in recorder.sites} | patch.constant_modules
+        wanted = {name for name, _ in recorder.sites} | patch.positions.constant_modules
         if patch.within is not None:
             wanted |= patch.within.region.modules
         # What the modules inside a joining one do must not be taken for its own.
-        wanted |= {n for outer in patch.joining_modules for n in modules if n == outer or n.startswith(f"{outer}.")}
+        wanted |= {
+            n for outer in patch.positions.joining_modules for n in modules if n == outer or n.startswith(f"{outer}.")
+        }
         self.attach_all(wanted)
 
     def attach_all(self, wanted):

@@ -7,6 +7,7 @@ import torch
 from ..calls.schedule import PatchMode
 from ..fused import patch_ops
 from ..kernels.checks import rows_are_dense
+from .sites import NORM
 from .state import Received, State
 
 
@@ -83,6 +84,30 @@ class NormState(State):
         if x.numel() == 0:
             return self.parts.new_zeros(self.parts.shape[1:])
         return statistics(x, self.site.num_groups)
+
+
+def before_rows(step, names, norm, x, **added):
+    """GroupNorm, SiLU and the rows around the result in one pass, at a displaced step.
+
+    Args:
+        step: the `Patch`.
+        names: of the norm's module and of the convolution's that reads the result.
+        added: as `patch_ops.patch_group_norm` takes it.
+    Returns: what that module is to be called with; None where this must be done one by one.
+    """
+    found = step.ahead(*names)
+    if found is None:
+        return None
+    (index, state), (reader, halo) = found
+    borders = getattr(halo, "borders", None)
+    if borders is None or state.site.kind != NORM or step.group_norm in ("sync", "local"):
+        return None
+    if not state.by_kernel(x, step.group_norm, step, ("silu", *borders["halo"], *sorted(added))):
+        return None
+    with step.at(names[0], index, reader):
+        y = state.fused(x, norm.weight, norm.bias, norm.eps, step.group_norm, step, silu=True, **borders, **added)
+    halo.ready = (y.data_ptr(), y.shape)
+    return y
 
 
 def statistics(x, num_groups):

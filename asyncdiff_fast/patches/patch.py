@@ -1,6 +1,7 @@
 """One patch of one call: the state of every site, the slots between patches, and what the forward meets on its way."""
 
 import contextlib
+import functools
 
 import torch
 from torch.nn import functional as F
@@ -10,15 +11,14 @@ from ..fused.capture import at_once
 from ..fused.layers import exact
 from ..prediction.call_check import CallCheck
 from ..prediction.trend import Trend
-from .following import Following
+from .first_look import FirstLook
 from .kinds import make_state
 from .result import PatchResult
-from .sites import CONV, JOINS, KINDS, NORM, SUMS, seen
+from .sites import JOINS, SUMS, kind_of
 from .slots import PatchSlots
+from .state import checked
 from .way import Way, lost
 
-# Sites whose predictions are looked at, at most.
-CHECKED_SITES = 16
 # Within one call what is stale goes through many layers: that counts like this many hops, beside one for each patch.
 LAYER_HOPS = 2
 
@@ -26,7 +26,7 @@ LAYER_HOPS = 2
 class Patch:
     """One patch, by its number, in one pass, for one plan.
 
-    While it is `probing` there is no plan yet: every patch works for itself, and `found` collects what it meets.
+    Until there is a plan `look` is its `FirstLook`, and every patch works for itself.
     """
 
     def __init__(self, shared, cutter, number, device):
@@ -37,19 +37,17 @@ class Patch:
         self.plan = None
         # Where alone this is a patch; None: in all of a call.
         self.within = None
-        self.probing, self.bound, self.found = True, False, {}
+        self.look, self.bound = FirstLook(cutter), False
         # Generations begun, and what compares its results with the whole picture's.
         self.generations, self.result_check = 0, None
         # Names of inputs whose values the plan depends on.
         self.reads = ()
-        # Whether the first convolution reads the latent where it lies.
-        self.sees_latent = False
-        self._states, self._order, self._constants, self._joins = {}, [], {}, {}
+        self._states, self._order, self.positions = {}, [], None
         self.way, self.check, self._slots = Way(), CallCheck(), None
         self.trend = Trend(config.num_patches + LAYER_HOPS)
         # Number of the next displaced exchange; whether a call's values may be predicted from later.
         self.epoch, self.keep = 0, False
-        self._result = self._latent = self.seen = None
+        self._result = self._latent = None
         self.displaced_calls = 0
 
     def note(self, part):
@@ -66,28 +64,20 @@ class Patch:
 
     def constant(self):
         """The result of the module call entered last, if it follows from positions alone, else None."""
-        return self._constants.get(self.way.key)
-
-    @property
-    def constant_modules(self):
-        """Names of the modules whose results follow from positions alone."""
-        return {name for name, _ in self._constants}
-
-    @property
-    def joining_modules(self):
-        """Names of the modules that join an activation with positions."""
-        return {key[0] for key, _ in self._joins}
+        return self.positions.constants.get(self.way.key)
 
     def meet(self, func, args, kwargs):
         """The result of a watched function call on this patch."""
         if func in JOINS:
-            for i, x in self._joins.get(self.way.at_join(), ()):
-                args = (*args[:i], x, *args[i + 1 :])
+            return func(*self.positions.joined(self.way.at_join(), args), **kwargs)
+        if func not in SUMS and kind_of(func, args, kwargs) is None:
             return func(*args, **kwargs)
         key, place = self.way.at_sum() if func in SUMS else self.way.at_site()
         entry = self._states.get((key, place))
-        if self.probing:
-            return self._probed(key, entry, func, args, kwargs)
+        if self.look is not None:
+            own = (func, *args) if entry is None else (entry[1].run, func, args, kwargs, self)
+            run = functools.partial(*own, **(kwargs if entry is None else {}))
+            return self.look.meet(key, func, args, kwargs, run)
         if entry is None and (self.plan is None or func in SUMS):
             return func(*args, **kwargs)
         if entry is None:
@@ -109,19 +99,9 @@ class Patch:
     def _arrived(self, state):
         state.arrived(self)
 
-    def _probed(self, key, entry, func, args, kwargs):
-        """The result of a watched call at the first look, which is noted."""
-        with self.seen.paused():
-            result = func(*args, **kwargs) if entry is None else entry[1].run(func, args, kwargs, self)
-        self.seen.note(func, args, kwargs, result)
-        if func not in SUMS:
-            self._note(key, func, args, kwargs, result)
-        return result
-
     def following(self, latent):
-        """Within it the first look notes what is called on a patch's latent, in `seen`."""
-        self.seen = Following(latent) if self.probing else contextlib.nullcontext()
-        return self.seen
+        """Within it the first look notes what is called on a patch's latent."""
+        return contextlib.nullcontext() if self.look is None else self.look.follow(self._latent, latent)
 
     def _follow(self, index):
         """A site of the plan is met: in the plan's order, or in that of the first displaced call."""
@@ -130,12 +110,6 @@ class Patch:
 
     def _expected(self):
         return range(len(self._order)) if self.mode is PatchMode.SYNC else self.way.displaced
-
-    def _note(self, key, func, args, kwargs, result):
-        first = not self.found
-        self.found.setdefault(key, []).append(seen(KINDS[func], args, kwargs, result, sampled=False))
-        if first and KINDS[func] == CONV:
-            self.sees_latent = self.cutter.lies_in(args[0] if args else kwargs["input"], self._latent)
 
     def exchange(self, state):
         """Synchronously: the others' parts of this call take their places."""
@@ -148,33 +122,22 @@ class Patch:
             return "torch"
         return self._choice.pick(op, x, facts, run)
 
-    def norm_before(self, names, norm, x, **added):
-        """GroupNorm, SiLU and the rows around the result in one pass, at a displaced step.
-
-        Args:
-            names: of the norm's module and of the convolution's that reads the result.
-            added: as `patch_ops.patch_group_norm` takes it.
-        Returns: what that module is to be called with; None where this must be done one by one.
-        """
+    def ahead(self, *names):
+        """[(number, state)] of the sites that the next calls of modules meet first, at a displaced step; else None."""
         places = [self.way.ahead(name) for name in names]
         displaced = self.mode is PatchMode.DISPLACED and self.way.displaced is not None
-        if not displaced or any(place not in self._states for place in places):
-            return None
-        (index, state), (reader, halo) = (self._states[p] for p in places)
-        borders = getattr(halo, "borders", None)
-        if borders is None or state.site.kind != NORM or self.group_norm in ("sync", "local"):
-            return None
-        if not state.by_kernel(x, self.group_norm, self, ("silu", *borders["halo"], *sorted(added))):
-            return None
-        self.way.enter(names[0])
+        return [self._states[p] for p in places] if displaced and all(p in self._states for p in places) else None
+
+    @contextlib.contextmanager
+    def at(self, name, index, *readers):
+        """Within it a site in a module's call is met, and what came for it and for its `readers` has arrived."""
+        self.way.enter(name)
         self._follow(index)
-        for i in (index, reader):
+        for i in (index, *readers):
             self._slots.before(i, self._arrived)
-        y = state.fused(x, norm.weight, norm.bias, norm.eps, self.group_norm, self, silu=True, **borders, **added)
+        yield
         self._slots.after(index)
         self.way.leave()
-        halo.ready = (y.data_ptr(), y.shape)
-        return y
 
     def convolve(self, func, named):
         """The result of a convolution with named arguments."""
@@ -189,17 +152,16 @@ class Patch:
 
     # The plan.
 
-    def prepare(self, sites, constants, joins):
-        """What is known before the first look: the sites that change the rows, and this patch's positions."""
+    def prepare(self, sites, positions):
+        """What is known before the first look: the sites that change the rows, and this patch's `Positions`."""
         for site in sites:
             self._states[(site.name, site.call), site.place] = (-1, make_state(site, self.number, None))
-        self._constants, self._joins = constants, joins
+        self.positions = positions
 
     def bind(self, plan, exchange, phase, samples):
         """Allocate buffers and register slots for a plan. Collective."""
         self.plan = plan
-        self.probing, self.found, self.seen = False, {}, None
-        self._states = {}
+        self.look, self._states = None, {}
         # Ordinary tensors, whatever mode the first call runs in: they are written in later ones too.
         with torch.inference_mode(False):
             self._order = [
@@ -209,14 +171,8 @@ class Patch:
             self._states[(site.name, site.call), site.place] = (index, state)
             state.sample = samples.get(index)
         if self.config.predicts_patches:
-            self.check.bind(self._checked(), self.device)
+            self.check.bind(checked(plan.sites, self._order), self.device)
         self._slots = PatchSlots(plan, self._order, exchange, phase, self._outside)
-
-    def _checked(self):
-        """{key: name} of the parts whose predictions are looked at: one of each site, of many sites some."""
-        states = zip(self.plan.sites, self._order, strict=True)
-        pairs = [(id(state.received[0]), site.label) for site, state in states if state.predicts]
-        return dict(pairs[:: max(1, -(-len(pairs) // CHECKED_SITES))])
 
     def learn_result(self, whole, mine):
         """Learn where the rows are in the denoiser's results, on the whole picture and on this patch."""
@@ -232,7 +188,7 @@ class Patch:
 
     def bind_result(self, exchange, phase):
         """Register the slot for the parts of the result. Collective."""
-        self.probing, self.bound = False, True
+        self.look, self.bound = None, True
         self._result.bind(exchange, phase)
 
     def release(self):
@@ -289,9 +245,4 @@ class Patch:
     def share(self, result):
         """What patches make together, of this patch's part."""
         self.check.judge(self.trend)
-        if not self.config.checks:
-            return self._result.share(result)
-        self._result.reports[self.number].copy_(self.check.errors.worst)
-        whole = self._result.share(result)
-        self.check.report.give(self._result.reports.amax(0))
-        return whole
+        return self._result.share(result, self.check)

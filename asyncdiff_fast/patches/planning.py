@@ -9,24 +9,24 @@ from ..calls import schedule
 from ..calls.schedule import PatchMode
 from ..calls.signature import copied
 from ..tracing import side_effects
-from . import inputs, regions, site_rows, tokens
+from . import inputs, regions, site_rows, tokens, tries
 from .check import OTHERWISE, WAY_OUT, ResultCheck
 from .cutting import Cutter
 from .mixing import mixed
 from .patch import Patch
 from .plan import PatchPlan
+from .positions import Positions
 from .recorder import record
-from .sites import SUM
 from .way import Lost
 from .within import Within
-
-# Inputs of which it is tried whether they are to be cut another way.
-MOST_TRIES = 4
 
 
 class Planner:
     """Makes the patches of one denoiser. `world` is None where one process plans alone; `hooks`: its `Hooks`."""
 
+    _make = Patch
+    # `split(rows of the latent, of them in one of the coarsest resolution)`: the patches' `Rows`; None: even ones.
+    _split = None
     # What to do with what cannot be shared, and where rows are mixed: the end of an error's text.
     way_out, way_out_of_mixing = f"; {OTHERWISE}", f"; {WAY_OUT}"
 
@@ -42,24 +42,24 @@ class Planner:
         """
         whole, recorder = self._look(forward, args, kwargs)
         run, problem = self._quiet(forward), None
-        for number, (seen, other) in enumerate(self._ways(recorder, args, kwargs, axis)):
-            patch = self._patch(seen, args, kwargs, axis, self.world.rank, other)
+        for number, (seen, cutter) in enumerate(self._tries(recorder, args, kwargs, axis)):
+            patch = None
             try:
+                patch = self._patch(seen, cutter.of_patch(self.world.rank), args, kwargs)
                 self._probe(patch, run, args, kwargs, whole)
                 self._bind(patch, seen, args, kwargs, run, whole, exchange, f"{phase}.{number}")
                 return patch
             except ValueError as error:
                 problem = problem or error
-                patch.release()
+                if patch is not None:
+                    patch.release()
         raise problem
 
-    def _ways(self, recorder, args, kwargs, axis):
-        """[(`Recorder`, names of inputs that are cut other than they seem to be)], each a try: first the usual one."""
-        latent = self._signature.latent(args, kwargs)
-        cutter = Cutter.of(recorder, latent, self._signature.latent_name, self.config, 0, axis)
-        doubtful = inputs.doubtful(cutter, self._signature.named(args, kwargs))[:MOST_TRIES]
-        usual = [(recorder, ()), *((recorder, (name,)) for name in doubtful)]
-        return usual + [(recorder.narrowed(region), ()) for region in self._regions(recorder)]
+    def _tries(self, recorder, args, kwargs, axis):
+        """See `tries.of`."""
+        latent, named = self._signature.latent(args, kwargs), self._signature.named(args, kwargs)
+        cutter = Cutter.of(recorder, latent, self._signature.latent_name, self.config, axis, self._split)
+        return tries.of(recorder, cutter, named, self._regions(recorder))
 
     def _regions(self, recorder):
         """The regions in which alone patches may work, if what is beneath knows of them."""
@@ -81,7 +81,7 @@ class Planner:
             return self._on_patch(patch, PatchMode.SYNC, run, args, kwargs, exact=True)
 
         def bind(phase):
-            patch.bind(plan, exchange, phase, samples_of(plan, recorder))
+            patch.bind(plan, exchange, phase, recorder.samples(plan))
             patch.bind_result(exchange, phase)
 
         bind(phase)
@@ -172,17 +172,16 @@ class Planner:
     def _with_latent(self, args, kwargs):
         return lambda latent: self._signature.with_latent(args, kwargs, latent)
 
-    def _patch(self, recorder, args, kwargs, axis, number, other=()):
-        """A patch without a plan, ready for a first look; `other`: see `_ways`."""
-        latent = self._signature.latent(args, kwargs)
-        cutter = Cutter.of(recorder, latent, self._signature.latent_name, self.config, number, axis, other)
+    def _patch(self, recorder, cutter, args, kwargs):
+        """A patch without a plan, ready for a first look."""
         inputs.check_masks(cutter, self._signature.named(args, kwargs))
-        patch = Patch(self._shared, cutter, number, latent.device)
+        patch = self._make(self._shared, cutter, cutter.patch, self._signature.latent(args, kwargs).device)
         patch.reads = tuple(recorder.reads)
         if recorder.region is not None:
             patch.within = Within(recorder.region, patch)
         with self._refusing():
-            patch.prepare(*beforehand(recorder, cutter, self.config.naive))
+            sites = () if self.config.naive else site_rows.resampling_sites(recorder, cutter.levels)
+            patch.prepare(sites, Positions.of(recorder, cutter))
         self.hooks.attach(recorder, patch)
         return patch
 
@@ -195,7 +194,7 @@ class Planner:
                 raise ValueError(problem)
             found = self._sites(cutter, recorder, everyone)
         nbytes = sum(x.nbytes for x in tree_leaves(whole) if isinstance(x, torch.Tensor))
-        told, summing = inputs.told(cutter, named), recorder.summing
+        told, summing = inputs.told(cutter, named, recorder.joined), recorder.summing
         if recorder.region is not None:
             told = (str(recorder.region),)
         return PatchPlan(self.config, cutter.rows, cutter.levels, found, nbytes, recorder.kept_bytes, told, summing)
@@ -219,14 +218,14 @@ class Planner:
 
     def _seen(self, recorder, patch):
         """(sites, whether the latent is read where it lies, {place: shapes that are summed}, a problem) of a patch."""
-        found = mixed(recorder.calls, patch.seen.calls) if patch.seen is not None and not self.config.naive else ()
+        found = () if self.config.naive else mixed(recorder.calls, patch.look.following.calls)
         others, problem = [str(call) for call in found if not call.sums], None
         if others:
             more = f" (and {len(others) - 1} more)" if len(others) > 1 else ""
             problem = self._refusal(f"{others[0]}{more}", self.way_out_of_mixing)
         return (
-            patch.found,
-            patch.sees_latent and patch.within is None,
+            patch.look.found,
+            patch.look.sees_latent and patch.within is None,
             {call.whole.site: call.part.given for call in found if call.sums},
             problem,
         )
@@ -249,26 +248,3 @@ class Planner:
                 f"{patch.cutter.describe(patch.number)}: {type(error).__name__}: {error}{left}{self.way_out}"
             )
         return None
-
-
-def samples_of(plan, recorder):
-    """{number of a site: some of what it met in the forward on the whole picture}."""
-    found = {i: site for i, site in enumerate(plan.sites) if site.kind != SUM}
-    return {i: recorder.sites[s.name, s.call][s.place].sample for i, s in found.items()}
-
-
-def beforehand(recorder, cutter, naive):
-    """(sites, {key: result}, {(key, place): [(argument, tensor)]}) that follow from the whole picture alone."""
-    probes = () if naive else site_rows.resampling_sites(recorder, cutter.levels)
-    constants = {}
-    for key, result in recorder.constants.items():
-        cut = cutter.positions(result, {i for *place, i in recorder.beside if tuple(place) == key})
-        if cut is not None:
-            constants[key] = cut
-    joins = {}
-    for key, found in recorder.joins.items():
-        for place, argument, x, shape in found:
-            cut = cutter.join_position(x, shape)
-            if cut is not None:
-                joins.setdefault((key, place), []).append((argument, cut))
-    return probes, constants, joins

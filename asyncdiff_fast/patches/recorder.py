@@ -1,6 +1,7 @@
 """One forward on a whole picture, recorded: its sites, what follows from positions alone, and its outermost modules."""
 
 import copy
+from dataclasses import dataclass
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -8,9 +9,10 @@ from torch.utils._pytree import tree_leaves
 
 from ..calls.signature import copied
 from ..fused.projections import KeptBytes
-from .following import Called, Followed
+from .following import Called, Followed, Sources
+from .inputs import tensors
 from .regions import OuterCalls
-from .sites import ATTENTION, JOINS, KINDS, PROMPT, SUMS, seen
+from .sites import ATTENTION, JOINS, PROMPT, SUM, SUMS, kind_of, seen
 
 # Floating-point inputs of more values than these hold no sizes or masks.
 FEW = 4096
@@ -20,37 +22,61 @@ _NUMBERS = {
 }  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Join:
+    """A function's argument that meets the picture and is not made of it.
+
+    `place`: of the call among its module's joins; `argument`: the number of this one; `shape`: of the result; `of`: the
+    inputs that the value follows from, as in `Recorder`; none of a constant.
+    """
+
+    place: int
+    argument: int
+    value: torch.Tensor
+    shape: tuple[int, ...]
+    of: frozenset = frozenset()
+
+    @property
+    def along(self):
+        """The dimensions, but the last, that may run with the result's rows, counted from the end."""
+        mine = self.value.shape
+        return [d for d in range(-min(len(mine), len(self.shape)), -1) if mine[d] == self.shape[d] > 1]
+
+
 class Recorder(TorchFunctionMode):
     """Records one forward on a whole picture: its sites, and which tensors follow from positions alone.
 
     `sites`: {(module, call): [Seen]}. `order`: (key, place among them) of each, as met. `met`: (module, call, place) of
     these and of what may sum over rows. `calls`: every function call on tensors made of the picture, as `Called`.
     `constants`: {(module, call): result} of modules whose results follow from no input. `joins`: {(module, call):
-    [(place, argument, tensor, shape of the result)]} of functions that join an activation with such a tensor. `beside`:
-    {(module, call, leaf of its constant result)} that runs along something that is not made of the picture, such as
-    text of as many tokens. `steered_by`: modules where a number read from the picture's activations steers Python.
+    [Join]} of functions that join an activation with a tensor that follows from no input, or from steady ones. `aside`:
+    {site: inputs} of those that are made of other inputs, and not of the picture. `beside`: {(module, call, leaf of its
+    constant result)} that runs along something that is not made of the picture, such as text of as many tokens.
+    `steered_by`: modules where a number read from the picture's activations steers Python.
     `reads`: names of other inputs from which numbers are read into Python, which positions may follow from. `tokens`:
     their `TokenOrder`, if it was found. `kept_bytes`: of the projections of the inputs that are made once, see
     `KeptBytes`. `outer`: `OuterCalls` of the forward. `entered`: (module, call) of all calls, as they began.
-    `attentions`: how many were met. `region`, `outside`: see `narrowed`.
+    `attentions`: how many were met. `region`, `outside`, `joined`: see `narrowed` and `settled`.
 
     Args:
-        named: {name: tensors} of the small inputs.
-        prompt: the inputs that speak of the prompt.
+        others: {(name, rest of the path): tensor} of the inputs but the latent.
+        small, steady: names of those that may hold sizes or masks; of those that stay as they are from step to step,
+            and speak of no prompt.
+        prompt: the inputs that do.
     """
 
-    def __init__(self, latent, inputs, named, prompt=()):
+    def __init__(self, latent, inputs, others, small=(), steady=(), prompt=()):
         super().__init__()
         self.sites, self.order, self.constants, self.joins, self.steered_by = {}, [], {}, {}, []
-        self.kept_bytes, self.reads, self.calls = 0, set(), []
-        self._named = {name: Followed(x) for name, x in named.items()}
+        self.kept_bytes, self.reads, self.calls, self.aside = 0, set(), [], {}
+        self._sources, self._small, self._steady = Sources(others), set(small), set(steady)
         self.met, self.tokens = [], None
         self._inputs, self.picture, self._text = Followed(inputs), Followed(latent), Followed(prompt)
         # {(module, call, leaf): that leaf, and what follows from it and other constants alone}, until it is first used.
         self.beside, self._unused = set(), {}
         self.stack, self._calls, self._joins_met, self._sums_met = [("", 0)], {}, {}, {}
         self.outer, self.entered, self.attentions = OuterCalls(self, self._text), [], 0
-        self.region, self.outside = None, frozenset()
+        self.region, self.outside, self.joined = None, frozenset(), ()
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -59,6 +85,8 @@ class Recorder(TorchFunctionMode):
         self._note_use(leaves, result)
         key = self.stack[-1]
         site = self._site(key, func, args, kwargs, result)
+        if site is not None and not self.picture.any(leaves):
+            self.aside[site] = self._sources.of(leaves)
         called = Called.of(self.picture, func, args, kwargs, leaves, result, key[0], site)
         from_inputs = self._inputs.pass_on(func, args, leaves, result)
         if self.picture.pass_on(func, args, leaves, result) and called.made:
@@ -68,8 +96,8 @@ class Recorder(TorchFunctionMode):
         elif func in _NUMBERS and self.picture.any(leaves):
             self.steered_by.append(key[0] or "the forward itself")
         elif func in _NUMBERS and from_inputs:
-            self.reads |= {name for name, followed in self._named.items() if followed.any(leaves)}
-        for followed in (self._text, *self._named.values()) if from_inputs else ():
+            self.reads |= {name for name, _ in self._sources.of(leaves)} & self._small
+        for followed in (self._text, self._sources) if from_inputs else ():
             followed.pass_on(func, args, leaves, result)
         return result
 
@@ -79,12 +107,13 @@ class Recorder(TorchFunctionMode):
             place = self._sums_met[key] = self._sums_met.get(key, -1) + 1
             self.met.append((*key, f"sum {place}"))
             return self.met[-1]
-        if func not in KINDS:
+        kind = kind_of(func, args, kwargs)
+        if kind is None:
             return None
         sites = self.sites.setdefault(key, [])
         self.order.append((key, len(sites)))
-        self.attentions += KINDS[func] == ATTENTION
-        sites.append(seen(KINDS[func], args, kwargs, result))
+        self.attentions += kind == ATTENTION
+        sites.append(seen(kind, args, kwargs, result))
         self.met.append((*key, len(sites) - 1))
         return self.met[-1]
 
@@ -113,20 +142,47 @@ class Recorder(TorchFunctionMode):
             return
         others = [x for x in leaves if x in self._inputs]
         for i, x in enumerate(args[:2]):
-            if isinstance(x, torch.Tensor) and x not in self._inputs and x.dim() > 1:
-                if not self.picture.any(others) and _along(x, others):
-                    continue
-                self.joins.setdefault(key, []).append((place, i, x.detach(), tuple(result.shape)))
+            if not isinstance(x, torch.Tensor) or x.dim() < 2 or x in self.picture:
+                continue
+            join = Join(place, i, x.detach(), tuple(result.shape), self._sources.of((x,)))
+            if x not in self._inputs:
+                meets = self.picture.any(others) or not _along(x, others)
+            else:
+                steady = join.of and {name for name, _ in join.of} <= self._steady
+                meets = steady and self.picture.any(others) and join.along
+            if meets:
+                self.joins.setdefault(key, []).append(join)
 
     def narrowed(self, region):
         """This record as seen from a `Region`: sites `outside` share nothing, and no positions there are cut."""
         found, (begin, end) = copy.copy(self), region.calls
         inside = set(self.entered[begin:end])
         found.region = region
-        found.outside = {s for i, s in enumerate(self.met) if not region.met[0] <= i < region.met[1]}
+        found.outside = self.outside | {s for i, s in enumerate(self.met) if not region.met[0] <= i < region.met[1]}
         found.constants = {key: x for key, x in self.constants.items() if key in inside}
         found.joins = {key: x for key, x in self.joins.items() if key in inside}
         return found
+
+    def settled(self, cutter, whole):
+        """This record where inputs are cut by a `Cutter`, and those in `whole` are not.
+
+        What follows from these alone and has the picture's rows, such as a mask at the size of each layer, is cut where
+        it joins the picture: its values belong to the plan, and the sites that it is made by share nothing.
+        """
+        found, used = copy.copy(self), set()
+        found.joins = {}
+        for key, joins in self.joins.items():
+            mine = [j for j in joins if j.of <= whole and cutter.joined(j) is not None]
+            found.joins |= {key: mine} if mine else {}
+            used.update(*(j.of for j in mine))
+        found.outside = self.outside | {site for site, of in self.aside.items() if of and of <= used}
+        found.reads, found.joined = self.reads | {name for name, _ in used}, tuple(sorted(used))
+        return found
+
+    def samples(self, plan):
+        """{number of a site of a `PatchPlan`: some of what it met}."""
+        found = {i: site for i, site in enumerate(plan.sites) if site.kind != SUM}
+        return {i: self.sites[s.name, s.call][s.place].sample for i, s in found.items()}
 
     def watch(self, denoiser):
         """Follow the calls of every submodule; returns the hooks' handles."""
@@ -173,9 +229,11 @@ def record(denoiser, forward, signature, args, kwargs):
     args, kwargs = copied(args, kwargs)
     latent = signature.latent(args, kwargs)
     named = signature.named(args, kwargs)
-    others = {n: x for n, x in named.items() if _is_small(x) and n != signature.timestep_name}
-    prompt = [x for n, x in named.items() if any(word in n for word in PROMPT)]
-    recorder = Recorder(latent, (args, kwargs), others, prompt)
+    others = {(n, path): x for n, path, x in tensors(named) if n != signature.latent_name}
+    small = {n for n, x in named.items() if _is_small(x) and n != signature.timestep_name}
+    prompt = {n: x for n, x in named.items() if any(word in n for word in PROMPT)}
+    steady = {n for n in named if n != signature.timestep_name and not any(word in n for word in (*PROMPT, "timestep"))}
+    recorder = Recorder(latent, (args, kwargs), others, small, steady, list(prompt.values()))
     handles = recorder.watch(denoiser)
     try:
         with torch.no_grad(), KeptBytes((args, kwargs), latent) as kept, recorder:

@@ -50,8 +50,13 @@ class PatchResult:
         self._slot = exchange.slot("result", sends, recvs, depth=1)
         exchange.freeze(self._phase)
 
-    def share(self, result):
-        """The result for the whole picture, in new tensors, of this patch's result and the others'. Collective."""
+    def share(self, result, check):
+        """The result for the whole picture, in new tensors, of this patch's result and the others'. Collective.
+
+        `check`: the `CallCheck` whose worst error travels with it, if patches report that.
+        """
+        if self.reports is not None:
+            self.reports[self._patch].copy_(check.errors.worst)
         leaves, spec = tree_flatten(result)
         mine = [i for i, x in enumerate(leaves) if isinstance(x, torch.Tensor)]
         for i, (_, parts) in zip(mine, self._parts, strict=True):
@@ -61,6 +66,8 @@ class PatchResult:
         self._exchange.wait(self._slot)
         for i, (dim, parts) in zip(mine, self._parts, strict=True):
             leaves[i] = parts[0].clone() if dim is None else torch.cat(parts, dim)
+        if self.reports is not None:
+            check.report.give(self.reports.amax(0))
         return tree_unflatten(leaves, spec)
 
     def release(self):

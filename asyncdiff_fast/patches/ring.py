@@ -8,6 +8,7 @@ from ..calls.schedule import PatchMode
 from ..fused import attention_ops
 from ..kernels.checks import suits_attention
 from .state import Received, State
+from .way import lost
 
 _ATTENTION_NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 
@@ -76,6 +77,8 @@ class RingState(State):
         return picture, x.narrow(dim, 0 if self.extra_first else x.shape[dim] - extra, extra)
 
     def _write(self, key, value):
+        if key.shape[-2] != self.site.shapes[self.patch][-2]:
+            lost(f"{self.site.label} attends to {key.shape[-2]} tokens, not to {self.site.shapes[self.patch][-2]}")
         if self.extra_first is None:
             self.extra_first = self._told(key)
         for x, features in ((key, slice(0, math.prod(self.site.key[1:]))), (value, slice(-self._value_size, None))):

@@ -57,6 +57,14 @@ class Seen:
     sample: torch.Tensor | None = None
 
 
+def kind_of(func, args, kwargs):
+    """The kind of site that a call is; None of any other, as of one that pads sequences or features."""
+    kind = KINDS.get(func)
+    if kind == PAD and (args[0] if args else kwargs["input"]).dim() < 4:
+        return None
+    return kind
+
+
 def conv_options(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
     """((kernel, stride, padding, dilation) by spatial dimension) of a convolution's arguments."""
     n = weight.dim() - 2
@@ -91,7 +99,7 @@ def _pool_options(input, kernel_size, stride=None, padding=0, *more, **named):
 
 def _pad_options(input, pad, *_, **__):
     """((above, below) in rows,) of a padding: (0, 0) if it adds no rows to a picture."""
-    return (tuple(pad[2:4]) if input.dim() >= 4 and len(pad) >= 4 else (0, 0),)
+    return (tuple(pad[2:4]) if len(pad) >= 4 else (0, 0),)
 
 
 _OPTIONS = {

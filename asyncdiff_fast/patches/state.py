@@ -9,6 +9,9 @@ import torch
 from ..calls.schedule import PatchMode
 from ..exchange.slots import Recv, Send
 
+# Sites whose predictions are looked at, at most.
+CHECKED_SITES = 16
+
 
 class Received:
     """A part that another patch sends: `place` is where it is read, and where a synchronous call receives it.
@@ -81,6 +84,12 @@ class State:
     def run(self, func, args, kwargs, step):
         """The function's result on this patch; `step`, the `Patch`, has the call's mode and what sites share."""
         return func(*args, **kwargs)
+
+
+def checked(sites, states):
+    """{key: name} of the parts whose predictions are looked at: one of each site, of many sites some."""
+    pairs = [(id(x.received[0]), site.label) for site, x in zip(sites, states, strict=True) if x.predicts]
+    return dict(pairs[:: max(1, -(-len(pairs) // CHECKED_SITES))])
 
 
 def messages(state, displaced=False):

@@ -28,10 +28,11 @@ class Within:
         patch = self._patch
         if patch.way.key not in self.region.given:
             return args, kwargs
-        with patch.seen.paused() if patch.probing else contextlib.nullcontext():
+        following = None if patch.look is None else patch.look.following
+        with contextlib.nullcontext() if following is None else following.paused():
             args, kwargs = self.region.cut(patch.way.key, patch.cutter, args, kwargs, self._known)
-        if patch.probing:
-            patch.seen.instead(self._known.values())
+        if following is not None:
+            following.instead(self._known.values())
         return args, kwargs
 
     def leaving(self, result):
@@ -49,9 +50,9 @@ class Within:
     def _learn(self, result):
         """Look at a result; gives one of the whole picture's shape."""
         patch = self._patch
-        with patch.seen.paused():
+        with patch.look.following.paused():
             whole, pairs = self.region.whole_like(result)
             joints = self.region.joints(patch.cutter, result)
             self.made = tuple(self.region.apart(patch.cutter, joints, x) for x in (whole, result))
-        patch.seen.instead(pairs)
+        patch.look.following.instead(pairs)
         return whole

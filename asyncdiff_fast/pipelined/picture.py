@@ -4,7 +4,7 @@ import contextlib
 
 from ..calls.schedule import PatchMode
 from ..patches.patch import Patch
-from ..patches.sites import KINDS
+from ..patches.sites import kind_of
 from ..patches.way import Way
 
 
@@ -13,8 +13,8 @@ class MicroPatch(Patch):
 
     def bind(self, plan, kept):
         """Take the states of the sites that are kept here, `kept`: {place of a site in the plan: what is kept}."""
-        self.plan, self.found, self._slots = plan, {}, _NoSlots()
-        self.probing, self.bound = False, True
+        self.plan, self._slots = plan, _NoSlots()
+        self.look, self.bound = None, True
         self._order, self._states = plan.sites, {}
         for index, store in kept.items():
             site = plan.sites[index]
@@ -81,7 +81,7 @@ class WholePicture:
 
     def meet(self, func, args, kwargs):
         """The result of a watched function call."""
-        if func in KINDS:
+        if kind_of(func, args, kwargs):
             store = self._kept.get(self.way.at_site())
             if store is not None:
                 store.fill(args, kwargs, self.part)

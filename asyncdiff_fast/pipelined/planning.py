@@ -5,10 +5,7 @@ from dataclasses import replace
 
 from ..calls.schedule import PatchMode
 from ..calls.signature import inputs_key
-from ..patches import inputs
 from ..patches.alone import LonePlanner
-from ..patches.cutting import Cutter
-from ..patches.planning import beforehand
 from ..patches.site import Ring
 from ..stages import cutset, graph
 from ..stages.division import backward_reads, describe
@@ -28,6 +25,7 @@ class MicroPlanner(LonePlanner):
     learnt; it returns them beside what `run()` returns. None where they are not needed.
     """
 
+    _make = MicroPatch
     # The way out is said by what makes these plans.
     way_out = way_out_of_mixing = ""
 
@@ -144,19 +142,8 @@ class MicroPlanner(LonePlanner):
         # Stages end and begin within a call.
         return []
 
-    def _patch(self, recorder, args, kwargs, axis, number, other=()):
-        latent = self._signature.latent(args, kwargs)
-
-        def split(size, factor):
-            return order.rows_of(self._options.pipeline_patches, size, factor)
-
-        cutter = Cutter.of(recorder, latent, self._signature.latent_name, self.config, number, axis, other, split)
-        inputs.check_masks(cutter, self._signature.named(args, kwargs))
-        patch = MicroPatch(self._shared, cutter, number, latent.device)
-        patch.reads = tuple(recorder.reads)
-        patch.prepare(*beforehand(recorder, cutter, False))
-        self.hooks.attach(recorder, patch)
-        return patch
+    def _split(self, size, factor):
+        return order.rows_of(self._options.pipeline_patches, size, factor)
 
     def _first_time(self, patch, whole, forward, args, kwargs):
         """(graph, recording, structures) of one micro-step."""

@@ -7,11 +7,13 @@ import coverage_clips
 import coverage_nets
 import coverage_pictures
 import coverage_sequences
+import coverage_windows
 import diffusers
 import torch
 from tiny_parts import fill
 
 MODELS = coverage_nets.MODELS | coverage_pictures.MODELS | coverage_sequences.MODELS | coverage_clips.MODELS
+MODELS |= coverage_windows.MODELS
 # Why there is none of a class.
 LEFT_OUT = {
     "CosmosTransformer3DModel": "it needs torchvision",

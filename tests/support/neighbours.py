@@ -88,13 +88,15 @@ def _lora_of_file(pipe, seed=7, **options):
     pipe.unet.load_lora_adapter(state, prefix=None, adapter_name="default", **options)
 
 
-def _ip_adapter(pipe, width=32):
-    unet = pipe.unet
+def add_ip_adapter(pipe):
+    unet, draw = pipe.unet, torch.Generator().manual_seed(5)
     order = [n for n in unet.attn_processors if n.endswith("attn2.processor")]
     sizes = {n: unet.get_submodule(n.removesuffix(".processor")).to_k.weight.shape for n in order}
-    weights = {f"{2 * i + 1}.to_{x}_ip.weight": torch.full(sizes[n], 0.05) for i, n in enumerate(order) for x in "kv"}
-    image = {"proj.weight": torch.full((4 * width, width), 0.1), "proj.bias": torch.zeros(4 * width)}
+    names = {f"{2 * i + 1}.to_{x}_ip.weight": sizes[n] for i, n in enumerate(order) for x in "kv"}
+    width = unet.config.cross_attention_dim
+    image = {"proj.weight": torch.randn(4 * width, width, generator=draw), "proj.bias": torch.zeros(4 * width)}
     image |= {"norm.weight": torch.ones(width), "norm.bias": torch.zeros(width)}
+    weights = {name: 0.3 * torch.randn(size, generator=draw) for name, size in names.items()}
     unet._load_ip_adapter_weights([{"ip_adapter": weights, "image_proj": image}])
     pipe.set_ip_adapter_scale(0.6)
 
@@ -147,6 +149,13 @@ def _embeds():
     return dict(ip_adapter_image_embeds=[torch.ones(2, 1, 32)])
 
 
+def _masked():
+    """One picture where the mask says so: the upper left."""
+    mask = torch.zeros(1, 1, 32, 32)
+    mask[..., :20, :12] = 1
+    return _embeds() | dict(cross_attention_kwargs={"ip_adapter_masks": [mask]})
+
+
 def _both(text, change, **options):
     return [Row(f"{text}, before", before=change, **options), Row(f"{text}, after", after=change, **options)]
 
@@ -161,8 +170,9 @@ ADAPTERS = [
     Row("LoRA fused after", add_lora, lambda pipe: pipe.unet.fuse_lora()),
     Row("ControlNet", name="sdxl_controlnet"),
     Row("T2I-Adapter", name="t2i", arguments=_image),
-    Row("IP-Adapter before", _ip_adapter, arguments=_embeds),
-    Row("IP-Adapter scaled after", _ip_adapter, lambda p: p.set_ip_adapter_scale(0.2), arguments=_embeds),
+    Row("IP-Adapter before", add_ip_adapter, arguments=_embeds),
+    Row("IP-Adapter scaled after", add_ip_adapter, lambda p: p.set_ip_adapter_scale(0.2), arguments=_embeds),
+    Row("IP-Adapter with masks", add_ip_adapter, arguments=_masked),
 ]
 LAYERS = [
     *_both("fused projections", lambda pipe: pipe.unet.fuse_qkv_projections()),

@@ -92,6 +92,37 @@ class OddName(TokenNet):
         return self.pixels(self.out(self.attend(self.embed(self.tokens(x)) * text_weights)), x)
 
 
+class Layer:
+    """What a layer attends to beside the picture."""
+
+    def __init__(self, seed):
+        # Of another picture, there are more.
+        self.tokens = _random(1, 3 + 2 * seed, WIDTH, seed=seed)
+
+
+class Memory:
+    """As pipelines keep what was drawn before."""
+
+    def __init__(self, seed):
+        self.layers = [Layer(seed)]
+
+
+class Remembers(TokenNet):
+    """Attends to tokens in an object."""
+
+    def forward(self, x, t, memory):
+        before = memory.layers[0].tokens
+        tokens = torch.cat((before, self.embed(self.tokens(x)) + t / 1000), 1)
+        return self.pixels(self.out(self.attend(tokens)[:, before.shape[1] :]), x)
+
+
+class Recalls(Remembers):
+    """Attends to tokens that a function gives."""
+
+    def forward(self, x, t, recall):
+        return super().forward(x, t, recall())
+
+
 class ReadsNumbers(TokenNet):
     """Positions begin behind the text, whose length is read from its mask."""
 
@@ -203,6 +234,7 @@ MORE = {
     ReadsNumbers: lambda seed: dict(text_mask=torch.arange(9)[None] < 4 + seed),
     TakesNumbers: lambda seed: dict(first=[10 * seed]),
     Pops: lambda seed: dict(residuals=[_random(1, SIZE, WIDTH, seed=i) for i in range(2)]),
+    Remembers: lambda seed: dict(memory=Memory(seed)), Recalls: lambda seed: dict(recall=lambda: Memory(seed)),
     HiddenMean: lambda seed: {}, Experts: lambda seed: {},
 }  # fmt: skip
 
