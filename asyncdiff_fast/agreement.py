@@ -20,7 +20,7 @@ def agree(world, config, found, vae, problem):
     # Alone, there is nobody to differ from: no pass over the weights.
     models = [*found, *([] if vae is None else [vae])]
     digests = [fingerprint.model_digest(m) for m in models] if problem is None and world.size > 1 else []
-    reports = world.gather((problem and str(problem), config and dataclasses.asdict(config), digests), "patch")
+    reports = world.gather((problem and _text(problem), config and dataclasses.asdict(config), digests), "patch")
     if problem is not None:
         raise problem
     mine = dataclasses.asdict(config)
@@ -37,6 +37,11 @@ def agree(world, config, found, vae, problem):
                 f"every rank must hold the same model: rank {world.name} and rank {rank} have different denoisers, "
                 "autoencoders or weights; load the same checkpoint, or seed before building the model"
             )
+
+
+def _text(problem):
+    own = isinstance(problem, ValueError | TypeError) and str(problem)
+    return own or f"{type(problem).__name__}: {problem}"
 
 
 def _check(world, config, found):
