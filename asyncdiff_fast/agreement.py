@@ -23,7 +23,7 @@ def agree(world, config, found, vae, problem):
     # Alone, there is nobody to differ from: no pass over the weights.
     models = [*found, *([] if vae is None else [vae])]
     digests = [fingerprint.model_digest(m) for m in models] if problem is None and world.size > 1 else []
-    reports = world.gather((problem and str(problem), config and dataclasses.asdict(config), digests), "patch")
+    reports = world.gather((problem and _text(problem), config and dataclasses.asdict(config), digests), "patch")
     if problem is not None:
         raise problem
     mine = dataclasses.asdict(config)
@@ -46,6 +46,11 @@ def warn_of_idle(world, config):
     """Say on the first rank which options change nothing."""
     for name, of in combinations.idle(config).items() if world.rank == 0 else ():
         log.warning("%s=%r changes nothing here: it is of %s", name, getattr(config, name), of)
+
+
+def _text(problem):
+    own = isinstance(problem, ValueError | TypeError) and str(problem)
+    return own or f"{type(problem).__name__}: {problem}"
 
 
 def _check(world, config, found):

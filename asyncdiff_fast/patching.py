@@ -32,13 +32,19 @@ def patch(target, *, mesh=None, scheduler=None, **options):
     Returns: the `Runtime` (a list of them if the pipeline has several denoisers): `.plan`, `.stats()`.
     Raises: ValueError or TypeError on every rank alike, before anything is changed.
     """
-    config, found, vae, problem, world, made = None, [], None, None, None, []
+    return patch_unless(None, target, mesh, scheduler, options)
+
+
+def patch_unless(problem, target, mesh, scheduler, options):
+    """`patch`; on a rank with a `problem` it raises that, where the other ranks learn of it. Collective."""
+    config, found, vae, world, made = None, [], None, None, []
     try:
-        config, found = Config.from_options(options), denoisers(target)
-        vae = autoencoder(target) if config.vae else None
+        config = Config.from_options(options)
+        found = denoisers(target) if problem is None else []
+        vae = autoencoder(target) if config.vae and problem is None else None
     except (ValueError, TypeError) as error:
         # Refused below, where the other ranks learn of it.
-        problem = error
+        problem = problem or error
     timeout_s = config.timeout_s if config else Config.timeout_s
     start_process_group(timeout_s)
     try:

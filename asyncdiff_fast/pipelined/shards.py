@@ -81,31 +81,23 @@ class Shards:
         try:
             for name, p in parameters.items():
                 if self.world.rank in holders.get(name, (self.world.rank,)):
-                    self._read_one(name, p)
+                    p.data = self._checkpoint.read(name).to(p.device, p.dtype)
         except (ValueError, OSError) as error:
             problem = str(error)
         # Of what all hold; of the rest there is one copy.
         mine = input_digests({name: p.data for name, p in parameters.items() if name not in holders})
         everyone = self.world.gather((problem, mine), "the weights that all ranks hold")
-        for rank, (refusal, _) in enumerate(everyone):
+        for rank, (refusal, _) in zip(self.world.ranks, everyone, strict=True):
             if refusal is not None:
                 raise ValueError(f"rank {rank} cannot read its weights: {refusal}")
-        for rank, (_, theirs) in enumerate(everyone):
+        first = self.world.ranks[0]
+        for rank, (_, theirs) in zip(self.world.ranks, everyone, strict=True):
             different = [name for name in everyone[0][1] if everyone[0][1][name] != theirs.get(name)]
             if different:
                 raise ValueError(
-                    f"every rank must read the same weights: rank 0 and rank {rank} have different {different[0]}; "
-                    "copy the folder anew"
+                    f"every rank must read the same weights: rank {first} and rank {rank} have different "
+                    f"{different[0]}; copy the folder anew"
                 )
-
-    def _read_one(self, name, p):
-        value = self._checkpoint.read(name).to(p.device, p.dtype)
-        if value.shape != p.shape:
-            raise ValueError(
-                f"{name} must be {tuple(p.shape)}, as the config says: got {tuple(value.shape)} in "
-                f"{self._checkpoint.folder}; it holds another model"
-            )
-        p.data = value
 
 
 def _holders(denoiser, owners):
