@@ -208,6 +208,8 @@ void NcclTransport::move(const Group& group, uint64_t epoch) {
 }
 
 bool NcclTransport::order(const Group& group, uint64_t epoch, Stream stream, Clock::time_point) {
+  // 0 is the default stream of whichever context is current.
+  const Entered entered(*libraries_, context_);
   cuda(libraries_->cuStreamWaitEvent(handle(stream), mark(group, epoch).done, 0), "cuStreamWaitEvent");
   return true;
 }
