@@ -72,7 +72,6 @@ class Channel {
   };
   struct Slot : Group {
     std::string phase;
-    int place = -1;
     // Of the phase that it is frozen in; null before.
     Phase* order = nullptr;
     uint64_t posted = 0;
