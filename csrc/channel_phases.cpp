@@ -46,6 +46,8 @@ void Channel::release(const std::string& phase) {
   const auto found = phases_.find(phase);
   if (found == phases_.end()) throw std::invalid_argument("no phase '" + phase + "' is frozen");
   drain(found->second.slots);
+  // A window is taken back only once all ranks have it.
+  if (!window(found->second.slots).empty()) settle(transport_->name() + ", phase '" + phase + "'");
   std::lock_guard<std::mutex> lock(mutex_);
   for (int number : found->second.slots) {
     under_way_ -= slots_[number]->marks.size();
