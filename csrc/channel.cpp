@@ -161,8 +161,22 @@ void Channel::post(int slot, Stream stream) {
   if (s.order == nullptr) {
     throw std::invalid_argument("slot '" + s.name + "' is posted after freeze, not before");
   }
+  settle(place(s, s.posted));
   guard_order(s);
   post_now(slots_[slot], stream);
+}
+
+void Channel::settle(const std::string& where) {
+  bool opened;
+  try {
+    opened = patiently(deadline(), [&](auto until) { return transport_->opened(until); });
+  } catch (const ExchangeError& error) {
+    fail(where + ": " + error.what());
+    raise();
+  }
+  if (opened) return;
+  fail(where + ": " + unconnected());
+  raise();
 }
 
 void Channel::post_now(const std::shared_ptr<Slot>& slot, Stream stream) {

@@ -72,7 +72,6 @@ class Channel {
   };
   struct Slot : Group {
     std::string phase;
-    int place = -1;
     // Of the phase that it is frozen in; null before.
     Phase* order = nullptr;
     uint64_t posted = 0;
@@ -102,6 +101,8 @@ class Channel {
   void put_away();
   void grow_history(size_t marks);
   void guard_order(const Slot& slot);
+  // Waits until the transport can take posts and give up slots; `where` names this rank and what it does.
+  void settle(const std::string& where);
   void post_now(const std::shared_ptr<Slot>& slot, Stream stream);
   void order_after(Slot* slot, uint64_t epoch, Stream stream);
   void finish(Slot* slot, int64_t epoch, Clock::time_point deadline);
@@ -111,6 +112,7 @@ class Channel {
   bool patiently(Clock::time_point deadline, Attempt attempt);
   State state(const Posted& posted) const;
   std::string place(const Slot& slot, uint64_t epoch) const;
+  std::string unconnected() const;
   std::string late(const Slot& slot, uint64_t epoch, double waited_s) const;
   [[noreturn]] void raise();
   void fail(const std::string& reason);

@@ -106,6 +106,11 @@ std::string Channel::place(const Slot& slot, uint64_t epoch) const {
   return transport_->name() + ", slot '" + slot.name + "' (exchange " + std::to_string(epoch) + ")";
 }
 
+std::string Channel::unconnected() const {
+  return "found no connection in " + number(timeout_s_) +
+         " s; another rank never came here, or cannot be reached: see its log, or raise timeout_s";
+}
+
 std::string Channel::late(const Slot& slot, uint64_t epoch, double waited_s) const {
   return transport_->name() + " waited for rank " + list(*transport_, transport_->missing(slot, epoch)) + " in slot '" +
          slot.name + "' (exchange " + std::to_string(epoch) + ") and failed: nothing came for " + number(waited_s) +

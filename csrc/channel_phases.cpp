@@ -1,4 +1,6 @@
 // Phases of a channel: slots in a frozen order, and the memory that their transport shares for them.
+#include <algorithm>
+
 #include "channel.hpp"
 
 namespace adf {
@@ -15,11 +17,14 @@ void Channel::freeze(const std::string& phase, const std::vector<int>& slots,
                      const std::vector<std::vector<size_t>>& windows) {
   enter();
   if (phases_.count(phase) != 0) throw std::invalid_argument("phase '" + phase + "' is frozen already");
-  for (size_t i = 0; i < slots.size(); ++i) {
-    Slot& slot = at(slots[i]);
-    if (slot.place >= 0) throw std::invalid_argument("slot '" + slot.name + "' belongs to phase '" + slot.phase + "'");
-    slot.phase = phase;
-    slot.place = static_cast<int>(i);
+  for (auto number = slots.begin(); number != slots.end(); ++number) {
+    const Slot& slot = at(*number);
+    if (slot.order != nullptr) {
+      throw std::invalid_argument("slot '" + slot.name + "' belongs to phase '" + slot.phase + "'");
+    }
+    if (std::find(slots.begin(), number, *number) != number) {
+      throw std::invalid_argument("slot '" + slot.name + "' is twice in phase '" + phase + "'");
+    }
   }
   try {
     transport_->open(groups(slots), windows);
@@ -29,7 +34,11 @@ void Channel::freeze(const std::string& phase, const std::vector<int>& slots,
   }
   Phase& order = phases_[phase];
   order.slots = slots;
-  for (int number : slots) at(number).order = &order;
+  for (int number : slots) {
+    Slot& slot = at(number);
+    slot.phase = phase;
+    slot.order = &order;
+  }
 }
 
 void Channel::release(const std::string& phase) {
@@ -37,6 +46,8 @@ void Channel::release(const std::string& phase) {
   const auto found = phases_.find(phase);
   if (found == phases_.end()) throw std::invalid_argument("no phase '" + phase + "' is frozen");
   drain(found->second.slots);
+  // A window is taken back only once all ranks have it.
+  if (!window(found->second.slots).empty()) settle(transport_->name() + ", phase '" + phase + "'");
   std::lock_guard<std::mutex> lock(mutex_);
   for (int number : found->second.slots) {
     under_way_ -= slots_[number]->marks.size();

@@ -136,8 +136,7 @@ std::shared_ptr<NcclPutsTransport::Window> NcclPutsTransport::make_window(size_t
   return window;
 }
 
-void NcclPutsTransport::settle_window(const Window& window) {
-  settle("ncclCommWindowRegister");
+void NcclPutsTransport::require(const Window& window) {
   if (window.handle == nullptr) throw ExchangeError("NCCL has registered no window: these devices cannot have one");
 }
 
@@ -168,7 +167,7 @@ void NcclPutsTransport::move(const Group& group, uint64_t epoch) {
   const auto found = plans_.find(&group);
   if (found == plans_.end()) throw ExchangeError("slot '" + group.name + "' lies in no window");
   Plan& plan = found->second;
-  settle_window(*plan.window);
+  require(*plan.window);
   char* const memory = plan.window->memory;
   const size_t turn = epoch % group.depth, place = epoch % kPlaces;
   for (const Put& x : plan.puts) {
@@ -212,7 +211,7 @@ void NcclPutsTransport::detach(Group* group) {
 }
 
 void NcclPutsTransport::forget(const std::shared_ptr<Window>& window) {
-  settle_window(*window);
+  require(*window);
   issue("ncclCommWindowDeregister",
         [&](NcclComm comm) { return libraries_->ncclCommWindowDeregister(comm, window->handle); });
   check_nccl(*libraries_, libraries_->ncclMemFree(window->memory), "ncclMemFree");

@@ -78,7 +78,8 @@ class NcclPutsTransport final : public NcclTransport {
 
   Plan plan(const Group& group, size_t* own, std::vector<size_t>* here, std::vector<size_t>* there) const;
   std::shared_ptr<Window> make_window(size_t bytes);
-  void settle_window(const Window& window);
+  // Raises ExchangeError unless a window is registered.
+  static void require(const Window& window);
   void forget(const std::shared_ptr<Window>& window);
   void copy(char* target, const char* source, size_t bytes);
   void need(int peer, uint64_t number);

@@ -121,16 +121,13 @@ void NcclTransport::cuda(int result, const char* what) const {
   throw ExchangeError(std::string(what) + ": " + (text != nullptr ? text : std::to_string(result)));
 }
 
-void NcclTransport::settle(const char* what) {
-  if (aside_.settled()) return;
-  const auto deadline = Clock::now() + std::chrono::duration<double>(options_.timeout_s);
+bool NcclTransport::opened(Clock::time_point deadline) {
   while (!aside_.settled()) {
     if (gone()) throw ExchangeError("the NCCL communicator is closed");
-    if (Clock::now() > deadline) {
-      throw ExchangeError(std::string(what) + ": NCCL found no connection in " + seconds(options_.timeout_s));
-    }
+    if (Clock::now() > deadline) return false;
     std::this_thread::sleep_for(kPoll);
   }
+  return true;
 }
 
 // An empty message each way: the first group with a peer connects to it, which takes both.
@@ -208,6 +205,8 @@ void NcclTransport::move(const Group& group, uint64_t epoch) {
 }
 
 bool NcclTransport::order(const Group& group, uint64_t epoch, Stream stream, Clock::time_point) {
+  // 0 is the default stream of whichever context is current.
+  const Entered entered(*libraries_, context_);
   cuda(libraries_->cuStreamWaitEvent(handle(stream), mark(group, epoch).done, 0), "cuStreamWaitEvent");
   return true;
 }

@@ -72,6 +72,7 @@ class NcclTransport : public Transport {
   void attach(Group* group) override;
   void detach(Group* group) override;
   void open(const std::vector<const Group*>& groups, const std::vector<std::vector<size_t>>& windows) override;
+  bool opened(Clock::time_point deadline) override;
   void submit(const Group& group, uint64_t epoch, Stream stream) override;
   bool order(const Group& group, uint64_t epoch, Stream stream, Clock::time_point deadline) override;
   bool finish(const Group& group, uint64_t epoch, Clock::time_point deadline) override;
@@ -88,10 +89,9 @@ class NcclTransport : public Transport {
   // Ends a communicator that nobody can wait for.
   virtual void end(NcclComm comm) { libraries_->ncclCommAbort(comm); }
 
-  // Calls of NCCL that wait for no other rank, after all that does.
+  // Calls of NCCL that wait for no other rank, once all that does is over: see `opened`.
   template <class Calls>
   void issue(const char* what, const Calls& calls) {
-    settle(what);
     std::lock_guard<std::mutex> lock(comm_->mutex);
     if (gone()) throw ExchangeError("the NCCL communicator is closed");
     check_nccl(*libraries_, calls(comm_->handle), what);
@@ -111,8 +111,6 @@ class NcclTransport : public Transport {
   }
   // Begins a call that waits for other ranks; `call(communicator)` gives NCCL's result and owns what it touches.
   void begin_aside(const char* what, std::function<int(NcclComm*)> call);
-  // Waits for what goes on aside, `timeout_s` long.
-  void settle(const char* what);
   bool settled() const { return aside_.idle(); }
   // Waits a second for the lane to run dry.
   bool run_dry() const;

@@ -69,6 +69,10 @@ class Transport {
   virtual std::vector<size_t> window(const std::vector<const Group*>&) const { return {}; }
   virtual void open(const std::vector<const Group*>&, const std::vector<std::vector<size_t>>&) {}
 
+  // Let the host wait for what `open` began, before anything is submitted or detached. False: it is not over at the
+  // deadline. Raises ExchangeError if it failed.
+  virtual bool opened(Clock::time_point) { return true; }
+
   // Begin the messages of an epoch, after everything that is on `stream` now.
   virtual void submit(const Group& group, uint64_t epoch, Stream stream) = 0;
 

@@ -4,6 +4,7 @@ import contextlib
 from types import SimpleNamespace
 
 import building
+import channels
 import pytest
 import torch
 from double import Double
@@ -59,3 +60,25 @@ def test_tensors_of_another_device_are_refused(opened):
     _, made = opened
     assert made._has(torch.device("cuda", 3)) and not made._has(torch.device("cuda", 0))
     assert not made._has(torch.device("cpu"))
+
+
+def test_handle_0_is_the_default_stream_of_the_engine_s_device():
+    """Of torch the handle of the default stream is 0, which to the driver is that of whichever context is current."""
+    path, extension = building.load()
+    with Double(path, 200, 1) as gpu:
+        ranks = channels.connect(gpu, extension, 2)
+        slots = channels.ring(ranks)
+        for r, slot in zip(ranks, slots, strict=True):
+            with gpu.rank(1 - r.rank):
+                r.channel.acquire(slot.number, 0)
+            with gpu.rank(r.rank):
+                gpu.kernel(0, "produce", writes=[slot.send[0].filled(channels.value(r.rank, slot.name, 0))])
+            with gpu.rank(1 - r.rank):
+                r.channel.post(slot.number, 0)
+        for r, slot in zip(ranks, slots, strict=True):
+            with gpu.rank(1 - r.rank):
+                r.channel.wait(slot.number, 0)
+            awaited = channels.value(1 - r.rank, slot.name, 0)
+            with gpu.rank(r.rank):
+                gpu.kernel(0, "consume", reads=[slot.recv[1 - r.rank][0].filled(awaited)])
+        assert channels.verdict(gpu, ranks) == ([], [], [])

@@ -149,7 +149,11 @@ def _refusals(rank):
             found[name] = type(error).__name__, str(error)
 
     refused("unfrozen", channel.post, first)
+    # What is refused leaves no slot half frozen.
+    refused("no slot", channel.freeze, "phase", [first, 77])
+    refused("twice", channel.freeze, "phase", [first, first])
     channel.freeze("phase", [first, second])
+    refused("two phases", channel.freeze, "other", [one, first])
     channel.freeze("other", [one])
     refused("frozen twice", channel.freeze, "phase", [one])
     refused("order", channel.post, second)
@@ -173,6 +177,9 @@ def test_refusals():
     for found in shm_ranks.run(2, _refusals):
         assert found == {
             "unfrozen": ("ValueError", "slot 'first' is posted after freeze, not before"),
+            "no slot": ("ValueError", "no slot has the number 77: it was released, or never made"),
+            "twice": ("ValueError", "slot 'first' is twice in phase 'phase'"),
+            "two phases": ("ValueError", "slot 'first' belongs to phase 'phase'"),
             "frozen twice": ("ValueError", "phase 'phase' is frozen already"),
             "order": ("ExchangeError", "slots are posted in their frozen order: 'first' is next, not 'second'"),
             "lag": ("ValueError", "lag must be less than the depth: got lag=2, depth=2 for slot 'first'"),

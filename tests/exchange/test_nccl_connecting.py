@@ -1,6 +1,7 @@
 """Connecting by NCCL, on the double: libraries, versions, time limits, and how a channel ends."""
 
 import gc
+import signal
 import threading
 import time
 
@@ -66,13 +67,37 @@ def test_a_peer_that_never_connects_is_given_up(gpu):
     ranks = connect(gpu, extension, 2, timeout_s=0.3)
     slot = ranks[0].slot("alone", [1], [1])
     ranks[0].channel.freeze("alone", [slot.number])
-    with pytest.raises(extension.ExchangeError, match=r"rank 0, slot 'alone' .*no connection in 0.3 s"):
+    with pytest.raises(extension.ExchangeError, match=r"rank 0, slot 'alone' .*: found no connection in 0.3 s"):
         ranks[0].send_once(slot)
     began = time.monotonic()
     for r in ranks:
         r.channel.abort("over")
         r.channel.close()
     assert time.monotonic() - began < 0.5
+
+
+@pytest.mark.parametrize("puts", [False, True])
+def test_a_first_post_hears_signals(gpu, puts):
+    """Ctrl-C ends it while it waits for the others, who never come."""
+    _, extension = building.load()
+    ranks = connect(gpu, extension, 2, timeout_s=20, puts=puts)
+    slot, other = ranks[0].slot("alone", [1], [1]), ranks[1].slot("alone", [0], [0])
+    windows = [r.channel.window([s.number]) for r, s in zip(ranks, (slot, other), strict=True)]
+    ranks[0].channel.freeze("alone", [slot.number], windows)
+    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    signal.setitimer(signal.ITIMER_REAL, 0.3)
+    began = time.monotonic()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            ranks[0].send_once(slot)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert time.monotonic() - began < 2
+    # Nothing was posted.
+    assert ranks[0].channel.broken() is None and ranks[0].channel.history() == []
+    for r in ranks:
+        r.channel.abort("over")
+        r.channel.close()
 
 
 def test_another_device_may_be_current(gpu):

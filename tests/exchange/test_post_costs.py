@@ -50,7 +50,7 @@ def test_calls_of_the_driver_and_of_nccl(pair):
     # Of events none is made; the one enquiry is whether the mark that is taken over is free.
     events = {"cuCtxGetCurrent": 1, "cuEventQuery": 1, "cuEventRecord": 2, "cuStreamWaitEvent": 1}
     assert posted == events | {"ncclGroupStart": 1, "ncclSend": 1, "ncclRecv": 1, "ncclGroupEnd": 1}
-    assert waited == {"cuStreamWaitEvent": 1} and acquired == {}
+    assert waited == {"cuCtxGetCurrent": 1, "cuStreamWaitEvent": 1} and acquired == {}
     assert channels.verdict(gpu, ranks) == ([], [], [])
 
 
