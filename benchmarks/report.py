@@ -72,9 +72,9 @@ def about_options():
     return (
         f"Speed: a call of `{row['model']}` after the exact ones, against one unpatched process; "
         f"{speed_tables.machine(row | {'date': f'{min(days)} to {max(days)}'})}.\n"
-        f"One patched process is {alone:.2f}× as fast as an unpatched one, which is a part of each figure. Steps side by "
-        "side were timed\nwith full blocks. Closeness: PSNR, mean (worst picture), against exact sampling with 50 steps "
-        f"DDIM;\n{predicted}\nSteps side by side: {steps}"
+        f"One patched process is {alone:.2f}× as fast as an unpatched one, which is a part of each figure. Steps side\n"
+        "by side were timed with full blocks. Closeness: PSNR, mean (worst picture), against exact sampling with 50\n"
+        f"steps DDIM; {predicted}\nSteps side by side: {steps}"
     )
 
 

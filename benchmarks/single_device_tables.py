@@ -80,7 +80,7 @@ def in_words():
     compiled = unpatched("graph", "blocks")
     return (
         f"On one {last['device']} a call of SDXL's UNet at 1024² (fp16, both halves of guidance) takes\n"
-        f"{patched:.1f} ms patched. Unpatched it takes {launched:.0f} ms as diffusers launches it (a wait for the host), "
-        f"{captured:.1f} ms as a CUDA graph,\nand {compiled:.1f} ms with `compile_repeated_blocks` as a CUDA graph: "
+        f"{patched:.1f} ms patched. Unpatched it takes {launched:.0f} ms as diffusers launches it (the host is slow),\n"
+        f"{captured:.1f} ms as a CUDA graph, and {compiled:.1f} ms with `compile_repeated_blocks` as a CUDA graph: "
         f"{captured / patched:.2f}× and {compiled / patched:.2f}× of the patched call (commit {last['commit']})."
     )
