@@ -48,6 +48,8 @@ def faults(row, target):
         yield f"{row['in_flight']} loads in flight, fewer than {IN_FLIGHT}"
     if row["must_use_tensor_core"] and not row["tensor_core"]:
         yield "no tensor-core instruction"
+    if row["beside"] and not row["products_beside"]:
+        yield "every product is waited for before the exponentials"
     if row["misread"]:
         yield f"products that read by no descriptor, at {', '.join(map(hex, row['misread']))}"
 

@@ -20,6 +20,8 @@ def launch(head_size, dtype=torch.bfloat16, queries=(1024,), keys=(4096,), heads
 
 # On gfx942 a head of 128 spills registers and one of 160 needs too much shared memory: these stay with the library.
 NO_GFX942 = tuple(target for target in TARGETS if target != "gfx942")
+# Where products read tiles by descriptors.
+BY_DESCRIPTORS = ("sm_90", "sm_100")
 # Text and ring with left-overs, a split with its merge, both outputs of joint attention.
 JOINT = {"queries": (333, 512), "keys": (333, 4096), "num_splits": 4, "return_lse": True}
 # A token's text of one key, one query: sizes that Triton makes constants of.
@@ -36,11 +38,24 @@ VARIANTS = [
     Variant(
         "head 64, eight segments, joint", partial(launch, 64, **JOINT | {"keys": (333, *[512] * 7)}), KERNEL, KERNEL
     ),
-    # Left-overs of two and three segments, where a head is in two pieces.
+    # Left-overs of two and three segments, where a head is in two pieces: of these descriptors were mixed up.
     *(
-        Variant(f"head {d}, left-overs of {len(keys)}", partial(launch, d, keys=keys), (), KERNEL, NO_GFX942)
+        Variant(f"head {d}, left-overs of {len(keys)}", partial(launch, d, keys=keys), (), KERNEL, BY_DESCRIPTORS)
         for d in (40, 80, 96, 160)
         for keys in ((77, 200), (333, 129, 77))
+    ),
+    # The next block's scores beside this one's probabilities; on sm_80 heads of 128 spill.
+    Variant("head 64, ahead", partial(launch, 64, ahead=True), KERNEL, KERNEL),
+    *(
+        Variant(
+            f"head 128, ahead{name}",
+            partial(launch, 128, ahead=True, **how),
+            KERNEL,
+            KERNEL,
+            BY_DESCRIPTORS,
+            beside=KERNEL,
+        )
+        for name, how in (("", {}), (", joint, eight segments", JOINT | {"keys": (333, *[512] * 7)}))
     ),
     Variant("head 40, ones", partial(launch, 40, **ONE), (), KERNEL),
     Variant("head 64, float32", partial(launch, 64, torch.float32), KERNEL, (), NO_GFX942),
