@@ -87,7 +87,9 @@ def kernel_ops(inputs):
     """Name → callable of the kernel: keys divided between programs as `tuning` has it, or not; one view or segments."""
     from asyncdiff_fast.kernels.attention import attention
 
-    return {
+    made = {"attention, ahead": lambda: attention(inputs.queries, inputs.whole, ahead=True)}
+    head_size = inputs.query.shape[-1]
+    return (made if head_size & (head_size - 1) == 0 else {}) | {
         "attention": lambda: attention(inputs.queries, inputs.whole),
         "attention, keys undivided": lambda: attention(inputs.queries, inputs.whole, num_splits=1),
         "attention, segments": lambda: attention(inputs.queries, inputs.segments),

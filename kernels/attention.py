@@ -21,6 +21,7 @@ import torch
 import triton
 import triton.language as tl
 from asyncdiff_fast.kernels import plans, tuning
+from asyncdiff_fast.kernels.attention_blocks import block_of_keys, fold, scores_of
 from asyncdiff_fast.kernels.attention_layout import aligned, check_attention, pieces, stride_unit, strides
 from asyncdiff_fast.kernels.attention_merge import launch_merge, tile_of_queries
 
@@ -30,102 +31,13 @@ LN_2 = tl.constexpr(0.6931471805599453)
 SHAPES = ("num_blocks", "num_tails", "blocks_per_split")
 
 
-@triton.jit
-def _dot(a, b, acc, PRECISION: tl.constexpr):
-    if PRECISION == "upcast":
-        a = a.to(tl.float32)
-        b = b.to(tl.float32)
-        return tl.dot(a, b, acc, input_precision="ieee")
-    else:
-        return tl.dot(a, b, acc, input_precision=PRECISION)
-
-
-@triton.jit
-def _load(ptrs, mask_n, mask_d, MASK_N: tl.constexpr, MASK_D: tl.constexpr):
-    if MASK_N and MASK_D:
-        return tl.load(ptrs, mask=mask_n & mask_d, other=0.0)
-    elif MASK_N:
-        return tl.load(ptrs, mask=mask_n, other=0.0)
-    elif MASK_D:
-        return tl.load(ptrs, mask=mask_d, other=0.0)
-    else:
-        return tl.load(ptrs)
-
-
-@triton.jit
-def _fold_keys(
-    q0, q1, acc0, acc1, row_max, row_sum, k_ptr, v_ptr, stride_ks, stride_vs, num_keys, scale_log2,
-    D0: tl.constexpr, D1: tl.constexpr, HEAD_SIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    MASK_N: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """One step of the online softmax: a block of keys and values joins the sums of a tile of queries."""
-    MASK_D: tl.constexpr = D0 + D1 != HEAD_SIZE
-    offs_n = tl.arange(0, BLOCK_N)
-    offs_d = tl.arange(0, D0)
-    mask_n = offs_n < num_keys
-    k = _load(k_ptr + offs_n[None, :] * stride_ks + offs_d[:, None], mask_n[None, :], None, MASK_N, False)
-    scores = _dot(q0, k, tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION)
-    if D1 > 0:
-        offs_e = D0 + tl.arange(0, D1)
-        mask_e = offs_e < HEAD_SIZE
-        k_ptrs = k_ptr + offs_n[None, :] * stride_ks + offs_e[:, None]
-        scores = _dot(q1, _load(k_ptrs, mask_n[None, :], mask_e[:, None], MASK_N, MASK_D), scores, PRECISION)
-    if MASK_N:
-        scores = tl.where(mask_n[None, :], scores, float("-inf"))
-    new_max = tl.maximum(row_max, tl.max(scores, 1) * scale_log2)
-    # Before the first key, and with none in this block, −inf − −inf would be NaN.
-    base = tl.where(new_max == float("-inf"), 0.0, new_max) if MASK_N else new_max
-    probs = tl.exp2(scores * scale_log2 - base[:, None])
-    decay = tl.exp2(row_max - base)
-    row_sum = row_sum * decay + tl.sum(probs, 1)
-    v = _load(v_ptr + offs_n[:, None] * stride_vs + offs_d[None, :], mask_n[:, None], None, MASK_N, False)
-    probs = probs.to(v.dtype)
-    acc0 = _dot(probs, v, acc0 * decay[:, None], PRECISION)
-    if D1 > 0:
-        v_ptrs = v_ptr + offs_n[:, None] * stride_vs + offs_e[None, :]
-        v = _load(v_ptrs, mask_n[:, None], mask_e[None, :], MASK_N, MASK_D)
-        acc1 = _dot(probs, v, acc1 * decay[:, None], PRECISION)
-    return acc0, acc1, new_max, row_sum
-
-
-@triton.jit
-def _block_of_keys(
-    block, batch, head, k_ptrs, v_ptrs, k_strides, v_strides, sizes, first_blocks,
-    NUM_SEGMENTS: tl.constexpr, BLOCK_N: tl.constexpr, TAILS: tl.constexpr, UNIT: tl.constexpr,
-):  # fmt: skip
-    """Where a block lies: whole block number `block` of all segments, or what is left over of segment `block`."""
-    k_ptr = k_ptrs[0] + (batch * k_strides[0] + head * k_strides[2]) * UNIT
-    v_ptr = v_ptrs[0] + (batch * v_strides[0] + head * v_strides[2]) * UNIT
-    stride_ks = k_strides[1]
-    stride_vs = v_strides[1]
-    size = sizes[0]
-    first = first_blocks[0]
-    for idx in tl.static_range(1, NUM_SEGMENTS):
-        reached = block >= (idx if TAILS else first_blocks[idx])
-        k_offset = batch * k_strides[3 * idx] + head * k_strides[3 * idx + 2]
-        v_offset = batch * v_strides[3 * idx] + head * v_strides[3 * idx + 2]
-        k_ptr = tl.where(reached, k_ptrs[idx] + k_offset * UNIT, k_ptr)
-        v_ptr = tl.where(reached, v_ptrs[idx] + v_offset * UNIT, v_ptr)
-        stride_ks = tl.where(reached, k_strides[3 * idx + 1], stride_ks)
-        stride_vs = tl.where(reached, v_strides[3 * idx + 1], stride_vs)
-        size = tl.where(reached, sizes[idx], size)
-        first = tl.where(reached, first_blocks[idx], first)
-    size = tl.cast(size, tl.int64)
-    begin = size // BLOCK_N * BLOCK_N if TAILS else tl.cast(block - first, tl.int64) * BLOCK_N
-    stride_ks *= UNIT
-    stride_vs *= UNIT
-    k_ptr += begin * stride_ks
-    v_ptr += begin * stride_vs
-    return k_ptr, v_ptr, stride_ks, stride_vs, size - begin
-
-
 @triton.jit(do_not_specialize=SHAPES)
 def _attention_kernel(
     q_ptrs, out_ptrs, k_ptrs, v_ptrs, partial_ptr, lse_ptr, q_strides, out_strides, k_strides, v_strides,
     q_sizes, sizes, first_blocks, num_heads, num_blocks, num_tails, blocks_per_split, scale_log2,
     NUM_QUERIES: tl.constexpr, NUM_SEGMENTS: tl.constexpr, HEAD_SIZE: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, MASKED: tl.constexpr, SPLIT: tl.constexpr,
-    WRITE_LSE: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, MASKED: tl.constexpr, AHEAD: tl.constexpr,
+    SPLIT: tl.constexpr, WRITE_LSE: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     batch = (tl.program_id(1) // num_heads).to(tl.int64)
     head = (tl.program_id(1) % num_heads).to(tl.int64)
@@ -155,24 +67,57 @@ def _attention_kernel(
 
     begin = tl.program_id(2) * blocks_per_split
     end = tl.minimum(begin + blocks_per_split, num_blocks + num_tails)
-    for block in tl.range(begin, tl.minimum(end, num_blocks), num_stages=STAGES):
-        k_ptr, v_ptr, stride_ks, stride_vs, num_keys = _block_of_keys(
-            block, batch, head, k_ptrs, v_ptrs, k_strides, v_strides, sizes, first_blocks,
-            NUM_SEGMENTS, BLOCK_N, False, UNIT,
+    whole = tl.minimum(end, num_blocks)
+    if AHEAD:
+        # The next block's scores are in the making while this one's become probabilities; the last ones are left over.
+        k_ptr, v_ptr, stride_ks, stride_vs, num_keys = block_of_keys(
+            tl.maximum(tl.minimum(begin, num_blocks - 1), 0), batch, head, k_ptrs, v_ptrs, k_strides, v_strides,
+            sizes, first_blocks, NUM_SEGMENTS, BLOCK_N, False, UNIT,
         )  # fmt: skip
-        acc0, acc1, row_max, row_sum = _fold_keys(
-            q0, q1, acc0, acc1, row_max, row_sum, k_ptr, v_ptr, stride_ks, stride_vs, num_keys, scale_log2,
-            D0, D1, HEAD_SIZE, BLOCK_M, BLOCK_N, MASKED, PRECISION,
+        num_keys = tl.where(begin < whole, num_keys, 0)
+        scores = scores_of(
+            q0, q1, k_ptr, stride_ks, num_keys, D0, D1, HEAD_SIZE, BLOCK_M, BLOCK_N, True, PRECISION
         )  # fmt: skip
+        for block in tl.range(begin, whole, num_stages=STAGES):
+            k_ptr, next_v_ptr, stride_ks, next_stride_vs, num_keys = block_of_keys(
+                tl.minimum(block + 1, whole - 1), batch, head, k_ptrs, v_ptrs, k_strides, v_strides,
+                sizes, first_blocks, NUM_SEGMENTS, BLOCK_N, False, UNIT,
+            )  # fmt: skip
+            next_scores = scores_of(
+                q0, q1, k_ptr, stride_ks, num_keys, D0, D1, HEAD_SIZE, BLOCK_M, BLOCK_N, False, PRECISION
+            )  # fmt: skip
+            acc0, acc1, row_max, row_sum = fold(
+                scores, acc0, acc1, row_max, row_sum, v_ptr, stride_vs, num_keys, scale_log2,
+                D0, D1, HEAD_SIZE, BLOCK_N, False, PRECISION,
+            )  # fmt: skip
+            scores = next_scores
+            v_ptr = next_v_ptr
+            stride_vs = next_stride_vs
+    else:
+        for block in tl.range(begin, whole, num_stages=STAGES):
+            k_ptr, v_ptr, stride_ks, stride_vs, num_keys = block_of_keys(
+                block, batch, head, k_ptrs, v_ptrs, k_strides, v_strides, sizes, first_blocks,
+                NUM_SEGMENTS, BLOCK_N, False, UNIT,
+            )  # fmt: skip
+            scores = scores_of(
+                q0, q1, k_ptr, stride_ks, num_keys, D0, D1, HEAD_SIZE, BLOCK_M, BLOCK_N, MASKED, PRECISION
+            )  # fmt: skip
+            acc0, acc1, row_max, row_sum = fold(
+                scores, acc0, acc1, row_max, row_sum, v_ptr, stride_vs, num_keys, scale_log2,
+                D0, D1, HEAD_SIZE, BLOCK_N, MASKED, PRECISION,
+            )  # fmt: skip
     if D1 == 0:
         for block in tl.range(tl.maximum(begin, num_blocks), end, num_stages=1):
-            k_ptr, v_ptr, stride_ks, stride_vs, num_keys = _block_of_keys(
+            k_ptr, v_ptr, stride_ks, stride_vs, num_keys = block_of_keys(
                 block - num_blocks, batch, head, k_ptrs, v_ptrs, k_strides, v_strides, sizes, first_blocks,
                 NUM_SEGMENTS, BLOCK_N, True, UNIT,
             )  # fmt: skip
-            acc0, acc1, row_max, row_sum = _fold_keys(
-                q0, q1, acc0, acc1, row_max, row_sum, k_ptr, v_ptr, stride_ks, stride_vs, num_keys, scale_log2,
-                D0, D1, HEAD_SIZE, BLOCK_M, BLOCK_N, True, PRECISION,
+            scores = scores_of(
+                q0, q1, k_ptr, stride_ks, num_keys, D0, D1, HEAD_SIZE, BLOCK_M, BLOCK_N, True, PRECISION
+            )  # fmt: skip
+            acc0, acc1, row_max, row_sum = fold(
+                scores, acc0, acc1, row_max, row_sum, v_ptr, stride_vs, num_keys, scale_log2,
+                D0, D1, HEAD_SIZE, BLOCK_N, True, PRECISION,
             )  # fmt: skip
 
     # A split whose only blocks are left-overs of nothing has no key: out 0, lse −inf.
@@ -191,7 +136,9 @@ def _attention_kernel(
         tl.store(lse_ptr + rows, (row_max + tl.log2(row_sum)) * LN_2, mask=mask_m)
 
 
-def attention(queries, segments, *, scale=None, outs=None, return_lse=False, num_splits=None, settings=None):
+def attention(
+    queries, segments, *, scale=None, outs=None, return_lse=False, num_splits=None, ahead=False, settings=None
+):  # fmt: skip
     """Attention of one or two query segments over the keys and values of all segments.
 
     Args:
@@ -203,6 +150,8 @@ def attention(queries, segments, *, scale=None, outs=None, return_lse=False, num
         outs: where to write, like `queries`; new tensors if None.
         return_lse: also give log Σ exp(scores) of each row.
         num_splits: programs among which the keys of one row are divided; chosen from the shapes if None.
+        ahead: the scores of the next block of keys are made beside the probabilities of this one, as in
+            FlashAttention-3 (Shah et al., 2024, algorithm 2); half precision, and heads of a power of two.
         settings: `tuning.AttentionSettings` in place of the table's.
     Returns: out, or a tuple of two; with `return_lse` a pair of that and lse: (b, h, s) fp32 each, natural logarithm.
     Raises: ValueError if shapes, dtypes or strides do not fit, or if there is no key at all.
@@ -214,7 +163,7 @@ def attention(queries, segments, *, scale=None, outs=None, return_lse=False, num
     outs = () if outs is None else (outs,) if isinstance(outs, torch.Tensor) else tuple(outs)
     given = (*queries, *keys, *values, *outs)
     plan = _plan(
-        given, (len(queries), len(keys), len(outs)), aligned(given), scale, num_splits, settings, return_lse
+        given, (len(queries), len(keys), len(outs)), aligned(given), scale, num_splits, ahead, settings, return_lse
     )  # fmt: skip
     outs = outs or tuple([plans.new(out, queries[0]) for out in plan.outs])
     partial = None if plan.partial is None else plans.new(plan.partial, queries[0])
@@ -253,13 +202,13 @@ class _Attention(NamedTuple):
 
 @plans.planned
 def _plan(*given):
-    *tensors, counts, wide, scale, num_splits, settings, return_lse = given
+    *tensors, counts, wide, scale, num_splits, ahead, settings, return_lse = given
     tensors = iter(tensors)
     queries, keys, values, outs = (
         tuple(itertools.islice(tensors, count)) for count in (counts[0], counts[1], counts[1], counts[2])
     )
     outs = outs or tuple(torch.empty(q.shape, dtype=q.dtype, device=q.device) for q in queries)
-    check_attention(queries, tuple(zip(keys, values, strict=True)), outs, scale, num_splits)
+    check_attention(queries, tuple(zip(keys, values, strict=True)), outs, scale, num_splits, ahead)
     batch, _, num_heads, head_size = queries[0].shape
     q_sizes, sizes = (tuple(x.shape[1] for x in tensors) for tensors in (queries, keys))
     settings = settings or tuning.attention_settings(head_size, queries[0].dtype, len(sizes))
@@ -288,7 +237,8 @@ def _plan(*given):
     constants = dict(
         NUM_QUERIES=len(queries), NUM_SEGMENTS=len(sizes), HEAD_SIZE=head_size, D0=d0, D1=d1,
         BLOCK_M=settings.block_m, BLOCK_N=settings.block_n, STAGES=settings.num_stages, MASKED=masked,
-        SPLIT=num_splits > 1, WRITE_LSE=lse is not None, UNIT=unit, PRECISION=_precision(queries[0].dtype),
+        AHEAD=ahead, SPLIT=num_splits > 1, WRITE_LSE=lse is not None, UNIT=unit,
+        PRECISION=_precision(queries[0].dtype),
         num_warps=settings.num_warps, num_stages=settings.num_stages,
     )  # fmt: skip
     grid = (num_tiles, batch * num_heads, num_splits) if num_tiles else None

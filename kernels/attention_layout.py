@@ -31,7 +31,7 @@ def stride_unit(tensors, wide):
     return 8 if wide and all(stride % 8 == 0 for stride in strides(tensors)) else 1
 
 
-def check_attention(queries, segments, outs, scale, num_splits):
+def check_attention(queries, segments, outs, scale, num_splits, ahead=False):
     """Raise ValueError unless queries, outs and the pairs of `segments` fit together and suit the kernel."""
     if not 0 < len(queries) <= 2 or not 0 < len(segments) <= MAX_SEGMENTS or len(outs) != len(queries):
         raise ValueError(
@@ -45,6 +45,8 @@ def check_attention(queries, segments, outs, scale, num_splits):
             f"head size must be a multiple of 8 from 16 to 160 and dtype fp32, fp16 or bf16: got {head_size} and "
             f"{dtype}; use scaled_dot_product_attention"
         )
+    if ahead and pieces(head_size)[1]:
+        raise ValueError(f"ahead=True needs a head size that is a power of two: got {head_size}; pass ahead=False")
     if (scale is not None and scale <= 0) or (num_splits is not None and num_splits < 1):
         raise ValueError(f"scale and num_splits must be positive: got {scale} and {num_splits}")
     for name, tensors in (("queries", queries), ("outs", outs), *((f"segment {i}", s) for i, s in enumerate(segments))):

@@ -74,10 +74,10 @@ def attention(
             several are joined, and only by the library's kernels.
     Returns: (b, s_q, h, d).
     """
-    if kernel == "triton":
+    if kernel in ("triton", "ahead"):
         from ..kernels import attention as triton_op
 
-        return triton_op.attention(q, list(zip(keys, values, strict=True)), scale=scale)
+        return triton_op.attention(q, list(zip(keys, values, strict=True)), scale=scale, ahead=kernel == "ahead")
     k, v = (x[0] if len(x) == 1 else torch.cat(x, 1) for x in (keys, values))
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     if kernel == "torch":

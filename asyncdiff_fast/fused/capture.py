@@ -21,6 +21,12 @@ class Capture:
         # What a replay does, in order, while a call is captured; else None.
         self._program = None
 
+    def tidy(self):
+        """Give back what memory can be, before a capture, of a rank that has no receive under way.
+
+        To free memory waits for all that the device does: for what another rank sends, too, who may wait likewise.
+        """
+
     def outside(self, action, *args):
         """Do `action(*args)` now; of a call that is captured, in each replay, between two pieces.
 
@@ -68,11 +74,13 @@ class CudaGraphs(Capture):
         # torch captures into a pool that is in use only while one of its graphs lives, be it an empty one.
         self._graphs, self._empty = weakref.WeakSet(), []
 
-    @contextlib.contextmanager
-    def around(self):
-        """As `torch.cuda.graph` prepares a capture, on the current device."""
+    def tidy(self):
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
+
+    @contextlib.contextmanager
+    def around(self):
+        """On the current device, of which nothing is waited for."""
         device = torch.cuda.current_device()
         if self._device != device:
             self._device, self._stream, self._graphs = device, torch.cuda.Stream(), weakref.WeakSet()

@@ -66,7 +66,8 @@ class Graphs:
         """What `forward(*args, **kwargs)` returns, in new tensors.
 
         Args:
-            of: whose call it is, where several make calls that differ in more than their arguments; hashable.
+            of: whose call it is, where several make calls that differ in more than their arguments; hashable. None: a
+                call that no other rank has a part in.
             launches: how many calls of a kind are launched before one is captured.
         """
         leaves, tree = self._leaves(args, kwargs)
@@ -94,7 +95,7 @@ class Graphs:
             return result
         if kind.replay is None:
             try:
-                self._capture(kind, call)
+                self._capture(kind, call, alone=of is None)
             except Exception as error:
                 kind.refuse()
                 return self._launched(f"{type(error).__name__}: {error}".splitlines()[0], forward, args, kwargs)
@@ -116,12 +117,14 @@ class Graphs:
         with self._first(), kind.pinned.recording() if kind.pinned is not None else contextlib.nullcontext():
             return call()
 
-    def _capture(self, kind, call):
+    def _capture(self, kind, call, alone):
         hook = foreign_hook(self._denoiser)
         if hook:
             raise RuntimeError(hook)
         # Calls hold much of the device's memory, and what holds calls may be in cycles.
         gc.collect()
+        if alone:
+            self._captures.tidy()
         with torch.cuda.device_of(kind.inputs[0]), uncached_casts():
             if kind.pinned is not None and kind.pinned.nbytes:
                 kind.make, _ = self._captures.capture(kind.pinned.make)

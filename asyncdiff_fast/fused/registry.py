@@ -20,7 +20,8 @@ KERNELS = {
     "gate_residual_adaln": ("torch", "triton"),
     "add_layer_norm": ("torch", "triton"),
     "joint_qk_norm_rope": ("torch", "triton"),
-    "attention": ("torch", "cudnn", "flash", "triton"),
+    # "ahead": Triton's, of heads in one piece, a block's scores beside the probabilities of the one before.
+    "attention": ("torch", "cudnn", "flash", "triton", "ahead"),
     # Of all keys in one segment, on one device.
     "whole_attention": ("torch", "cudnn", "flash"),
     # Of queries, keys and values, by one matrix product.

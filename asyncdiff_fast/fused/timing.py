@@ -58,6 +58,7 @@ def times_us(run, device_idx):
             for _ in range(WARMUP):
                 run()
             launched = _median_us(calls)
+            _captures().tidy()
             replay, _ = _captures().capture(calls)
             return launched, _median_us(replay)
         # Whatever a kernel or its compiler fails with, Triton's own errors among it, another one is there.

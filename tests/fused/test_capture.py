@@ -42,6 +42,16 @@ def test_a_call_may_begin_with_nothing(gpu):
     assert gpu.replays == ["after 1", "after 2", 2] and gpu.uses == 1
 
 
+def test_pieces_are_captured_while_a_receive_is_under_way(gpu):
+    """Ranks that capture at the same call would wait for each other's sends, which come with the replay."""
+    gpu.receiving = True
+    captures = CudaGraphs()
+    _pieces(captures, gpu, 1, 2)()
+    assert gpu.replays == [1, "after 1", 2]
+    with pytest.raises(TimeoutError):
+        captures.tidy()
+
+
 def test_all_captures_are_on_one_stream(gpu):
     """Memory of one pool is used again on the stream alone on which it was allocated."""
     captures = CudaGraphs()

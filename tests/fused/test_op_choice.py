@@ -162,6 +162,17 @@ def test_a_damaged_cache_is_measured_again(monkeypatch, tmp_path, text):
     assert _settle(_choice(_Gpu())) == "triton", "the file must be whole again"
 
 
+def test_a_choice_among_fewer_implementations_is_made_anew(monkeypatch, tmp_path):
+    monkeypatch.setenv("ASYNCDIFF_FAST_CACHE", str(tmp_path))
+    gpu = _Gpu(SLOW, FAST)
+    _settle(_choice(gpu))
+    path = choice_file.path(gpu.environment())
+    ((text, entry),) = json.loads(path.read_text()).items()
+    entry["us"].pop("triton")
+    path.write_text(json.dumps({text: entry | {"launched": "torch", "captured": "torch"}}))
+    assert _settle(_choice(_Gpu(SLOW, FAST))) == "triton"
+
+
 def test_a_cache_that_cannot_be_written_is_no_error(monkeypatch, tmp_path, caplog):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("ASYNCDIFF_FAST_CACHE", str(tmp_path / "file" / "below"))
@@ -174,9 +185,10 @@ def test_a_full_disk_leaves_nothing_behind(monkeypatch, tmp_path):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     path = tmp_path / "kernels.json"
-    choice_file.write(path, "geglu 1", {"launched": "torch", "captured": "torch", "us": {}})
+    choice = {"launched": "torch", "captured": "torch", "us": {"torch": [2.0, 2.0], "triton": None}}
+    choice_file.write(path, "geglu 1", choice)
     monkeypatch.setattr(choice_file.json, "dump", full)
-    choice_file.write(path, "geglu 2", {"launched": "torch", "captured": "torch", "us": {}})
+    choice_file.write(path, "geglu 2", choice)
     assert [file.name for file in tmp_path.iterdir()] == ["kernels.json"] and list(choice_file.read(path)) == [
         "geglu 1"
     ]

@@ -47,6 +47,26 @@ def test_head_sizes(head_size, dtype):
 
 
 @pytest.mark.parametrize("num_splits", [1, 2, 5])
+@pytest.mark.parametrize("sizes", [(77,), (1,), (16,), (48,), (5, 32, 3), (16, 1, 15, 16), (1,) * 8], ids=str)
+def test_scores_made_ahead(sizes, num_splits):
+    """Also where a split has left-overs alone."""
+    make = made()
+    segments = segments_among_nans(sizes, 1, 2, 32, torch.float16, make)
+    query = among_nans((1, 5, 2, 32), torch.float16, make)
+    check(query, segments, num_splits=num_splits, ahead=True)
+    plain, ahead = (
+        attention(query, segments, num_splits=num_splits, settings=TINY, ahead=way) for way in (False, True)
+    )
+    assert torch.equal(plain, ahead), "the same sums in the same order"
+
+
+def test_scores_ahead_are_of_heads_in_one_piece():
+    q = torch.zeros(1, 16, 1, 40)
+    with pytest.raises(ValueError, match="ahead=True needs a head size that is a power of two: got 40; pass ahead=F"):
+        attention(q, [(q, q)], ahead=True)
+
+
+@pytest.mark.parametrize("num_splits", [1, 2, 5])
 @pytest.mark.parametrize("sizes", [(77,), (1,), (32,), (5, 32, 3), (16, 1, 15, 16), (1,) * 8], ids=str)
 def test_ragged_segments(sizes, num_splits):
     make = made()

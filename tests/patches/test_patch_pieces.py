@@ -9,7 +9,7 @@ import tiny_denoisers
 import tiny_parts
 import torch
 from launched_and_captured import both, equal
-from stand_in_graphs import Tape
+from stand_in_graphs import NeverAlone
 
 import asyncdiff_fast
 from asyncdiff_fast.fused import capture
@@ -49,7 +49,7 @@ def _flux(net):
 
 
 def _all(rank):
-    capture.CudaGraphs, found = Tape, {}
+    capture.CudaGraphs, found = NeverAlone, {}
     unet = fused_checks.unet()
     for name, options in OPTIONS.items():
         found[name] = both(unet, _generations, num_patches=2, **{"warmup_steps": WARMUP_STEPS} | options)

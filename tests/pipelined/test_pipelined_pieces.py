@@ -8,7 +8,7 @@ import ranks
 import tiny_pipelines
 import torch
 from launched_and_captured import both, equal
-from stand_in_graphs import Tape
+from stand_in_graphs import NeverAlone
 
 from asyncdiff_fast.fused import capture
 
@@ -42,7 +42,7 @@ def _pictures(pipe):
 
 
 def _all(rank):
-    capture.CudaGraphs, found = Tape, {}
+    capture.CudaGraphs, found = NeverAlone, {}
     for case, (name, options) in CASES.items():
         run = functools.partial(_generations, name)
         shared = dict(num_stages=2, pipeline_patches=PATCHES, warmup_steps=WARMUP_STEPS)

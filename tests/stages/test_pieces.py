@@ -13,7 +13,7 @@ import tiny_parts
 import torch
 import user_runs
 from launched_and_captured import both, equal
-from stand_in_graphs import Tape
+from stand_in_graphs import NeverAlone
 
 from asyncdiff_fast.fused import capture
 
@@ -22,7 +22,7 @@ NETS = ("unet", "inplace blocks over skips", "writes an argument", "shared block
 STEPS = 8
 
 
-class FailsOnRankOne(Tape):
+class FailsOnRankOne(NeverAlone):
     """The second piece of the capture."""
 
     def begin(self):
@@ -71,7 +71,7 @@ def _twice(net):
 
 
 def _all(rank):
-    capture.CudaGraphs, found = Tape, {}
+    capture.CudaGraphs, found = NeverAlone, {}
     for name in NETS:
         for predict in ("none", "linear") if name == "unet" else ("auto",):
             run = functools.partial(user_runs.generations, name=name)

@@ -34,7 +34,7 @@ BINARIES = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 @dataclasses.dataclass(frozen=True)
 class Variant:
     """A call of a launcher. Of its kernels, `wide` ones access tensors by 16 bytes, `many` of them have four such loads
-    in flight, and `tensor_core` ones use those."""
+    in flight, `tensor_core` ones use those, and `beside` ones compute exponentials meanwhile on sm_90."""
 
     name: str
     launch: object
@@ -42,6 +42,7 @@ class Variant:
     tensor_core: tuple = ()
     targets: tuple = tuple(TARGETS)
     many: tuple = ()
+    beside: tuple = ()
 
 
 class TargetOnly:
@@ -78,7 +79,15 @@ def compiled(variant):
     return made
 
 
-def inspected(kernel):
+def inspected(kernel, known):
+    """`_inspected`, of each code once: `known` has what was found before."""
+    code = kernel.asm["cubin"] if "cubin" in kernel.asm else kernel.asm["amdgcn"]
+    if code not in known:
+        known[code] = _inspected(kernel)
+    return known[code]
+
+
+def _inspected(kernel):
     """Dict: registers, stack and spills (bytes or instructions: zero is what counts), shared bytes, kinds of access."""
     facts = {"shared": kernel.metadata.shared, "num_warps": kernel.metadata.num_warps}
     if "cubin" in kernel.asm:
@@ -102,6 +111,7 @@ def inspected(kernel):
             "narrow_stores": sum(op.startswith("ST") for op in narrow),
             "tensor_core": len(re.findall(TENSOR_CORE[kernel.metadata.target.arch], sass)),
             "misread": misread,
+            "products_beside": bool(re.search(r"\bHGMMA\b(?:(?!WARPGROUP\.DEPBAR)[\s\S])*?\bMUFU\.EX2\b", sass)),
         }
     text = kernel.asm["amdgcn"]
     return facts | {
@@ -116,6 +126,7 @@ def inspected(kernel):
         "narrow_stores": 0,
         "tensor_core": len(re.findall(r"\bv_mfma_", text)),
         "misread": [],
+        "products_beside": None,
     }
 
 
@@ -154,10 +165,12 @@ def main(target):
     modules = [
         importlib.import_module(path.stem) for path in sorted(pathlib.Path(__file__).parent.glob("compiled_*.py"))
     ]
+    known = {}
     for variant in (variant for module in modules for variant in module.VARIANTS if target in variant.targets):
         for name, kernel in compiled(variant):
-            row = {"variant": variant.name, "kernel": name, **inspected(kernel)}
+            row = {"variant": variant.name, "kernel": name, **inspected(kernel, known)}
             row |= {"wide": name in variant.wide, "many": name in variant.many}
+            row["beside"] = name in variant.beside and target == "sm_90"
             row["must_use_tensor_core"] = name in variant.tensor_core
             print(json.dumps(row), flush=True)
 

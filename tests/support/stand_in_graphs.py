@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_leaves
 from asyncdiff_fast.fused.capture import Capture
 
 
-class Replays:
+class Replays(Capture):
     """Captures whole calls on the CPU: a replay runs their modules again."""
 
     device_type = "cpu"
@@ -49,6 +49,13 @@ class Tape(Capture):
         piece, self._piece = self._piece, None
         piece.__exit__(None, None, None)
         return piece.replay if piece.done else None
+
+
+class NeverAlone(Tape):
+    """What is sent may be under way whenever these calls are captured."""
+
+    def tidy(self):
+        raise AssertionError("waits for what another rank sends after its own capture")
 
 
 class _Memory:

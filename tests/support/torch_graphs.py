@@ -12,11 +12,12 @@ class TorchGraphs:
     """Stands in for what of `torch.cuda` captures calls, once `install` was called.
 
     `streams`: those on which something was captured; `held`: pools in which a tensor lives; `work(n)` captures so many
-    launches, `wait()` breaks a capture off; `draw()` is a random number of the device.
+    launches, `wait()` breaks a capture off; `draw()` is a random number of the device. While it is `receiving`, what
+    waits for the device waits for ever.
     """
 
     def __init__(self):
-        self.streams, self.held, self.replays = [], set(), []
+        self.streams, self.held, self.replays, self.receiving = [], set(), [], False
         self._uses, self._underway = collections.Counter(), []
         self._stream, self._graph, self._drawn, self._ids = None, None, False, itertools.count(1)
 
@@ -27,7 +28,7 @@ class TorchGraphs:
             "Stream": lambda: f"stream {next(self._ids)}",
             "stream": self.stream,
             "graph_pool_handle": lambda: f"pool {next(self._ids)}",
-            "synchronize": lambda: None,
+            "synchronize": self.synchronize,
             "current_device": lambda: 0,
             "empty_cache": self.empty_cache,
         }.items():
@@ -41,7 +42,12 @@ class TorchGraphs:
         yield
         self._stream = before
 
+    def synchronize(self):
+        if self.receiving:
+            raise TimeoutError("the other rank sends when it has captured, which waits for what this one sends")
+
     def empty_cache(self):
+        self.synchronize()
         if self._underway:
             raise RuntimeError("captures_underway.empty() INTERNAL ASSERT FAILED")
         for pool in [pool for pool, uses in self._uses.items() if not uses and pool not in self.held]:
