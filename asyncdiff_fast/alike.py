@@ -11,6 +11,7 @@ import torch
 
 from .calls.watch import last_drawn, last_numbers, last_scheduler, random_states
 from .exchange import fingerprint
+from .modules import structure, told
 
 log = logging.getLogger(__name__)
 # How far latents of two ranks may be after one step, of their spread: devices may round differently.
@@ -33,7 +34,7 @@ class Alike:
 
     def __init__(self, world, denoiser, pipeline, scheduler=None):
         self._world, self._pipeline, self._scheduler = world, pipeline, scheduler
-        self._weights = fingerprint.Weights(denoiser)
+        self._model = AlikeModel(world, denoiser, "denoiser")
         self._passing = self._drawn = None
 
     def report(self, named):
@@ -42,9 +43,14 @@ class Alike:
             "inputs": fingerprint.input_digests(named),
             "settings": _of_scheduler(self._scheduler or last_scheduler()),
             "told": _settings(self._pipeline()),
-            "weights": self._weights.report(),
+            "model": self._model.report(),
             "random": [zlib.crc32(state) for state in random_states()],
         }
+
+    @property
+    def structure(self):
+        """`modules.structure` of the denoiser, as it was last reported."""
+        return self._model.structure
 
     def check(self, reports):
         """Compare what all ranks tell. Collective, all alike. Raises: ValueError that names what differs."""
@@ -63,8 +69,7 @@ class Alike:
             both = first["told"].keys() & theirs["told"].keys()
             told = [{name: report["told"][name] for name in both} for report in (first, theirs)]
             _refuse_settings(*told, names[0], rank)
-        self._check_modules([report["modules"] for report in reports])
-        self._check_weights([report["weights"] for report in reports])
+        self._model.check([report["model"] for report in reports])
         if any(report["random"] != first["random"] for report in reports):
             log.info("torch's own random numbers differed between ranks: all go on with those of rank %s", names[0])
             share_seeds(self._world)
@@ -89,15 +94,63 @@ class Alike:
                 "on one of them only: give the pipeline, and what draws beside it, generators of their own"
             )
 
-    def _check_modules(self, reports):
-        """What was changed on one rank must have been changed on all."""
-        for rank, theirs in zip(self._world.ranks, reports, strict=True):
-            if (theirs[0] or reports[0][0]) and theirs != reports[0]:
+    def check_step(self, latent, which="first"):
+        """Compare what the first step, or all but the last, has made of the latents. Collective. Raises: ValueError."""
+        tensor = next((x for x in latent if isinstance(x, torch.Tensor)), None) if isinstance(latent, list) else latent
+        told = [_sample(tensor)] if isinstance(tensor, torch.Tensor) and tensor.is_floating_point() else []
+        # A callback may have changed the pipeline's settings as well, its guidance say.
+        reports = self._world.gather((_settings(self._pipeline()) | last_numbers(), told), f"the {which} step")
+        names, when = self._world.ranks, "after the first" if which == "first" else "before the last"
+        for rank, (settings, theirs) in zip(names, reports, strict=True):
+            both = reports[0][0].keys() & settings.keys()
+            _refuse_settings(*({n: x[n] for n in both} for x in (reports[0][0], settings)), names[0], rank)
+            worst = max((_distance(a, b) for a, b in zip(reports[0][1], theirs, strict=True)), default=0.0)
+            if not worst <= (CLOSE.get(tensor.dtype, CLOSE_IN_HALF) if told else 0.0):
                 raise ValueError(
-                    "every rank must run the same denoiser: modules, attention processors, adapters or hooks of rank "
-                    f"{self._world.ranks[0]} and rank {rank} differ since patch() or the last call; change them alike "
-                    "on all ranks"
+                    f"every rank must make the same of a step: latents of rank {names[0]} and rank {rank} differ by "
+                    f"{worst:.1e} of their spread {when} one; use the same guidance, scheduler and "
+                    "callbacks, and a generator of the same seed for what the scheduler draws, on all ranks"
                 )
+
+
+class AlikeModel:
+    """The comparisons of one model, such as a denoiser, as ranks meet: its modules, and its weights.
+
+    Args:
+        world: all ranks that hold it.
+        what: names it in errors.
+    """
+
+    def __init__(self, world, model, what):
+        self._world, self._model, self._what = world, model, what
+        self._weights, self.structure = fingerprint.Weights(model), structure(model)
+        # As it was when ranks were last found alike.
+        self._was = self.structure
+
+    def report(self):
+        """What this rank tells of it: (whether modules were changed, a digest of them), what of its weights.
+
+        From here on `structure` is of these modules.
+        """
+        self.structure = structure(self._model)
+        return (self.structure != self._was, told(self._model)), self._weights.report()
+
+    def check(self, reports):
+        """Compare what all ranks tell. Collective, all alike. Raises: ValueError that names what differs.
+
+        What differs is told again the next time, unless it was put right.
+        """
+        first, names = reports[0][0], self._world.ranks
+        for rank, (theirs, _) in zip(names, reports, strict=True):
+            if (theirs[0] or first[0]) and theirs != first:
+                raise ValueError(
+                    f"every rank must run the same {self._what}: modules, attention processors, adapters or hooks of "
+                    f"rank {names[0]} and rank {rank} differ since patch() or the last call; change them alike on all "
+                    "ranks"
+                )
+        self._check_weights([weights for _, weights in reports])
+        self._was = self.structure
+        self._weights.accept()
 
     def _check_weights(self, reports):
         """Where some were written, every bit is compared."""
@@ -108,25 +161,9 @@ class Alike:
         if len(known) == len(digests) and len(set(known)) > 1:
             other = next(r for r, d in zip(self._world.ranks, digests, strict=True) if d != digests[0])
             raise ValueError(
-                f"every rank must hold the same weights: those of rank {self._world.ranks[0]} and rank {other} differ "
-                "since patch(); load the same weights and adapters on all ranks"
+                f"every rank must hold the same weights: those of the {self._what} of rank {self._world.ranks[0]} and "
+                f"rank {other} differ since patch(); load the same weights and adapters on all ranks"
             )
-
-    def check_step(self, latent, which="first"):
-        """Compare what the first step, or all but the last, has made of the latents. Collective. Raises: ValueError."""
-        tensor = next((x for x in latent if isinstance(x, torch.Tensor)), None) if isinstance(latent, list) else latent
-        told = [_sample(tensor)] if isinstance(tensor, torch.Tensor) and tensor.is_floating_point() else []
-        reports = self._world.gather((last_numbers(), told), f"the {which} step")
-        names, when = self._world.ranks, "after the first" if which == "first" else "before the last"
-        for rank, (numbers, theirs) in zip(names, reports, strict=True):
-            _refuse_settings(reports[0][0], numbers, names[0], rank)
-            worst = max((_distance(a, b) for a, b in zip(reports[0][1], theirs, strict=True)), default=0.0)
-            if not worst <= (CLOSE.get(tensor.dtype, CLOSE_IN_HALF) if told else 0.0):
-                raise ValueError(
-                    f"every rank must make the same of a step: latents of rank {names[0]} and rank {rank} differ by "
-                    f"{worst:.1e} of their spread {when} one; use the same guidance, scheduler and "
-                    "callbacks, and a generator of the same seed for what the scheduler draws, on all ranks"
-                )
 
 
 def share_seeds(world):
@@ -195,5 +232,5 @@ def _distance(a, b):
     if len(a) != len(b):
         return float("inf")
     differences = [abs(x - y) for x, y in zip(a, b, strict=True) if repr(x) != repr(y)]
-    # What is not a number on one of them is no distance at all.
-    return max((d if d == d else float("inf") for d in differences), default=0.0) / max(a[-1], 1e-12)
+    # What is not a number on one of them is no distance at all; on all of them it is the same picture.
+    return max((d if d == d else float("inf") for d in differences), default=0.0) / max(1e-12, a[-1])

@@ -44,6 +44,11 @@ class Generations:
         return self._turns.is_inside
 
     @property
+    def structure(self):
+        """`modules.structure` of the denoiser, as it was when the last generation began."""
+        return self._alike.structure
+
+    @property
     def is_taken(self):
         """True if another thread's goes on."""
         return self._turns.is_taken
@@ -63,6 +68,9 @@ class Generations:
             state: gives what else this rank tells of itself: {"interrupted": whether the last generation ended in the
                 middle of something, "moved": whether its weights lie on another device than exchanges were opened for}.
         """
+        if self._pipeline() is not None:
+            # It says when it ends.
+            self.abandon("its pipeline was left before its end, by an exception outside of the denoiser; see its log")
         while True:
             self._tell()
             again, self._again = self._again, False
@@ -144,6 +152,12 @@ class Generations:
         """The generation is over."""
         self._turns.end()
         self._tell()
+
+    def abandon(self, why):
+        """The pipeline was left in the middle, by what none of its calls of the denoiser has raised."""
+        if not self._told:
+            self._told = True
+            self._world.leave(why, after_calls=True)
 
     def _tell(self):
         """Who still waits for another call of what is over here hears how many there were."""

@@ -39,7 +39,8 @@ def structure(denoiser):
 
     def settings(module):
         found = tuple(map(vars(module).get, _SETTINGS))
-        return tuple(tuple(x) if isinstance(x, list | dict) else x for x in found), _scales(module), other_hooks(module)
+        found = tuple(tuple(x) if isinstance(x, list | dict) else x for x in found)
+        return found, _scales(module), other_hooks(module), _torch_hooks(module)
 
     return hash(tuple((name, id(module), type(module), settings(module)) for name, module in denoiser.named_modules()))
 
@@ -51,7 +52,13 @@ def told(denoiser):
         return repr(x) if isinstance(x, bool | int | float | str | list | tuple | None) else type(x).__qualname__
 
     found = [
-        (name, type(module).__qualname__, *(setting(vars(module).get(s)) for s in _SETTINGS), repr(_scales(module)))
+        (
+            name,
+            type(module).__qualname__,
+            *(setting(vars(module).get(s)) for s in _SETTINGS),
+            repr(_scales(module)),
+            _torch_hooks(module),
+        )
         for name, module in denoiser.named_modules()
     ]
     return zlib.crc32(repr(found).encode())
@@ -60,6 +67,12 @@ def told(denoiser):
 def _scales(module):
     scaling = vars(module).get("scaling")
     return tuple(scaling.items()) if isinstance(scaling, dict) else None
+
+
+def _torch_hooks(module):
+    """Names of what torch calls before and after a module's forward; made anew, they are the same."""
+    hooks = (*module._forward_pre_hooks.values(), None, *module._forward_hooks.values())
+    return tuple(getattr(hook, "__qualname__", type(hook).__qualname__) for hook in hooks) if len(hooks) > 1 else ()
 
 
 def other_hooks(module):

@@ -14,11 +14,12 @@ from .calls.containers import opened, opening
 from .calls.schedule import Mode
 from .calls.signature import CallSignature, device_of, inputs_key
 from .calls.watch import unwatch_schedulers, watch_schedulers
+from .exchange.engine import described
 from .exchange.world import device
 from .fused.device_layers import DeviceLayers
 from .generations import Generations
 from .hooks import attached, on_pipeline_end
-from .modules import is_compiled, own, step_cache, structure, told
+from .modules import is_compiled, own, step_cache
 from .parts import Parts
 from .route import Route
 from .shared import Shared
@@ -63,8 +64,6 @@ class Runtime:
         watch_schedulers()
         self._undo_end = on_pipeline_end(own(denoiser), self._end)
         self._root = attached(denoiser, self._entry())
-        # As it was at the last generation, or is now.
-        self._was = structure(denoiser)
 
     def __repr__(self):
         size = self.world.size
@@ -144,6 +143,10 @@ class Runtime:
         if self._steps is not None:
             self._steps.pipeline_ended()
 
+    def abandon(self, error):
+        """Tell the other ranks that an exception has left the pipeline, where no call of the denoiser has told it."""
+        self._generations.abandon(described(error))
+
     # The beginning of a generation.
 
     def _begin_generation(self, args, kwargs):
@@ -157,11 +160,8 @@ class Runtime:
         self._gained()
         where = device_of(args, kwargs)
 
-        now = structure(self.denoiser)
-
         def state():
             return {
-                "modules": (now != self._was, told(self.denoiser)),
                 "interrupted": self._steps is not None and self._steps.interrupted,
                 # The weights were elsewhere at `patch`, or have been moved since.
                 "moved": where is not None and _placed(where) != self._parts.device,
@@ -177,7 +177,7 @@ class Runtime:
             self._parts.device = self._parts.device if where is None else _placed(where)
             self._parts.restart()
         self._generations.check(everyone)
-        self._was = now
+        now = self._generations.structure
         if now != self._structure:
             if self._structure is not None:
                 log.info("%s is traced again: modules were added or replaced", type(self.denoiser).__name__)

@@ -19,7 +19,7 @@ from asyncdiff_fast import generations
 from asyncdiff_fast.calls import turns
 from asyncdiff_fast.environment import EXCHANGE_VARIABLE
 
-STEPS = 6
+STEPS = 8
 
 
 def _kind(scheduler, kind, **config):
@@ -51,11 +51,28 @@ def _processors(pipe):
     pipe.unet.set_attn_processor(kept)
 
 
+@contextlib.contextmanager
+def _hook(pipe):
+    handle = pipe.unet.mid_block.register_forward_hook(lambda module, args, output: output * 0.9)
+    yield {}
+    handle.remove()
+
+
 def _changed_at(step):
     """Arguments with a callback that changes latents once."""
 
     def callback(pipe, at, t, kwargs):
         return {"latents": kwargs["latents"] * (1.05 if at == step else 1)}
+
+    return contextlib.nullcontext(dict(callback_on_step_end=callback))
+
+
+def _guided_from(step):
+    """Arguments with a callback that changes the guidance."""
+
+    def callback(pipe, at, t, kwargs):
+        pipe._guidance_scale = 2.0 if at >= step else pipe._guidance_scale
+        return kwargs
 
     return contextlib.nullcontext(dict(callback_on_step_end=callback))
 
@@ -77,34 +94,46 @@ DIFFERENCES = {
     "one element of a weight": (lambda pipe: _weight(pipe, _one_element), "same weights"),
     "a weight, behind torch's back": (lambda pipe: _weight(pipe, lambda w: w.data.mul_(1.1)), "same weights"),
     "attention processors": (_processors, "same denoiser"),
+    "a hook of torch's": (_hook, "same denoiser"),
     "latents by a callback": (lambda pipe: _changed_at(0), "after the first one"),
+    "guidance midway": (lambda pipe: _guided_from(5), "guidance_scale is"),
 }
-# Where steps are side by side, the ranks' exchanges are other ones from there on.
-LATE_DIFFERENCES = {"latents by a callback midway": (lambda pipe: _changed_at(3), "before the last one")}
+# Later ones, and of what rounding would hide at first: where steps are side by side, all evaluate the first ones.
+OF_STAGES = {"latents by a callback midway": (lambda pipe: _changed_at(3), "before the last one")}
+OF_STEPS = {
+    "one element of a weight, behind torch's back": (
+        lambda pipe: _weight(pipe, lambda w: w.data.view(-1)[3:4].add_(2)),
+        "must evaluate a step alike",
+    ),
+    "latents by a callback in an exact step": (lambda pipe: _changed_at(1), "change the latents alike"),
+    "latents by a callback in a block": (lambda pipe: _changed_at(5), "changed them before step 6"),
+    "latents by a callback before a block": (lambda pipe: _changed_at(4), "before the last one"),
+}
 
 
 def _attempt(pipe, **arguments):
     try:
-        return None, tiny_pipelines.generate(pipe, "sd15", steps=STEPS, **arguments)
+        return None, tiny_pipelines.generate(pipe, "sd15", **dict(steps=STEPS) | arguments)
     except ValueError as error:
         return str(error), None
 
 
 def _differences(options):
-    return DIFFERENCES if "parallel_steps" in options else DIFFERENCES | LATE_DIFFERENCES
+    return DIFFERENCES | (OF_STEPS if "parallel_steps" in options else OF_STAGES)
 
 
 def _differ(rank, options):
-    """{difference: (error, whether the next picture is right)}; and the pictures of random numbers."""
+    """{difference: (errors, whether the next picture is right)}; and the pictures of random numbers."""
     pipe = tiny_pipelines.build("sd15")
     pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config)
     asyncdiff_fast.patch(pipe, warmup_steps=2, timeout_s=30, **options)
     right, found = _attempt(pipe)[1], {}
     for name, (make, _) in _differences(options).items():
         with make(pipe) if rank == 1 else contextlib.nullcontext({}) as arguments:
-            error, _ = _attempt(pipe, **arguments)
+            # Tried once more, nothing is forgotten.
+            errors = [_attempt(pipe, **arguments)[0] for _ in range(2)]
         again, picture = _attempt(pipe)
-        found[name] = error, again is None and np.array_equal(picture, right)
+        found[name] = errors, again is None and np.array_equal(picture, right)
     # From torch's own generator, which something else on one rank has used before.
     pipe.scheduler = diffusers.EulerAncestralDiscreteScheduler.from_config(pipe.scheduler.config)
     side = 32 // pipe.vae_scale_factor
@@ -134,11 +163,12 @@ def _differ(rank, options):
 def test_what_differs_is_named_and_the_next_picture_is_right(options):
     mine, theirs = ranks.run(2, _differ, options)
     for name, (_, words) in _differences(options).items():
-        for error, again in (mine[0][name], theirs[0][name]):
-            assert error is not None and words in error, f"{name}: {error}"
+        for errors, again in (mine[0][name], theirs[0][name]):
+            assert all(error is not None and words in error for error in errors), f"{name}: {errors}"
             assert again, f"{name}: the next picture is not right"
     assert np.array_equal(mine[1], theirs[1])
-    assert "same random numbers" in mine[2] and "same random numbers" in theirs[2], (mine[2], theirs[2])
+    # Steps that all evaluate may tell it first.
+    assert "random numbers" in mine[2] and "random numbers" in theirs[2], (mine[2], theirs[2])
 
 
 OPTIONS = {
@@ -150,14 +180,18 @@ OPTIONS = {
 
 
 def _stopped(rank, exchange, late):
-    """[(way, error of a picture that ranks stop at different steps, its seconds, whether the next one is right)]."""
+    """[(way, error of a picture that ranks stop at different steps, its seconds, whether the next one is right, error
+    of a picture in which a callback of rank 1 alone raises, its seconds, whether the next one is right)].
+    """
     os.environ[EXCHANGE_VARIABLE] = exchange
     pipe, found = tiny_pipelines.build("sd15"), []
 
-    def draw(stop=None):
+    def draw(stop=None, fail=None):
         def callback(pipe, step, t, kwargs):
             if step == stop:
                 pipe._interrupt = True
+            if step == fail:
+                raise OSError("no disk")
             return kwargs
 
         return tiny_pipelines.generate(pipe, "sd15", steps=12, callback_on_step_end=callback)
@@ -169,17 +203,25 @@ def _stopped(rank, exchange, late):
             draw(stop=6 if rank == 0 else 6 + late)
         except asyncdiff_fast.ExchangeError as raised:
             error = str(raised)
-        found.append((name, error, time.monotonic() - began, np.array_equal(draw(), right)))
+        stopped = error, time.monotonic() - began, np.array_equal(draw(), right)
+        error, began = None, time.monotonic()
+        try:
+            draw(fail=6 if rank == 1 else None)
+        except (asyncdiff_fast.ExchangeError, OSError) as raised:
+            error = f"{type(raised).__name__}: {raised}"
+        found.append((name, *stopped, error, time.monotonic() - began, np.array_equal(draw(), right)))
         asyncdiff_fast.unpatch(pipe)
     return found
 
 
 @pytest.mark.parametrize("exchange, late", [("", 1), ("torch", 100)])
 def test_a_picture_that_one_rank_stops_ends_on_all(exchange, late):
-    for rank in ranks.run(2, _stopped, exchange, late):
-        for name, error, seconds, again in rank:
+    for rank, said in enumerate(ranks.run(2, _stopped, exchange, late)):
+        for name, error, seconds, again, failed, failed_s, after in said:
             assert error is None and seconds < 8, f"{name}: {error} after {seconds:.1f} s"
-            assert again, f"{name}: the next picture is another one"
+            assert again and after, f"{name}: the next picture is another one"
+            # Half a picture is none where nobody has asked for it.
+            assert ("rank 1", "OSError: no disk")[rank] in str(failed) and failed_s < 8, f"{name}: {failed}"
 
 
 def _threads(rank, options):

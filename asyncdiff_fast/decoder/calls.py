@@ -4,6 +4,7 @@ import contextlib
 
 import torch
 
+from ..alike import AlikeModel
 from ..calls.schedule import PatchMode
 from ..calls.signature import inputs_key, numbers_of
 from ..exchange.choice import open_exchange
@@ -34,7 +35,7 @@ class Decoder:
         self.place, self.world, self.config = Place.of(vae), world, config_of(world.size, config.timeout_s)
         self.plan = self.on_refused = self._exchange = self._device = self._structure = None
         self._signature, self._hooks = self.place.signature, Hooks(self.place.module)
-        self._ranks = world.along(world.ranks)
+        self._ranks, self._model = world.along(world.ranks), AlikeModel(world, self.place.module, "autoencoder")
         self._plans, self._phases, self._checked = {}, 0, set()
         self._inside = self._interrupted = False
         self._undo = self.place.attach(self._call)
@@ -76,11 +77,14 @@ class Decoder:
         mine = {
             "latent": (tuple(latent.shape), str(latent.dtype)),
             "sample": latent.detach().flatten()[:: max(1, latent.numel() // SAMPLE)][:SAMPLE].double().tolist(),
-            "anew": self._interrupted or latent.device != self._device,
+            "interrupted": self._interrupted,
+            "moved": latent.device != self._device,
+            "model": self._model.report(),
         }
         reports = self.world.begin(mine, "the start of a decode")
-        if any(report["anew"] for report in reports):
-            self._close_exchange("interrupted" if self._interrupted else None)
+        interrupted = any(report["interrupted"] for report in reports)
+        if interrupted or any(report["moved"] for report in reports):
+            self._close_exchange("interrupted" if interrupted else None)
             self._exchange, self._device = open_exchange(self._ranks, latent.device), latent.device
             self._interrupted = False
         for rank, theirs in zip(self.world.ranks, reports, strict=True):
@@ -90,6 +94,7 @@ class Decoder:
                     f"{reports[0]['latent'][0]}, rank {rank} {theirs['latent'][0]}, and they differ; use the same "
                     "prompt, size and seed on all ranks"
                 )
+        self._model.check([report["model"] for report in reports])
 
     def _shared(self, forward, args, kwargs):
         now = structure(self.place.module)

@@ -60,7 +60,7 @@ class Weights:
 
     def __init__(self, model):
         self._model = model
-        self._seen = self._versions()
+        self._seen = self._now = self._versions()
 
     def _tensors(self):
         return list(self._model.named_parameters())
@@ -70,11 +70,15 @@ class Weights:
 
     def report(self):
         """(True if one was written, added or taken away; digest of a sample, None where weights are elsewhere)."""
-        return self._versions() != self._seen, self._sampled()
+        self._now = self._versions()
+        return self._now != self._seen, self._sampled()
+
+    def accept(self):
+        """What was reported last is as on other ranks: what is written from then on counts."""
+        self._seen = self._now
 
     def digest(self):
-        """See `model_digest`; None where weights are elsewhere. From now on, they are written anew."""
-        self._seen = self._versions()
+        """See `model_digest`; None where weights are elsewhere."""
         return None if any(_is_elsewhere(t) for _, t in self._tensors()) else model_digest(self._model, buffers=False)
 
     def _sampled(self):

@@ -84,7 +84,7 @@ class Presence:
         """Tell, without waiting but at the end of the process: this rank makes no more calls in an epoch.
 
         Args:
-            why: text of a failure, or the number of calls made.
+            why: text of a failure, or the number of calls made, or both in a list: a failure after these calls.
         """
         place = f"left/{epoch}/{self._me}"
         message = wire.dumps(why, place)
@@ -146,6 +146,7 @@ class Presence:
                 told = [rank for rank, place in places.items() if self._store.check([place])]
                 if len(told) >= max(len(places) - 1, 1) or time.monotonic() > ends:
                     texts = {rank: self._read(rank, places[rank]) for rank in told}
+                    texts = {rank: text[1] if isinstance(text, list) else text for rank, text in texts.items()}
                     return [f"rank {rank}: {text!s:.1000}" for rank, text in texts.items() if isinstance(text, str)]
                 stop.wait(0.02)
 
@@ -164,7 +165,11 @@ class Presence:
         # Before what it says: whoever has ended may have said why just before.
         ended = self.ended(rank)
         # Whoever has sent all that a call needs may have begun another epoch since.
-        left = self._left(rank, epoch)
+        left, why = self._left(rank, epoch)
+        if left is not None and left < calls and why is not None:
+            raise ExchangeError(
+                f"rank {rank} has left this generation after {left} calls of the denoiser: {why!s:.2000}"
+            )
         if left is not None and left < calls:
             raise ExchangeError(
                 f"rank {rank} has ended this generation after {left} calls of the denoiser, and this rank makes call "
@@ -207,12 +212,16 @@ class Presence:
         return all(not self.ended(rank) and rank in self._processes for rank in ranks)
 
     def _left(self, rank, epoch):
-        """How many calls a rank made in an epoch that it has ended, else None. Raises: ExchangeError if it failed."""
+        """(how many calls a rank made in an epoch that it has ended, else None; why, if it failed after them).
+
+        Raises: ExchangeError if it failed.
+        """
         place = f"left/{epoch}/{rank}"
         left = self._read(rank, place) if self._store.check([place]) else None
-        if left is not None and type(left) is not int:
+        calls, why = left if isinstance(left, list) and len(left) == 2 else (left, None)
+        if calls is not None and type(calls) is not int:
             raise ExchangeError(f"rank {rank} has left: {left!s:.2000}")
-        return left
+        return calls, why
 
     def _read(self, rank, place):
         try:

@@ -151,11 +151,16 @@ class World:
         """What these ranks tell each other in passing, in the epoch that has begun: a `Passing`."""
         return Passing(self._rounds.store, self.name, self.ranks, self._epoch)
 
-    def leave(self, why=None):
-        """Tell the others that this rank makes no more calls in this epoch; `why` if that is a failure. Never waits."""
+    def leave(self, why=None, after_calls=False):
+        """Tell the others that this rank makes no more calls in this epoch; `why` if that is a failure. Never waits.
+
+        Args:
+            after_calls: the failure is none to those who make no more calls than this rank has made.
+        """
         whole = self._whole
         if whole.size > 1 and whole._epoch:
-            whole._rounds.presence.leave(whole._epoch, whole.calls if why is None else why)
+            told = [whole.calls, why] if after_calls else whole.calls if why is None else why
+            whole._rounds.presence.leave(whole._epoch, told)
 
     def explained(self, error):
         """An ExchangeError with what others say of it, who have failed at the same time and may know the cause."""

@@ -18,6 +18,11 @@ from .unable import starts_slowly, why_not
 
 log = logging.getLogger(__name__)
 CHANGED = "the latents are changed between two steps"
+# Tells the other ranks so.
+CUT = -1
+# How far outputs of ranks may be apart, of their norm: devices round differently, and guidance makes more of that.
+CLOSE = {torch.float64: 1e-5, torch.float32: 1e-2}
+CLOSE_IN_HALF = 1e-1
 
 
 class Sampling:
@@ -79,11 +84,16 @@ class Sampling:
     def _exact(self, scheduler, step):
         """A step that every rank has evaluated. All take the first one's output: devices may round differently."""
         self._counts.exact_steps += 1
-        self._look(scheduler, step)
-        if self.exact_because or starts_slowly(scheduler):
+        reason = "" if self.exact_because else self._look(scheduler, step)
+        # Only this one may be so on one rank alone.
+        told = reason in (None, CHANGED) and not starts_slowly(scheduler)
+        outputs = self._together(step.output, CUT if reason else 0) if told else ()
+        if reason:
+            self.stay_exact(reason)
+        if self.exact_because or not told:
             result, self.results = step.plain()
             return result
-        output = self._shared.all(step.output)[0]
+        output = self._alike_outputs(outputs)
         said = evaluated(scheduler, step, output)
         guess = self._tried(scheduler, step, said) if self._outputs else None
         result, self.results = step.run(output)
@@ -101,8 +111,40 @@ class Sampling:
         draws.restore(draws.used())
         return results[0]
 
+    def _together(self, output, reached):
+        """Every rank's output; they must come from the same place. Collective. Raises: ValueError on all ranks.
+
+        Args:
+            reached: steps of the block that it ends, 0 for an exact step, CUT where latents were changed before it.
+        """
+        outputs = self._shared.all(output, reached)
+        words, names = self._shared.words(), self._world.ranks
+        if len(set(words)) > 1:
+            block = self.block
+            first = min(range(len(words)), key=lambda rank: (words[rank] != CUT, words[rank]))
+            where = "an exact step" if block is None else f"step {block.first + words[first]}"
+            raise ValueError(
+                f"every rank must change the latents alike: rank {names[first]} has changed them before {where}, and "
+                "others have not; use the same callbacks on all ranks, with generators of the same seed"
+            )
+        return outputs
+
+    def _alike_outputs(self, outputs):
+        """The output that all go on with, of those that ranks have evaluated of one step. Raises: ValueError."""
+        first, close = outputs[0], CLOSE.get(outputs[0].dtype, CLOSE_IN_HALF)
+        errors = torch.stack([relative_error(other, first) for other in outputs[1:]]).tolist()
+        for rank, error in enumerate(errors, 1):
+            # What is not a number on all ranks is the same picture.
+            if not error <= close and not (error != error and torch.equal(first.isnan(), outputs[rank].isnan())):
+                raise ValueError(
+                    f"every rank must evaluate a step alike: outputs of rank {self._world.ranks[0]} and rank "
+                    f"{self._world.ranks[rank]} differ by {error:.1e} of their norm, at a step that both have "
+                    "evaluated; use the same weights, hooks, guidance, precision and random numbers on all ranks"
+                )
+        return first
+
     def _look(self, scheduler, step):
-        """Whether steps like this one can be replayed, and how many there will be."""
+        """Why steps from this one on cannot be replayed, None if they can; and how many there will be."""
         reason = step.reason or why_not(scheduler)
         if reason is None and not step.follows:
             reason = CHANGED
@@ -110,10 +152,9 @@ class Sampling:
             self.num_steps = num_steps(scheduler, step.named.get(TIMESTEP), self._told())
             if self.num_steps is None:
                 reason = "neither the pipeline nor the scheduler tells how many steps there are"
-        if reason is not None:
-            self.stay_exact(reason)
-        elif self._lengths is None:
+        if reason is None and self._lengths is None:
             self._lengths = Lengths(self._world.size, self._config.least_warmup, self._config.tolerance)
+        return reason
 
     def _in_block(self, scheduler, step):
         block = self.block
@@ -129,8 +170,9 @@ class Sampling:
     def _replay(self, scheduler):
         """The block's steps again, with what its ranks have evaluated. Collective; returns the last one's result."""
         began = time.perf_counter()
+        outputs = self._together(self.block.own, self.block.length)
         block, self.block = self.block, None
-        result, self.results, used, errors = block.replay(scheduler, self._shared.all(block.own))
+        result, self.results, used, errors = block.replay(scheduler, outputs)
         for said in used:
             self._outputs.add(said)
         self._lengths.learn(errors)
@@ -142,9 +184,9 @@ class Sampling:
 
         What the ranks have evaluated of this step is of the new latents already.
         """
+        expected, number = self.results[0], len(self.block.steps)
+        outputs = self._together(step.output if number == self._world.rank else self.block.own, number)
         block, self.block = self.block, None
-        expected, number = self.results[0], len(block.steps)
-        outputs = self._shared.all(step.output if number == self._world.rank else block.own)
         _, results, _, _ = block.replay(scheduler, outputs)
         log.warning(
             "the latents were changed at step %d, between steps that run side by side: they were made from predicted "

@@ -34,6 +34,8 @@ class Workers:
             options: of `patch`; by default as many steps side by side as there are workers.
         Raises: ValueError or TypeError for options that do not fit; what `load` or `patch` raises.
         """
+        if type(nproc) is not int or nproc < 1:
+            raise ValueError(f"nproc must be a whole number of processes, 1 or more: got {nproc!r}")
         self._options = complete(options, nproc)
         config = Config.from_options(self._options)
         if config.world_size != nproc:
@@ -130,6 +132,11 @@ def _importable(load):
     if isinstance(load, str | os.PathLike):
         if not Path(load).is_dir():
             raise ValueError(f"load must be a function or the folder of a pipeline: got {str(load)!r}, no such folder")
+        if not (Path(load) / "model_index.json").is_file():
+            raise ValueError(
+                f"load must be the folder of a pipeline: got {str(load)!r}, without a model_index.json; "
+                "save_pretrained a pipeline there"
+            )
         return Path(load).resolve()
     if not callable(load):
         raise TypeError(f"load must be a function that gives a pipeline, or its folder: got {type(load).__name__}")

@@ -40,7 +40,9 @@ class Done:
 
 @dataclass(frozen=True)
 class Failed:
-    """From a worker: what was asked has raised `error`, or an exception that cannot be pickled, as text."""
+    """From a worker: what was asked has raised `error`; as text one that cannot be pickled, or that would end the
+    process in front, as `sys.exit` does.
+    """
 
     error: BaseException
     trace: str
@@ -49,6 +51,8 @@ class Failed:
     def of(cls, error):
         """The message about an exception."""
         try:
+            if not isinstance(error, Exception):
+                raise TypeError
             pickle.loads(pickle.dumps(error))
         except Exception:
             error = RuntimeError(f"{type(error).__name__}: {error}")

@@ -45,6 +45,9 @@ def main(pipe, rank, environment, loader, options, stop_at):
             else:
                 answer(Done([runtime.stats() for runtime in runtimes]))
         except BaseException as error:
+            # A callback, say, of this worker alone: the others are not to wait for it.
+            for runtime in runtimes:
+                runtime.abandon(error)
             answer(Failed.of(error))
 
 

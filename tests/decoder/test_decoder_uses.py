@@ -1,6 +1,7 @@
 """Decoders shared beside every way of sharing the denoiser: settings of diffusers, faults, and what is refused."""
 
 import functools
+import time
 
 import accelerate
 import numpy as np
@@ -87,11 +88,24 @@ def _faults(rank, size):
     asyncdiff_fast.patch(pipe, **options)
     found["again"] = _said(asyncdiff_fast.patch, Pipe(vae), **options)
     found["other latents"] = _said(_decoded, vae, latent + rank)
-    handle = vae.decoder.mid_block.register_forward_pre_hook(_fail) if rank == 1 else None
+    handle = vae.decoder.mid_block.register_forward_pre_hook(functools.partial(_fail, rank))
     found["failure"] = _said(_decoded, vae, latent)
+    handle.remove()
+    found["after"] = float((_decoded(vae, latent) - plain).abs().max())
+    # The second time nothing is forgotten.
+    weight = vae.decoder.conv_in.weight
+    weight.data.mul_(1 + rank)
+    found["other weights"], found["other weights again"] = (_said(_decoded, vae, latent) for _ in range(2))
+    weight.data.div_(1 + rank)
+    handle = vae.decoder.mid_block.register_forward_hook(_halved) if rank == 1 else None
+    found["a hook on one rank"] = _said(_decoded, vae, latent)
     if handle is not None:
         handle.remove()
-    found["after"] = float((_decoded(vae, latent) - plain).abs().max())
+    found["after these"] = float((_decoded(vae, latent) - plain).abs().max())
+    vae._asyncdiff_fast.world.timeout_s = 1
+    _said(_decoded, vae, latent) if rank == 1 else time.sleep(3)
+    vae._asyncdiff_fast.world.timeout_s = 30
+    found["after one alone"] = float((_decoded(vae, latent) - plain).abs().max())
     with torch.enable_grad():
         found["gradients"] = vae.decode(latent.clone().requires_grad_()).sample.requires_grad
     asyncdiff_fast.unpatch(pipe)
@@ -99,8 +113,13 @@ def _faults(rank, size):
     return found
 
 
-def _fail(module, args):
-    raise RuntimeError("out of memory, say")
+def _halved(module, args, output):
+    return output / 2
+
+
+def _fail(rank, module, args):
+    if rank == 1:
+        raise RuntimeError("out of memory, say")
 
 
 def _two(rank):
@@ -132,6 +151,9 @@ SAID = {
     "again": "patched already: call unpatch() first",
     "other latents": "every rank must decode the same latent",
     "failure": "out of memory, say",
+    "other weights": "every rank must hold the same weights: those of the autoencoder",
+    "other weights again": "every rank must hold the same weights",
+    "a hook on one rank": "every rank must run the same autoencoder",
 }
 
 
@@ -144,6 +166,7 @@ def test_all_ranks_say_what_is_wrong(case):
 def test_after_a_failure_the_next_decode_is_right_and_unpatch_restores():
     for *_, found in two():
         assert found["after"] < 1e-5 and found["left"] and found["gradients"]
+        assert found["after these"] < 1e-5 and found["after one alone"] < 1e-5
 
 
 def test_the_plan_shows_what_a_decode_sends():

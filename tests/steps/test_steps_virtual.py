@@ -74,7 +74,8 @@ def test_rule(kind, num_ranks):
         assert torch.equal(first, results[0][0][0]) and torch.equal(first, second)
         assert torch.allclose(first, simulated, rtol=1e-4, atol=1e-5 * float(simulated.abs().max()))
         assert stats["evaluations"] == 2 * (rule.lengths.count(1) + sum(rank < n for n in blocks))
-        assert sent_bytes == 2 * len(rule.lengths) * (num_ranks - 1) * first.nbytes
+        # With each output goes a number of four bytes.
+        assert sent_bytes == 2 * len(rule.lengths) * (num_ranks - 1) * (first.nbytes + 4)
 
 
 def test_a_rank_that_fails_ends_all():

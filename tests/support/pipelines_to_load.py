@@ -1,5 +1,8 @@
 """What workers load: functions that they can import by name."""
 
+import os
+import sys
+
 import tiny_pipelines
 
 
@@ -13,3 +16,10 @@ def sd15():
 def broken():
     """Raises, as a folder with damaged weights would."""
     raise OSError("damaged weights")
+
+
+def leave(pipe, step, t, kwargs):
+    """A callback of the pipeline that would end the second worker alone."""
+    if step == 2 and os.environ["RANK"] == "1":
+        sys.exit("enough")
+    return kwargs

@@ -79,6 +79,16 @@ def test_what_cannot_travel_is_refused_before_anything_is_sent(workers):
     np.testing.assert_allclose(draw(workers), alone(), atol=1e-5)
 
 
+def test_what_one_worker_alone_raises_ends_the_call_and_not_the_process_in_front(workers):
+    pids, began = [worker.pid for worker in workers._team._processes], time.monotonic()
+    with pytest.raises(RuntimeError, match="SystemExit: enough"):
+        draw(workers, callback_on_step_end=pipelines_to_load.leave)
+    # The other one does not wait for it, and so is not ended either.
+    assert time.monotonic() - began < 8
+    np.testing.assert_allclose(draw(workers), alone(), atol=1e-5)
+    assert [worker.pid for worker in workers._team._processes] == pids
+
+
 class _Cancelling:
     """A worker's end of the team, at which a call is cancelled as soon as it has been sent."""
 
@@ -172,6 +182,8 @@ def test_what_load_raises_comes_back():
         (functools.partial(lambda x: x, 3), {}, TypeError, "load must be picklable.*<lambda>"),
         (pipelines_to_load.sd15, {"nproc": 3, "num_stages": 2}, ValueError, "pass nproc=2"),
         (pipelines_to_load.sd15, {"steps": 2}, TypeError, "steps"),
+        (pathlib.Path(__file__).parent, {}, ValueError, "without a model_index.json"),
+        *((pipelines_to_load.sd15, {"nproc": n}, ValueError, "a whole number of processes") for n in (0, "2", 1.5)),
     ],
 )
 def test_what_cannot_be_started_is_refused(load, options, error, said):
