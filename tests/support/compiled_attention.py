@@ -30,8 +30,11 @@ ONE = {"queries": (1, 1), "keys": (1, 1, 77), "num_splits": 2, "heads": 1}
 VARIANTS = [
     *(
         Variant(f"head {d}", partial(launch, d), KERNEL, KERNEL, NO_GFX942 if d > 96 else tuple(TARGETS))
-        for d in (32, 40, 64, 80, 96, 128, 160)
+        for d in (32, 40, 64, 80, 96, 128)
     ),
+    # On sm_80 three values spill, unless keys are divided.
+    Variant("head 160", partial(launch, 160), KERNEL, KERNEL, BY_DESCRIPTORS),
+    Variant("head 160, divided", partial(launch, 160, num_splits=3), KERNEL, KERNEL, NO_GFX942),
     Variant("head 64, float16", partial(launch, 64, torch.float16), KERNEL, KERNEL),
     Variant("head 64, joint", partial(launch, 64, **JOINT), KERNEL, KERNEL),
     Variant("head 128, joint", partial(launch, 128, **JOINT), KERNEL, KERNEL, NO_GFX942),
@@ -54,7 +57,6 @@ VARIANTS = [
         KERNEL,
         BY_DESCRIPTORS,
     ),
-    Variant("head 160, divided", partial(launch, 160, num_splits=3), KERNEL, KERNEL, NO_GFX942),
     # On sm_100 four values spill, of a query that has three keys.
     Variant("head 40, ones", partial(launch, 40, **ONE), (), KERNEL, ("sm_80", "sm_90", "gfx942")),
     Variant("head 64, float32", partial(launch, 64, torch.float32), KERNEL, (), NO_GFX942),
