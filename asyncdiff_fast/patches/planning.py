@@ -1,6 +1,7 @@
 """Plans the patches of one denoiser, from a forward on the whole picture and one on each patch."""
 
 import contextlib
+import functools
 
 import torch
 from torch.utils._pytree import tree_leaves
@@ -153,7 +154,8 @@ class Planner:
             dim = 1 if latent.dim() == 3 else latent.dim() - 2
             with torch.no_grad():
                 run = self._quiet(forward)
-                recorder.tokens = tokens.find(run, recorder, latent, self._with_latent(args, kwargs), dim)
+                with_latent = functools.partial(self._signature.with_latent, args, kwargs)
+                recorder.tokens = tokens.find(run, recorder, latent, with_latent, dim, self.denoiser)
         return whole, recorder
 
     def _recorded(self, forward, args, kwargs):
@@ -168,9 +170,6 @@ class Planner:
                 f"{type(self.denoiser).__name__} runs, but not while it is looked at for patches: "
                 f"{type(error).__name__}: {error}{self.way_out}"
             ) from error
-
-    def _with_latent(self, args, kwargs):
-        return lambda latent: self._signature.with_latent(args, kwargs, latent)
 
     def _patch(self, recorder, cutter, args, kwargs):
         """A patch without a plan, ready for a first look."""
