@@ -162,7 +162,8 @@ def page():
         lines.append(_row(cells, name))
     lines += ["", *(f"`{name}` is not tested here: {reason}." for name, reason in LEFT_OUT.items())]
     others = [f"`{name}`" for name in classes() if name not in MODELS.keys() | LEFT_OUT]
-    lines += ["", f"Of the other {len(others)} no tiny model has been written: {', '.join(others)}."]
+    if others:
+        lines += ["", f"Of the other {len(others)} no tiny model has been written: {', '.join(others)}."]
     return "\n".join(lines) + "\n"
 
 
