@@ -25,9 +25,9 @@ from .within import Within
 class Planner:
     """Makes the patches of one denoiser. `world` is None where one process plans alone; `hooks`: its `Hooks`."""
 
-    _make = Patch
-    # `split(rows of the latent, of them in one of the coarsest resolution)`: the patches' `Rows`; None: even ones.
-    _split = None
+    # `_split(rows of the latent, of them in one of the coarsest resolution)`: the patches' `Rows`; None: even ones.
+    # `_keyed`: whether calls are told from each other by the values that a patch `reads`.
+    _make, _split, _keyed = Patch, None, True
     # What to do with what cannot be shared, and where rows are mixed: the end of an error's text.
     way_out, way_out_of_mixing = f"; {OTHERWISE}", f"; {WAY_OUT}"
 
@@ -60,7 +60,7 @@ class Planner:
         """See `tries.of`."""
         latent, named = self._signature.latent(args, kwargs), self._signature.named(args, kwargs)
         cutter = Cutter.of(recorder, latent, self._signature.latent_name, self.config, axis, self._split)
-        return tries.of(recorder, cutter, named, self._regions(recorder))
+        return tries.of(recorder, cutter, named, self._regions(recorder), self._keyed)
 
     def _regions(self, recorder):
         """The regions in which alone patches may work, if what is beneath knows of them."""
