@@ -48,8 +48,9 @@ FEW = (
 )  # fmt: skip
 # Whose tokens, positions and texts come as those of another class do, or that compile for seconds.
 ALIKE = {
-    "AnyFlowFARTransformer3DModel", "AnyFlowTransformer3DModel", "BriaFiboTransformer2DModel", "BriaTransformer2DModel", "ChronoEditTransformer3DModel",
-    "CogView3PlusTransformer2DModel", "ConsisIDTransformer3DModel", "DreamLiteTransformer2DModel",
+    "AnyFlowFARTransformer3DModel", "AnyFlowTransformer3DModel", "BriaFiboTransformer2DModel",
+    "BriaTransformer2DModel", "ChronoEditTransformer3DModel", "CogView3PlusTransformer2DModel",
+    "ConsisIDTransformer3DModel", "DreamLiteTransformer2DModel",
     "Flux3Transformer2DModel", "HeliosTransformer3DModel", "HunyuanImageTransformer2DModel",
     "JoyImageEditTransformer3DModel", "Kandinsky6Transformer3DModel", "LongCatImageTransformer2DModel",
     "OvisImageTransformer2DModel", "SkyReelsV2Transformer3DModel", "Transformer2DModel", "TransformerTemporalModel",
@@ -161,7 +162,8 @@ def page():
         lines.append(_row(cells, name))
     lines += ["", *(f"`{name}` is not tested here: {reason}." for name, reason in LEFT_OUT.items())]
     others = [f"`{name}`" for name in classes() if name not in MODELS.keys() | LEFT_OUT]
-    lines += ["", f"Of the other {len(others)} no tiny model has been written: {', '.join(others)}."]
+    if others:
+        lines += ["", f"Of the other {len(others)} no tiny model has been written: {', '.join(others)}."]
     return "\n".join(lines) + "\n"
 
 

@@ -114,12 +114,14 @@ class Tokens:
     """A sequence with `inner` tokens for each row of a resolution, and `extra` others (the text of a joint attention).
 
     Every patch has all of the others. The rows of a clip lie frame by frame: `outer` is the number of its frames.
+    `before`: how many of the others come before the picture; None: all or none, as a call will tell.
     """
 
     rows: Rows
     inner: int
     extra: int = 0
     outer: int = 1
+    before: int | None = None
 
     def count(self, patch):
         """Tokens of the picture that a patch owns."""

@@ -1,6 +1,7 @@
 """Plans the patches of one denoiser, from a forward on the whole picture and one on each patch."""
 
 import contextlib
+import functools
 
 import torch
 from torch.utils._pytree import tree_leaves
@@ -24,9 +25,9 @@ from .within import Within
 class Planner:
     """Makes the patches of one denoiser. `world` is None where one process plans alone; `hooks`: its `Hooks`."""
 
-    _make = Patch
-    # `split(rows of the latent, of them in one of the coarsest resolution)`: the patches' `Rows`; None: even ones.
-    _split = None
+    # `_split(rows of the latent, of them in one of the coarsest resolution)`: the patches' `Rows`; None: even ones.
+    # `_keyed`: whether calls are told from each other by the values that a patch `reads`.
+    _make, _split, _keyed = Patch, None, True
     # What to do with what cannot be shared, and where rows are mixed: the end of an error's text.
     way_out, way_out_of_mixing = f"; {OTHERWISE}", f"; {WAY_OUT}"
 
@@ -59,7 +60,7 @@ class Planner:
         """See `tries.of`."""
         latent, named = self._signature.latent(args, kwargs), self._signature.named(args, kwargs)
         cutter = Cutter.of(recorder, latent, self._signature.latent_name, self.config, axis, self._split)
-        return tries.of(recorder, cutter, named, self._regions(recorder))
+        return tries.of(recorder, cutter, named, self._regions(recorder), self._keyed)
 
     def _regions(self, recorder):
         """The regions in which alone patches may work, if what is beneath knows of them."""
@@ -153,7 +154,8 @@ class Planner:
             dim = 1 if latent.dim() == 3 else latent.dim() - 2
             with torch.no_grad():
                 run = self._quiet(forward)
-                recorder.tokens = tokens.find(run, recorder, latent, self._with_latent(args, kwargs), dim)
+                with_latent = functools.partial(self._signature.with_latent, args, kwargs)
+                recorder.tokens = tokens.find(run, recorder, latent, with_latent, dim, self.denoiser)
         return whole, recorder
 
     def _recorded(self, forward, args, kwargs):
@@ -168,9 +170,6 @@ class Planner:
                 f"{type(self.denoiser).__name__} runs, but not while it is looked at for patches: "
                 f"{type(error).__name__}: {error}{self.way_out}"
             ) from error
-
-    def _with_latent(self, args, kwargs):
-        return lambda latent: self._signature.with_latent(args, kwargs, latent)
 
     def _patch(self, recorder, cutter, args, kwargs):
         """A patch without a plan, ready for a first look."""

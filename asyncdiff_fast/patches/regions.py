@@ -56,6 +56,10 @@ class OuterCall:
     calls: tuple
     made: tuple = ()
 
+    def sizes(self):
+        """Sizes of the dimensions, but features, of what it is given that is made of the picture."""
+        return {n for x in self.given if x is not None and x.picture for n in x.shape[:-1]}
+
 
 class OuterCalls(list):
     """Those of one forward, as a `Recorder` sees them; `text`: `Followed` of the prompt."""
@@ -79,6 +83,10 @@ class OuterCalls(list):
             call.met, call.attentions, call.calls = (
                 (began, n) for (began, _), n in zip((call.met, call.attentions, call.calls), now, strict=True)
             )
+
+    def attending(self, number):
+        """The call in which an attention lies, by its number; None: the forward itself calls it."""
+        return next((call for call in self if call.attentions[0] <= number < call.attentions[1]), None)
 
     def _now(self):
         return len(self._recorder.met), self._recorder.attentions, self._calls
@@ -203,9 +211,10 @@ def find(recorder):
         return any(x is not None and x.picture and how(x) is not None for x in leaves)
 
     calls = recorder.outer
-    first = next((i for i, c in enumerate(calls) if c.attentions[0] <= order.first < c.attentions[1]), None)
-    if first is None or not has_tokens(calls[first].given):
+    block = calls.attending(order.first)
+    if block is None or not has_tokens(block.given):
         return []
+    first = calls.index(block)
     ends = [i for i in range(first, len(calls)) if has_tokens(calls[i].made)]
     attending = [i for i in ends if calls[i].attentions[0] < calls[i].attentions[1]]
     found = []

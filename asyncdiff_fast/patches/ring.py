@@ -27,8 +27,8 @@ class RingState(State):
         self.ring = torch.zeros(self.picture + extra, site.key[0], site.features, dtype=site.dtype, device=device)
         self.parts = self.ring[: self.picture].split(counts)
         self.received = [Received(s, x, predicts) for s, x in enumerate(self.parts) if s != patch and len(x)]
-        # True if the others come first; told at the first synchronous step.
-        self.extra_first = None
+        # How many of the others come before the picture; None until the first synchronous step tells.
+        self.before = site.tokens.before if extra else 0
         self.sample = None
 
     def sends(self):
@@ -71,23 +71,22 @@ class RingState(State):
         return func(**named)
 
     def _split(self, x, dim=-2):
-        """(picture, others) of this patch's tokens."""
+        """(others before it, picture, others behind it) of this patch's tokens."""
         extra = self.site.tokens.extra
-        picture = x.narrow(dim, extra if self.extra_first else 0, x.shape[dim] - extra)
-        return picture, x.narrow(dim, 0 if self.extra_first else x.shape[dim] - extra, extra)
+        return x.split((self.before, x.shape[dim] - extra, extra - self.before), dim)
 
     def _write(self, key, value):
         if key.shape[-2] != self.site.shapes[self.patch][-2]:
             lost(f"{self.site.label} attends to {key.shape[-2]} tokens, not to {self.site.shapes[self.patch][-2]}")
-        if self.extra_first is None:
-            self.extra_first = self._told(key)
+        if self.before is None:
+            self.before = self._told(key)
+        others = self.ring[self.picture :].tensor_split((self.before,))
         for x, features in ((key, slice(0, math.prod(self.site.key[1:]))), (value, slice(-self._value_size, None))):
-            picture, others = self._split(x)
+            before, picture, after = self._split(x)
             start, stop = self.site.tokens.own(self.patch)
             own = picture[..., start:stop, :]
-            for target, tokens in ((self.parts[self.patch], own), (self.ring[self.picture :], others)):
-                # (b, h, s, d) to (s, b, h * d)
-                target[..., features].unflatten(-1, (x.shape[1], x.shape[-1])).copy_(tokens.permute(2, 0, 1, 3))
+            for target, tokens in zip((self.parts[self.patch], *others), (own, before, after), strict=True):
+                place(target, features, tokens)
 
     @property
     def _value_size(self):
@@ -102,25 +101,32 @@ class RingState(State):
         )
 
     def _told(self, key):
-        """True if the others come before the picture, by their keys in the forward on the whole picture."""
+        """How many of the others come before the picture, all or none, by their keys in the whole picture's forward."""
         extra = self.site.tokens.extra
-        if not extra or self.sample is None:
-            return False
+        if self.sample is None:
+            return 0
         mine = key[(0,) * (key.dim() - 2)][:, : self.sample.shape[-1]].float()
         whole = self.sample.float()
         places = torch.tensor(self.site.tokens.places(self.patch), device=key.device)
         others = torch.arange(extra, device=key.device)
         first = whole[torch.cat((others, places + extra))]
         last = whole[torch.cat((places, others + len(whole) - extra))]
-        return bool((mine - first).abs().max() < (mine - last).abs().max())
+        return extra if (mine - first).abs().max() < (mine - last).abs().max() else 0
 
     def _mask(self, mask):
         """A mask over this patch's keys, as one over the ring; of the picture's tokens nothing may be masked."""
         if mask.shape[-1] == 1:
             return mask
-        picture, others = self._split(mask, -1)
+        before, picture, after = self._split(mask, -1)
         # Of a clip it may tell frames apart, of which every part has some tokens.
         frames = picture.unflatten(-1, (self.site.tokens.outer, -1))[..., :1]
         counts = [self.site.tokens.count(p) // self.site.tokens.outer for p in range(len(self.parts))]
         parts = [frames.expand(*frames.shape[:-1], count).flatten(-2) for count in counts]
-        return torch.cat((*parts, others), -1)
+        return torch.cat((*parts, before, after), -1)
+
+
+def place(target, features, tokens):
+    """Write keys or values (b, heads, s, d) into some features of a part of a ring, (s, b, features)."""
+    if len(target):
+        heads = target[..., features].unflatten(-1, (tokens.shape[1], tokens.shape[-1]))
+        heads.copy_(tokens.permute(2, 0, 1, 3))

@@ -113,8 +113,9 @@ def make_sites(recorder, cutter, patches, sees_latent):
         elif whole.kind == NORM:
             sites.append(_norm(common, whole, parts, levels, level))
         else:
-            rows = levels[level] if grid is None or whole.shape[-2] not in cutter.starts else grid.rows
-            sites.append(_ring(common, whole, parts, rows, width, None if grid is None else grid.outer))
+            start = None if grid is None else cutter.starts.get(whole.shape[-2])
+            rows = levels[level] if start is None else grid.rows
+            sites.append(_ring(common, whole, parts, rows, width, None if grid is None else grid.outer, start))
     return tuple(sites)
 
 
@@ -221,7 +222,7 @@ def _norm(common, whole, parts, levels, level):
     return Norm(*common, whole.options[0], rows)
 
 
-def _ring(common, whole, parts, rows, width, frames):
+def _ring(common, whole, parts, rows, width, frames, start):
     if all(s.shape[-2] == whole.shape[-2] for s in parts):
         return Site(*common)
     try:
@@ -240,4 +241,6 @@ def _ring(common, whole, parts, rows, width, frames):
         frames = per_row // width if width and per_row % width == 0 else 1
     elif per_row % frames:
         frames = 1
-    return Ring(*common, layout.Tokens(rows, per_row, extra, frames), key, value)
+    # Sequences of one length may have their text at either end.
+    before = start if start is not None and 0 < start < extra else None
+    return Ring(*common, layout.Tokens(rows, per_row, extra, frames, before), key, value)

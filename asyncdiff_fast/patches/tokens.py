@@ -4,11 +4,15 @@ How tokens are made (a convolution, a reshape and a linear layer, frame by frame
 first attention's keys that are other numbers after one row of the latent was changed are that row's tokens.
 """
 
+import contextlib
+import itertools
 from dataclasses import dataclass, field
 from itertools import pairwise
 
+import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from .sites import ATTENTION, sample_of
 
@@ -61,7 +65,7 @@ class _Changes(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def find(run, recorder, latent, with_latent, dim):
+def find(run, recorder, latent, with_latent, dim, denoiser):
     """The `TokenOrder` of a denoiser; None where its first attention's tokens are not each of one row.
 
     Args:
@@ -69,6 +73,7 @@ def find(run, recorder, latent, with_latent, dim):
         recorder: of one with these inputs.
         latent: what holds the picture, rows in dimension `dim`.
         with_latent: gives (args, kwargs) with another latent.
+        denoiser: whose modules `recorder` names.
     """
     sites = [recorder.sites[key][place] for key, place in recorder.order]
     samples = [s.sample for s in sites if s.kind == ATTENTION]
@@ -76,15 +81,15 @@ def find(run, recorder, latent, with_latent, dim):
     if not samples or size < 2 or latent.is_meta:
         return None
 
-    def changed(row, last=None):
+    def another(row):
         other = latent.clone()
         other.narrow(dim, row, 1).mul_(-1).add_(1)
+        return with_latent(other)
+
+    def changed(row, last=None):
         seen = _Changes(samples, last)
-        try:
-            with seen:
-                run(*with_latent(other))
-        except _Enough:
-            pass
+        with contextlib.suppress(_Enough), seen:
+            run(*another(row))
         return [m.nonzero().flatten().tolist() for m in seen.masks]
 
     masks = changed(0)
@@ -104,7 +109,41 @@ def find(run, recorder, latent, with_latent, dim):
         if start is not None:
             order.starts.setdefault(len(sample), start)
     order.starts.setdefault(order.size, 0)
+    block = recorder.outer.attending(order.first)
+    if block is not None and not block.sizes() & order.starts.keys():
+        module, number = denoiser.get_submodule(block.key[0]), block.key[1]
+        plain, other = (_given(module, number, run, *x) for x in (with_latent(latent), another(0)))
+        for length, places in _changed_along(plain, other):
+            start = _start(places, length, order)
+            if start is not None:
+                order.starts.setdefault(length, start)
     return order
+
+
+def _given(module, number, run, args, kwargs):
+    """The tensors that a call of a module is given, by its number, in a forward that ends there."""
+    found, calls = [], itertools.count()
+
+    def note(module, args, kwargs):
+        if next(calls) == number:
+            found.extend(x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor))
+            raise _Enough
+
+    handle = module.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        with contextlib.suppress(_Enough):
+            run(args, kwargs)
+    finally:
+        handle.remove()
+    return found
+
+
+def _changed_along(plain, other):
+    """(size of a dimension, places in it where tensors differ) of each that is no feature's."""
+    for x, y in zip(plain, other, strict=False):
+        for dim in range(x.dim() - 1) if x.shape == y.shape else ():
+            differ = (x != y).movedim(dim, 0).flatten(1).any(1)
+            yield x.shape[dim], differ.nonzero().flatten().tolist()
 
 
 def _order(top, bottom, size, first):

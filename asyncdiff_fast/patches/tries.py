@@ -6,14 +6,16 @@ from . import inputs
 MOST = 4
 
 
-def of(recorder, cutter, named, regions):
+def of(recorder, cutter, named, regions, keyed):
     """[(`Recorder`, `Cutter` of the first patch)], each a try: first the usual one, then in `regions` alone.
 
     Args:
         recorder: of a forward on the whole picture with the inputs `named`.
+        keyed: whether other values of an input may have a plan of their own.
     """
     joining = {name for joins in recorder.joins.values() for join in joins for name, _ in join.of}
     doubtful = inputs.doubtful(cutter, named, joining)[:MOST]
     cutters = [cutter, *map(cutter.other_than, doubtful)]
-    usual = [(recorder.settled(cutter, inputs.whole(cutter, named)), cutter) for cutter in cutters]
+    wholes = [inputs.whole(cutter, named) if keyed else frozenset() for cutter in cutters]
+    usual = [(recorder.settled(cutter, whole), cutter) for cutter, whole in zip(cutters, wholes, strict=True)]
     return usual + [(usual[0][0].narrowed(region), cutter) for region in regions]

@@ -11,7 +11,7 @@ import torch
 from ..patches.halo import HaloState
 from ..patches.kinds import make_state
 from ..patches.norm import NormState, normalise, statistics
-from ..patches.ring import RingState
+from ..patches.ring import RingState, place
 from ..patches.site import Halo, Norm, Ring
 from .carried import Carried, Reused
 
@@ -24,8 +24,8 @@ class KeptRing(Carried):
     def __init__(self, site, device):
         state = RingState(site, 0, device)
         self.site, self.ring, self.parts = site, state.ring, state.parts
-        # Whether tokens that are not the picture's come first; until a micro-step tells, what is to be kept waits.
-        self.extra_first = None if site.tokens.extra else False
+        # How many others come before the picture's tokens; until a micro-step tells, what is to be kept waits.
+        self.before = state.before
         self.sample, self._waiting, self._saved = None, [], None
         places = [i for p in range(len(site.shapes)) for i in site.tokens.places(p)]
         self._places = None if places == sorted(places) else torch.tensor(places, device=device)
@@ -38,29 +38,29 @@ class KeptRing(Carried):
         """Keep what attention to the whole picture is given, of one part of the batch."""
         named = dict(zip(_ATTENTION_NAMES, args, strict=False)) | kwargs
         key, value = (x.unsqueeze(1) if x.dim() == 3 else x for x in (named["key"], named["value"]))
-        if self.extra_first is not None:
+        if self.before is not None:
             self._write(key, value, part)
             return
         if part == 0:
             self.sample, self._waiting = key[(0,) * (key.dim() - 2)][:, :8].clone(), []
         self._waiting.append((key.clone(), value.clone(), part))
 
-    def settle(self, extra_first):
-        """It is known now whether the others come first."""
-        self.extra_first = extra_first
+    def settle(self, before):
+        """It is known now how many of the others come first."""
+        self.before = before
         for given in self._waiting:
             self._write(*given)
 
     def remember(self):
         """What is kept now comes back by `restore`."""
-        self._saved = self.ring.clone() if self.extra_first is not None else None
+        self._saved = self.ring.clone() if self.before is not None else None
 
     def restore(self):
         """Keep again what was kept at `remember`."""
         if self._saved is not None:
             self.ring.copy_(self._saved)
-        elif self.extra_first is not None:
-            self.settle(self.extra_first)
+        elif self.before is not None:
+            self.settle(self.before)
         self._saved, self._waiting = None, []
 
     def state(self, patch):
@@ -70,13 +70,12 @@ class KeptRing(Carried):
     def _write(self, key, value, part):
         ring = _part(self.ring, part, len(key), 1)
         extra, count = self.site.tokens.extra, self.ring.shape[0] - self.site.tokens.extra
-        keys = math.prod(self.site.key[1:])
+        keys, targets = math.prod(self.site.key[1:]), ring.tensor_split((count, count + self.before))
         for x, features in ((key, slice(0, keys)), (value, slice(keys, None))):
-            picture = x.narrow(-2, extra if self.extra_first else 0, count)
+            before, picture, after = x.split((self.before, count, extra - self.before), -2)
             picture = picture if self._places is None else picture.index_select(-2, self._places)
-            others = x.narrow(-2, 0 if self.extra_first else count, extra)
-            for target, tokens in ((ring[:count], picture), (ring[count:], others)):
-                target[..., features].unflatten(-1, (x.shape[1], x.shape[-1])).copy_(tokens.permute(2, 0, 1, 3))
+            for target, tokens in zip(targets, (picture, before, after), strict=True):
+                place(target, features, tokens)
 
 
 class _MicroRing(RingState):
@@ -85,10 +84,10 @@ class _MicroRing(RingState):
         self._kept, self.ring, self.parts, self.received = kept, kept.ring, kept.parts, []
 
     def _told(self, key):
-        if self._kept.extra_first is None:
+        if self._kept.before is None:
             self.sample = self._kept.sample
             self._kept.settle(super()._told(key))
-        return self._kept.extra_first
+        return self._kept.before
 
 
 class _Saved:

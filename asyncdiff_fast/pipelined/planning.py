@@ -25,7 +25,7 @@ class MicroPlanner(LonePlanner):
     learnt; it returns them beside what `run()` returns. None where they are not needed.
     """
 
-    _make = MicroPatch
+    _make, _keyed = MicroPatch, False
     # The way out is said by what makes these plans.
     way_out = way_out_of_mixing = ""
 

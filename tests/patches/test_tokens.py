@@ -29,7 +29,7 @@ def _order(kind, dim=-2):
     def with_latent(latent):
         return signature.with_latent((x, t), kwargs, latent)
 
-    return tokens.find(run, seen, x, with_latent, x.dim() + dim)
+    return tokens.find(run, seen, x, with_latent, x.dim() + dim, net)
 
 
 def test_the_order_of_tokens_is_found():

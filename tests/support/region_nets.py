@@ -66,6 +66,17 @@ class Counted(Plain):
         return self.pixels(self.out(tokens), torch.empty(shape))
 
 
+class Behind(Square):
+    """Blocks get the picture behind what was drawn before, and attend to a text beside both."""
+
+    def forward(self, x, t, before, encoder_hidden_states):
+        tokens = self.embed(self.tokens(x)) + self.positions(TOKENS) + t / 1000
+        tokens, text = torch.cat((before, tokens), 1), encoder_hidden_states
+        for block in self.blocks:
+            tokens, text = block(tokens, 0.1, text)
+        return self.pixels(self.out(tokens[:, -TOKENS:]), x.new_empty(len(x), 4, SIZE, SIZE))
+
+
 class SequenceFirst(Square):
     """Tokens (s, b, d); a sum over the picture behind the blocks."""
 
@@ -164,8 +175,14 @@ def _beside(seed):
     )
 
 
-MORE = {Counted: _beside}
-RIGHT = (Square, Counted, SequenceFirst, Grouped)
+def _before(seed):
+    draw = torch.Generator().manual_seed(seed)
+    before, text = torch.randn(1, 9, WIDTH, generator=draw), torch.randn(1, 5, WIDTH, generator=draw)
+    return dict(before=before, encoder_hidden_states=text)
+
+
+MORE = {Counted: _beside, Behind: _before}
+RIGHT = (Square, Behind, Counted, SequenceFirst, Grouped)
 
 
 def build(kind):

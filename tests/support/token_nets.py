@@ -79,6 +79,16 @@ class TextLast(TextFirst):
     last = True
 
 
+class TextAround(TextFirst):
+    """Some of the text comes before the picture, the rest behind it."""
+
+    def forward(self, x, t, encoder_hidden_states, attention_mask):
+        first, last = encoder_hidden_states.split((2, TEXT - 2), 1)
+        joint = torch.cat((first, self.embed(self.tokens(x)), last), 1)
+        joint = self.attend(joint + self.positions(joint.shape[1]), attention_mask[:, None, None].bool())
+        return self.pixels(self.out(joint[:, 2 : 2 - TEXT]), x)
+
+
 class TimeOfTokens(TokenNet):
     def forward(self, x, timestep):
         tokens = self.embed(self.tokens(x)) * (1 + timestep.unsqueeze(-1) / 1000)
@@ -230,6 +240,7 @@ MORE = {
     TokenNet: lambda seed: {}, ColumnsFirst: lambda seed: {}, EachFrame: lambda seed: {}, InLists: lambda seed: {},
     Switched: lambda seed: {},
     TextFirst: lambda seed: _masked(SIZE, seed), TextLast: lambda seed: _joint(SIZE, seed),
+    TextAround: lambda seed: _joint(SIZE, seed),
     TimeOfTokens: lambda seed: {}, OddName: lambda seed: dict(text_weights=_random(1, SIZE, 1, seed=seed)),
     ReadsNumbers: lambda seed: dict(text_mask=torch.arange(9)[None] < 4 + seed),
     TakesNumbers: lambda seed: dict(first=[10 * seed]),
