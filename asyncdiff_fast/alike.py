@@ -8,10 +8,11 @@ import logging
 import zlib
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 from .calls.watch import last_drawn, last_numbers, last_scheduler, random_states
 from .exchange import fingerprint
-from .modules import structure, told
+from .modules import structure, told, torch_hooks
 
 log = logging.getLogger(__name__)
 # How far latents of two ranks may be after one step, of their spread: devices may round differently.
@@ -51,6 +52,10 @@ class Alike:
     def structure(self):
         """`modules.structure` of the denoiser, as it was last reported."""
         return self._model.structure
+
+    def check_hooks(self, reports, run):
+        """See `AlikeModel.check_hooks`. Collective."""
+        self._model.check_hooks([report["model"] for report in reports], run)
 
     def check(self, reports):
         """Compare what all ranks tell. Collective, all alike. Raises: ValueError that names what differs."""
@@ -124,16 +129,17 @@ class AlikeModel:
     def __init__(self, world, model, what):
         self._world, self._model, self._what = world, model, what
         self._weights, self.structure = fingerprint.Weights(model), structure(model)
-        # As it was when ranks were last found alike.
-        self._was = self.structure
+        # As it was when ranks were last found alike, and every rank's hooks.
+        self._was, self._hooks = self.structure, []
 
     def report(self):
-        """What this rank tells of it: (whether modules were changed, a digest of them), what of its weights.
+        """What this rank tells of it: (whether modules were changed, a digest of them), what of its weights, its hooks.
 
         From here on `structure` is of these modules.
         """
         self.structure = structure(self._model)
-        return (self.structure != self._was, told(self._model)), self._weights.report()
+        changed = self.structure != self._was
+        return (changed, told(self._model)), self._weights.report(), torch_hooks(self._model)
 
     def check(self, reports):
         """Compare what all ranks tell. Collective, all alike. Raises: ValueError that names what differs.
@@ -141,16 +147,35 @@ class AlikeModel:
         What differs is told again the next time, unless it was put right.
         """
         first, names = reports[0][0], self._world.ranks
-        for rank, (theirs, _) in zip(names, reports, strict=True):
+        for rank, (theirs, *_) in zip(names, reports, strict=True):
             if (theirs[0] or first[0]) and theirs != first:
                 raise ValueError(
                     f"every rank must run the same {self._what}: modules, attention processors, adapters or hooks of "
                     f"rank {names[0]} and rank {rank} differ since patch() or the last call; change them alike on all "
                     "ranks"
                 )
-        self._check_weights([weights for _, weights in reports])
+        self._check_weights([weights for _, weights, _ in reports])
         self._was = self.structure
         self._weights.accept()
+
+    def check_hooks(self, reports, run):
+        """Hooks of torch's may be of one rank alone, if they change nothing. Collective. Raises: ValueError if they do.
+
+        Args:
+            run: gives what the whole model returns; asked where ranks have other hooks, and other ones than before.
+        """
+        hooks, names = [hooks for *_, hooks in reports], self._world.ranks
+        if len(set(hooks)) > 1 and hooks != self._hooks:
+            tensors = [x for x in tree_leaves(run()) if isinstance(x, torch.Tensor) and x.is_floating_point()]
+            close = min((CLOSE.get(x.dtype, CLOSE_IN_HALF) for x in tensors), default=0.0)
+            samples = self._world.gather([_sample(x) for x in tensors], "what hooks change")
+            for rank, theirs in zip(names, samples, strict=True):
+                if any(_distance(a, b) > close for a, b in zip(samples[0], theirs, strict=True)):
+                    raise ValueError(
+                        f"every rank must run the same {self._what}: torch's hooks on modules of rank {names[0]} and "
+                        f"rank {rank} change what it returns; register the same on all ranks"
+                    )
+        self._hooks = hooks
 
     def _check_weights(self, reports):
         """Where some were written, every bit is compared."""

@@ -108,6 +108,10 @@ class Generations:
                 "same inputs"
             ) from None
 
+    def check_hooks(self, reports, run):
+        """See `AlikeModel.check_hooks`. Collective."""
+        self._alike.check_hooks(reports, run)
+
     def count(self, tick, latent):
         """One more call; the first of a step is compared with the others'. Collective at the second and last step."""
         self._made += 1

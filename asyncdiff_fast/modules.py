@@ -40,7 +40,7 @@ def structure(denoiser):
     def settings(module):
         found = tuple(map(vars(module).get, _SETTINGS))
         found = tuple(tuple(x) if isinstance(x, list | dict) else x for x in found)
-        return found, _scales(module), other_hooks(module), _torch_hooks(module)
+        return found, _scales(module), other_hooks(module)
 
     return hash(tuple((name, id(module), type(module), settings(module)) for name, module in denoiser.named_modules()))
 
@@ -57,7 +57,6 @@ def told(denoiser):
             type(module).__qualname__,
             *(setting(vars(module).get(s)) for s in _SETTINGS),
             repr(_scales(module)),
-            _torch_hooks(module),
         )
         for name, module in denoiser.named_modules()
     ]
@@ -69,10 +68,14 @@ def _scales(module):
     return tuple(scaling.items()) if isinstance(scaling, dict) else None
 
 
-def _torch_hooks(module):
-    """Names of what torch calls before and after a module's forward; made anew, they are the same."""
-    hooks = (*module._forward_pre_hooks.values(), None, *module._forward_hooks.values())
-    return tuple(getattr(hook, "__qualname__", type(hook).__qualname__) for hook in hooks) if len(hooks) > 1 else ()
+def torch_hooks(model):
+    """A digest of the names of what torch calls before and after forwards; made anew, they are the same."""
+    found = []
+    for name, module in model.named_modules():
+        if module._forward_pre_hooks or module._forward_hooks:
+            hooks = (*module._forward_pre_hooks.values(), None, *module._forward_hooks.values())
+            found.append((name, *(getattr(hook, "__qualname__", type(hook).__qualname__) for hook in hooks)))
+    return zlib.crc32(repr(found).encode())
 
 
 def other_hooks(module):

@@ -18,6 +18,7 @@ from .exchange.engine import described
 from .exchange.world import device
 from .fused.device_layers import DeviceLayers
 from .generations import Generations
+from .halves.cuts import fresh
 from .hooks import attached, on_pipeline_end
 from .modules import is_compiled, own, step_cache
 from .parts import Parts
@@ -116,7 +117,7 @@ class Runtime:
         tick = self._generations.tick(timestep, key, lambda: self._signature.named(args, kwargs))
         try:
             if tick.begins:
-                self._begin_generation(args, kwargs)
+                self._begin_generation(forward, args, kwargs)
             self._advice.call(tick.step)
             self._generations.count(tick, self._signature.latent(args, kwargs))
 
@@ -149,7 +150,7 @@ class Runtime:
 
     # The beginning of a generation.
 
-    def _begin_generation(self, args, kwargs):
+    def _begin_generation(self, forward, args, kwargs):
         if self.world.size == 1:
             self._layers.begin()
             return
@@ -177,6 +178,9 @@ class Runtime:
             self._parts.device = self._parts.device if where is None else _placed(where)
             self._parts.restart()
         self._generations.check(everyone)
+        if not self._parts.is_sharded:
+            given = self._signature.as_call(fresh(self._signature.named(args, kwargs)), args, kwargs)
+            self._generations.check_hooks(everyone, lambda: forward(*given[0], **given[1]))
         now = self._generations.structure
         if now != self._structure:
             if self._structure is not None:

@@ -35,7 +35,10 @@ def checked(path=None):
 
 
 def load(folder, device, dtype):
-    """The pipeline in a folder, on `device` in `dtype`, without progress bars and notices."""
+    """The pipeline in a folder, on `device` in `dtype`, without progress bars and notices.
+
+    Raises: UsageError if diffusers cannot load it.
+    """
     import diffusers
     import transformers
 
@@ -45,6 +48,13 @@ def load(folder, device, dtype):
     with warnings.catch_warnings():
         # The name of the argument changes between versions of diffusers; all of them know this one.
         warnings.simplefilter("ignore", FutureWarning)
-        pipe = diffusers.DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype).to(device)
+        try:
+            pipe = diffusers.DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype)
+        except Exception as error:
+            raise UsageError(
+                f"PATH must be the folder of a diffusers pipeline: {folder} cannot be loaded, {type(error).__name__}: "
+                f"{' '.join(str(error).split())}; save the pipeline anew, or install what it needs"
+            ) from error
+    pipe.to(device)
     pipe.set_progress_bar_config(disable=True)
     return pipe

@@ -59,7 +59,7 @@ class Decoder:
         self._inside = True
         try:
             _refuse_tiles(self.place)
-            self._begin(latent)
+            self._begin(latent, forward, args, kwargs)
             return self._shared(forward, args, kwargs)
         except BaseException as error:
             self._interrupted = True
@@ -72,7 +72,7 @@ class Decoder:
         finally:
             self._inside = False
 
-    def _begin(self, latent):
+    def _begin(self, latent, forward, args, kwargs):
         """All ranks meet, with the same latent. Collective."""
         mine = {
             "latent": (tuple(latent.shape), str(latent.dtype)),
@@ -94,7 +94,14 @@ class Decoder:
                     f"{reports[0]['latent'][0]}, rank {rank} {theirs['latent'][0]}, and they differ; use the same "
                     "prompt, size and seed on all ranks"
                 )
-        self._model.check([report["model"] for report in reports])
+        models = [report["model"] for report in reports]
+        self._model.check(models)
+
+        def whole():
+            args_of_corner, kwargs_of_corner = small(self._signature, self.config, args, kwargs)
+            return forward(*args_of_corner, **kwargs_of_corner)
+
+        self._model.check_hooks(models, whole)
 
     def _shared(self, forward, args, kwargs):
         now = structure(self.place.module)

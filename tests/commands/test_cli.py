@@ -190,6 +190,14 @@ def test_plan_refuses_what_cannot_be_planned(capsys):
     assert stop.value.code == 2 and "no plan" in capsys.readouterr().err
 
 
+def test_a_broken_pipeline_is_named_in_one_line(capsys, tmp_path):
+    (tmp_path / "model_index.json").write_text("{,")
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["plan", str(tmp_path)])
+    lines = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and len(lines) == 1 and f"{tmp_path} cannot be loaded, OSError" in lines[0]
+
+
 def test_demo_draws_three_modes(tmp_path):
     done = _command("demo", "--prompts", CAPTION, "a striped white ring, sky background", "--steps", "12", cwd=tmp_path)
     assert done.returncode == 0, done.stderr

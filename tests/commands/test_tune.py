@@ -163,13 +163,23 @@ def test_a_session_goes_on_where_it_stopped_and_ends_in_time(tmp_path):
 
 def test_all_ranks_may_leave_out_what_is_of_something_else(tmp_path):
     """Every rank opens the record of the folder, at the same time."""
+    Record(tmp_path, {"steps": 19}).save()
     pictures = tmp_path / "tune"
-    pictures.mkdir()
     for number in range(500):
         (pictures / f"{number}.npy").touch()
     with ThreadPoolExecutor(4) as ranks:
         found = list(ranks.map(lambda _: Record(tmp_path, {"steps": 20}), range(4)))
     assert len(found) == 4 and not list(pictures.iterdir())
+
+
+@pytest.mark.parametrize("text", (None, "{,", "[1]", "{}", '{"key": 3, "trials": [{}]}', '{"key": {"steps": 20}}'))
+def test_what_tune_has_not_written_stays(tmp_path, text):
+    mine = tmp_path / "tune" / "mine.npy"
+    mine.parent.mkdir()
+    mine.touch()
+    if text is not None:
+        (tmp_path / "tune.json").write_text(text)
+    assert not Record(tmp_path, {"steps": 20}).trials and mine.exists()
 
 
 def test_the_page_and_the_picture(tmp_path):

@@ -22,7 +22,7 @@ _CRASHES = 5
 def tune(path, args):
     """Carry out the command. Returns its exit code."""
     prompts = _prompts(args)
-    if args.minutes <= 0:
+    if not args.minutes > 0:
         raise UsageError(f"--minutes must be more than 0: got {args.minutes:g}")
     key = {
         "pipeline": str(path), "processes": args.nproc, "steps": args.steps, "prompts": prompts, "seed": args.seed,

@@ -19,14 +19,10 @@ class Record:
         self.out, self.key, self.trials, self.running, self.link = out, key, {}, None, None
         self.chosen = None
         self._path, self._pictures = out / "tune.json", out / "tune"
-        try:
-            kept = json.loads(self._path.read_text())
-        except (OSError, ValueError):
-            kept = {}
+        kept = _kept(self._path)
         if kept.get("key") == key:
-            self.trials = {t["name"]: as_trial(t) for t in kept["trials"]}
-            self.running, self.link = kept["running"], kept["link"]
-        else:
+            self.trials, self.running, self.link = kept["trials"], kept["running"], kept["link"]
+        elif kept:
             # Pictures of something else; every rank finds them, and one of them is the first to remove each.
             for old in self._pictures.glob("*.npy"):
                 old.unlink(missing_ok=True)
@@ -69,6 +65,16 @@ class Record:
     def _file(self, name, prompt):
         safe = "".join(c if c.isalnum() or c in "=._" else "-" for c in name)
         return self._pictures / f"{safe}.{prompt}.npy"
+
+
+def _kept(path):
+    """What a `tune.json` says, its trials as `Trial`s by name; {} if there is none, or another program's."""
+    try:
+        kept = json.loads(path.read_text())
+        trials = {t["name"]: as_trial(t) for t in kept["trials"]}
+        return {"key": kept["key"], "running": kept["running"], "link": kept["link"], "trials": trials}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
 
 
 def _plain(trial):
