@@ -37,9 +37,11 @@ class Sampling:
         self._told, self._stays_exact = told, stays_exact
         self.block = self.results = self.num_steps = self.output_bytes = self._latest = self._lengths = None
         self.exact_because, self._alike, self._outputs = "", False, Outputs()
+        self._step, self._measured = 0, None
 
     def begin(self, step_idx):
         """The first call of a step: it is exact, or in a block, which may begin here. Collective once."""
+        self._step = step_idx
         if self.block is None:
             self.block = self._next_block(step_idx)
 
@@ -57,6 +59,10 @@ class Sampling:
         """The block that begins at a step; None for an exact step."""
         if self.exact_because or self._lengths is None or not self._outputs:
             return None
+        if self._measured is not None:
+            error, ahead = self._measured
+            self._measured = None
+            self._lengths.learn(float(error), ahead)
         length = self._lengths.at(step, self.num_steps - step)
         if length > 1 and not self._alike:
             self._compare()
@@ -83,15 +89,29 @@ class Sampling:
         if self.exact_because or starts_slowly(scheduler):
             result, self.results = step.plain()
             return result
-        output = self._shared.all(step.output)[0]
-        said = evaluated(scheduler, step, output)
-        guess = self._tried(scheduler, step, said) if self._outputs else None
+        output = self._shared.first(step.output)
+        said, measured = evaluated(scheduler, step, output), bool(self._outputs) and self._decides()
+        guess = self._tried(scheduler, step, said) if measured and self._world.rank == 0 else None
         result, self.results = step.run(output)
         self._outputs.add(said)
         self._latest, self.output_bytes = step, output.nbytes
-        if guess is not None:
-            self._lengths.learn([float(relative_error(guess, self.results[0]))])
+        if measured:
+            self._measure(relative_error(self.results[0] if guess is None else guess, self.results[0]), 1)
         return result
+
+    def _decides(self):
+        """True if what comes next may be a block, whose length depends on the latest error."""
+        following = self._step + 1
+        return following >= self._config.least_warmup and self.num_steps - following > 1
+
+    def _measure(self, error, ahead):
+        """Keep the first rank's error, a scalar on its device, until the next step begins. Collective.
+
+        All decide by the same number: on devices that round differently each would decide by itself, and where two took
+        blocks of different lengths they would wait for each other for ever. Nobody waits for it here: the sampler's
+        kernels and what the pipeline does between two steps may still be under way.
+        """
+        self._measured = self._shared.first(error), ahead
 
     def _tried(self, scheduler, step, said):
         """The latents that a prediction of this step's output would have led to; the sampler is as before."""
@@ -133,7 +153,8 @@ class Sampling:
         result, self.results, used, errors = block.replay(scheduler, self._shared.all(block.own))
         for said in used:
             self._outputs.add(said)
-        self._lengths.learn(errors)
+        if self._decides():
+            self._measure(errors[-1], len(errors))
         self._counts.block(block.length, errors, time.perf_counter() - began)
         return result
 
