@@ -1,14 +1,20 @@
 """This GPU, for choosing between implementations of an op: whether there is one, which, and how long a call takes."""
 
+import functools
+import hashlib
 import logging
 import platform
 import statistics
 from importlib import metadata, util
+from pathlib import Path
 
 import torch
 
+from .. import kernels
+
 log = logging.getLogger(__name__)
 WARMUP, ROUNDS, CALLS = 3, 5, 10
+KERNELS = Path(kernels.__file__).parent
 
 
 def available():
@@ -17,7 +23,7 @@ def available():
 
 
 def environment():
-    """Dict, fit for JSON: what times may depend on beside the op: device, libraries, the Python that launches."""
+    """Dict, fit for JSON: what times depend on beside the op: device, libraries, launching Python, kernels' sources."""
     versions = {}
     for package in ("torch", "triton", "asyncdiff_fast"):
         try:
@@ -29,8 +35,18 @@ def environment():
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
         "python": platform.python_version(),
+        "kernels": _sources(KERNELS),
         **versions,
     }
+
+
+@functools.cache
+def _sources(folder):
+    """A digest of the sources in a folder: in a checkout they change more often than the version."""
+    found = hashlib.sha256()
+    for path in sorted(folder.glob("*.py")):
+        found.update(path.name.encode() + path.read_bytes())
+    return found.hexdigest()[:16]
 
 
 def capturing():
