@@ -91,7 +91,8 @@ def walk(scheduler, latents, form, ranks, tolerance):
             latents = stepped(scheduler, said.output, t, latents)
             if len(errors) + 1 < len(places):
                 errors.append(float(relative_error(places[len(errors) + 1], latents)))
-        lengths.learn(errors)
+        if errors:
+            lengths.learn(errors[-1], len(errors))
         step, calls = step + length, calls + 1
     return latents, calls
 

@@ -116,10 +116,21 @@ class _Pin:
         self.stamp()
 
     def stamp(self):
-        self._stamps = [Stamp(weight) for weight in self._module.parameters()]
+        owners = list(self._module.modules())
+        self._sizes = [(held, len(held)) for owner in owners for held in (owner._modules, owner._parameters)]
+        self._stamps = [
+            (owner._parameters, name, None if weight is None else Stamp(weight))
+            for owner in owners
+            for name, weight in owner._parameters.items()
+        ]
 
     def is_current(self):
-        weights = list(self._module.parameters())
-        return len(weights) == len(self._stamps) and all(
-            stamp.is_of(weight) for stamp, weight in zip(self._stamps, weights, strict=True)
-        )
+        """True if the weights are as they were. Asked in every call, so nothing is searched for."""
+        for held, size in self._sizes:
+            if len(held) != size:
+                return False
+        for held, name, stamp in self._stamps:
+            weight = held.get(name)
+            if weight is not None if stamp is None else not stamp.is_of(weight):
+                return False
+        return True

@@ -1,17 +1,21 @@
 """This GPU, for choosing between implementations of an op: whether there is one, which, and how long a call takes."""
 
 import functools
+import hashlib
 import logging
 import platform
 import statistics
 from importlib import metadata, util
+from pathlib import Path
 
 import torch
 
+from .. import kernels
 from .capture import CudaGraphs
 
 log = logging.getLogger(__name__)
 WARMUP, ROUNDS, CALLS = 3, 5, 10
+KERNELS = Path(kernels.__file__).parent
 
 
 def available():
@@ -20,7 +24,7 @@ def available():
 
 
 def environment():
-    """Dict, fit for JSON: what times may depend on beside the op: device, libraries, the Python that launches."""
+    """Dict, fit for JSON: what times depend on beside the op: device, libraries, launching Python, kernels' sources."""
     versions = {}
     for package in ("torch", "triton", "asyncdiff_fast"):
         try:
@@ -32,8 +36,18 @@ def environment():
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
         "python": platform.python_version(),
+        "kernels": _sources(KERNELS),
         **versions,
     }
+
+
+@functools.cache
+def _sources(folder):
+    """A digest of the sources in a folder: in a checkout they change more often than the version."""
+    found = hashlib.sha256()
+    for path in sorted(folder.glob("*.py")):
+        found.update(path.name.encode() + path.read_bytes())
+    return found.hexdigest()[:16]
 
 
 def capturing():

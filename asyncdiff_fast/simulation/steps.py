@@ -5,6 +5,8 @@ import math
 from ..steps.lengths import Lengths
 from .events import Compute, Mark, Post, Wait
 
+ERROR_BYTES = 4
+
 
 def everyone(key, ranks, mine, nbytes):
     """Events: every rank gets every other's message."""
@@ -12,6 +14,14 @@ def everyone(key, ranks, mine, nbytes):
     yield Post(key, tuple((rank, nbytes) for rank in others))
     for rank in others:
         yield Wait(key, rank)
+
+
+def from_first(key, ranks, mine, nbytes):
+    """Events: every rank gets the first one's message."""
+    if mine == ranks[0]:
+        yield Post(key, tuple((rank, nbytes) for rank in ranks[1:]))
+    else:
+        yield Wait(key, ranks[0])
 
 
 class WholeCalls:
@@ -64,8 +74,10 @@ def side_by_side(calls, config, ranks, mine, nbytes, num_steps, times, error=0.0
         yield Compute(length * (times.sampler_s + (times.block_s if length > 1 else 0.0)))
         if step > 0:
             # The first exact step has no output to predict from.
-            lengths.learn([error])
-        step += length
+            lengths.learn(error, 1)
+        before, step = step, step + length
+        if before > 0 and step >= config.least_warmup and num_steps - step > 1:
+            yield from from_first(("error", before), ranks, mine, ERROR_BYTES)
 
 
 def lasting(error):

@@ -51,7 +51,8 @@ class Block:
         """Put the sampler and its random numbers back to the beginning, and make the steps with true outputs.
 
         Returns: (what the last step returned, its tensors, an `Evaluated` of each step as it was used, relative errors
-            of the latents that had been expected, one for each step but the first).
+            of the latents that had been expected, one for each step but the first: on their device, None if there is
+            but one step).
         """
         self._snapshot.restore(scheduler)
         result, results, used, errors = None, None, [], []
@@ -64,7 +65,7 @@ class Block:
             draws.restore(self._drawn)
             result, results = step.run(said.output, results)
             used.append(said)
-        return result, results, used, torch.stack(errors).tolist() if errors else []
+        return result, results, used, torch.stack(errors) if errors else None
 
 
 def relative_error(expected, latents):

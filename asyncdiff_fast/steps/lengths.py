@@ -29,10 +29,9 @@ class Lengths:
             length += 1
         return length
 
-    def learn(self, errors):
-        """A block is over: relative errors of its latents 1, 2, … steps ahead, as they had been predicted."""
-        if errors:
-            self._error = errors[-1] / growth(len(errors))
+    def learn(self, error, ahead):
+        """A block is over: the relative error of its last latents, which had been predicted so many steps ahead."""
+        self._error = error / growth(ahead)
 
 
 def growth(ahead):

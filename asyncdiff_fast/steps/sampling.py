@@ -42,9 +42,11 @@ class Sampling:
         self._told, self._stays_exact = told, stays_exact
         self.block = self.results = self.num_steps = self.output_bytes = self._latest = self._lengths = None
         self.exact_because, self._alike, self._outputs = "", False, Outputs()
+        self._step, self._measured = 0, None
 
     def begin(self, step_idx):
         """The first call of a step: it is exact, or in a block, which may begin here. Collective once."""
+        self._step = step_idx
         if self.block is None:
             self.block = self._next_block(step_idx)
 
@@ -62,6 +64,10 @@ class Sampling:
         """The block that begins at a step; None for an exact step."""
         if self.exact_because or self._lengths is None or not self._outputs:
             return None
+        if self._measured is not None:
+            error, ahead = self._measured
+            self._measured = None
+            self._lengths.learn(float(error), ahead)
         length = self._lengths.at(step, self.num_steps - step)
         if length > 1 and not self._alike:
             self._compare()
@@ -87,21 +93,40 @@ class Sampling:
         reason = "" if self.exact_because else self._look(scheduler, step)
         # Only this one may be so on one rank alone.
         told = reason in (None, CHANGED) and not starts_slowly(scheduler)
-        outputs = self._together(step.output, CUT if reason else 0) if told else ()
+        outputs = self._shared.all(step.output, CUT if reason else 0) if told else ()
         if reason:
             self.stay_exact(reason)
         if self.exact_because or not told:
             result, self.results = step.plain()
+            if told:
+                self._check_places()
             return result
-        output = self._alike_outputs(outputs)
-        said = evaluated(scheduler, step, output)
-        guess = self._tried(scheduler, step, said) if self._outputs else None
+        output = outputs[0]
+        said, measured = evaluated(scheduler, step, output), bool(self._outputs) and self._decides()
+        guess = self._tried(scheduler, step, said) if measured and self._world.rank == 0 else None
         result, self.results = step.run(output)
         self._outputs.add(said)
         self._latest, self.output_bytes = step, output.nbytes
-        if guess is not None:
-            self._lengths.learn([float(relative_error(guess, self.results[0]))])
+        # The sampler's kernels are launched by now: what follows waits for the device.
+        self._check_places()
+        self._check_outputs(outputs)
+        if measured:
+            self._measure(relative_error(self.results[0] if guess is None else guess, self.results[0]), 1)
         return result
+
+    def _decides(self):
+        """True if what comes next may be a block, whose length depends on the latest error."""
+        following = self._step + 1
+        return following >= self._config.least_warmup and self.num_steps - following > 1
+
+    def _measure(self, error, ahead):
+        """Keep the first rank's error, a scalar on its device, until the next step begins. Collective.
+
+        All decide by the same number: on devices that round differently each would decide by itself, and where two took
+        blocks of different lengths they would wait for each other for ever. Nobody waits for it here: the sampler's
+        kernels and what the pipeline does between two steps may still be under way.
+        """
+        self._measured = self._shared.first(error), ahead
 
     def _tried(self, scheduler, step, said):
         """The latents that a prediction of this step's output would have led to; the sampler is as before."""
@@ -111,26 +136,23 @@ class Sampling:
         draws.restore(draws.used())
         return results[0]
 
-    def _together(self, output, reached):
-        """Every rank's output; they must come from the same place. Collective. Raises: ValueError on all ranks.
+    def _check_places(self, block=None):
+        """What ranks have sent each other last must come from the same place. Raises: ValueError on all ranks.
 
-        Args:
-            reached: steps of the block that it ends, 0 for an exact step, CUT where latents were changed before it.
+        With each output goes where it is sent: after how many steps of a `block`, 0 in an exact step, or CUT where
+        latents were changed before that.
         """
-        outputs = self._shared.all(output, reached)
         words, names = self._shared.words(), self._world.ranks
         if len(set(words)) > 1:
-            block = self.block
             first = min(range(len(words)), key=lambda rank: (words[rank] != CUT, words[rank]))
             where = "an exact step" if block is None else f"step {block.first + words[first]}"
             raise ValueError(
                 f"every rank must change the latents alike: rank {names[first]} has changed them before {where}, and "
                 "others have not; use the same callbacks on all ranks, with generators of the same seed"
             )
-        return outputs
 
-    def _alike_outputs(self, outputs):
-        """The output that all go on with, of those that ranks have evaluated of one step. Raises: ValueError."""
+    def _check_outputs(self, outputs):
+        """What ranks have evaluated of one step must be the same, to rounding. Raises: ValueError on all ranks."""
         first, close = outputs[0], CLOSE.get(outputs[0].dtype, CLOSE_IN_HALF)
         errors = torch.stack([relative_error(other, first) for other in outputs[1:]]).tolist()
         for rank, error in enumerate(errors, 1):
@@ -141,7 +163,6 @@ class Sampling:
                     f"{self._world.ranks[rank]} differ by {error:.1e} of their norm, at a step that both have "
                     "evaluated; use the same weights, hooks, guidance, precision and random numbers on all ranks"
                 )
-        return first
 
     def _look(self, scheduler, step):
         """Why steps from this one on cannot be replayed, None if they can; and how many there will be."""
@@ -170,12 +191,14 @@ class Sampling:
     def _replay(self, scheduler):
         """The block's steps again, with what its ranks have evaluated. Collective; returns the last one's result."""
         began = time.perf_counter()
-        outputs = self._together(self.block.own, self.block.length)
         block, self.block = self.block, None
+        outputs = self._shared.all(block.own, block.length)
         result, self.results, used, errors = block.replay(scheduler, outputs)
+        self._check_places(block)
         for said in used:
             self._outputs.add(said)
-        self._lengths.learn(errors)
+        if self._decides():
+            self._measure(errors[-1], len(errors))
         self._counts.block(block.length, errors, time.perf_counter() - began)
         return result
 
@@ -184,9 +207,10 @@ class Sampling:
 
         What the ranks have evaluated of this step is of the new latents already.
         """
-        expected, number = self.results[0], len(self.block.steps)
-        outputs = self._together(step.output if number == self._world.rank else self.block.own, number)
         block, self.block = self.block, None
+        expected, number = self.results[0], len(block.steps)
+        outputs = self._shared.all(step.output if number == self._world.rank else block.own, number)
+        self._check_places(block)
         _, results, _, _ = block.replay(scheduler, outputs)
         log.warning(
             "the latents were changed at step %d, between steps that run side by side: they were made from predicted "

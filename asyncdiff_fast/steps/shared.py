@@ -1,19 +1,19 @@
-"""The outputs of one block's steps, each from the rank that evaluated it, on all of them."""
+"""Tensors of one block's steps on all ranks: each from the rank that evaluated it, or all from the first."""
 
 import torch
 
 from ..exchange.slots import Recv, Send
 
-# Shapes of outputs whose buffers are kept.
-KEPT_SHAPES = 4
+# Slots that are kept: two for a shape of outputs, and the errors'.
+KEPT_SLOTS = 9
 
 
 class SharedOutputs:
-    """Exchanges one tensor of each rank. Every shape has a slot of its own, made when it is first met."""
+    """Exchanges one tensor of each rank, or the first one's. Every shape has slots of its own, made when first met."""
 
     def __init__(self, world, exchange):
         self._world, self._exchange = world, exchange
-        self._slots, self._phases = {}, 0
+        self._slots, self._phases, self._words = {}, 0, []
 
     def all(self, mine, word=0):
         """[every rank's tensor, in order of ranks], in memory of their own. Collective.
@@ -22,17 +22,7 @@ class SharedOutputs:
             mine: this rank's; where it has evaluated nothing, any of the others' shape and dtype.
             word: a number that goes with it, see `words`.
         """
-        key = tuple(mine.shape), mine.dtype, mine.device
-        if key not in self._slots:
-            self._slots[key] = self._bound(mine)
-            for old in list(self._slots)[:-KEPT_SHAPES]:
-                self._exchange.release(self._slots.pop(old)[0].phase)
-        slot, buffers, self._words = self._slots[key]
-        self._exchange.acquire(slot)
-        buffers[self._world.rank].copy_(mine)
-        self._words[self._world.rank].fill_(word)
-        self._exchange.post(slot)
-        self._exchange.wait(slot)
+        buffers, self._words = self._exchanged(mine, word, range(self._world.size))
         # A scheduler may keep outputs for longer than they stay in the buffers.
         return [mine if rank == self._world.rank else x.clone() for rank, x in enumerate(buffers)]
 
@@ -40,17 +30,41 @@ class SharedOutputs:
         """[every rank's number], of the latest `all`. Waits for the device."""
         return torch.cat(self._words).tolist()
 
+    def first(self, mine):
+        """The first rank's tensor, in memory of its own; of the others only shape and dtype matter. Collective."""
+        (buffer,), _ = self._exchanged(mine, None, range(1))
+        return mine if self._world.rank == 0 else buffer.clone()
+
+    def _exchanged(self, mine, word, senders):
+        """(the buffers of those ranks that send, filled; their numbers, if there is a `word`)."""
+        key = tuple(mine.shape), mine.dtype, mine.device, senders
+        if key not in self._slots:
+            self._slots[key] = self._bound(mine, senders, word is not None)
+            for old in list(self._slots)[:-KEPT_SLOTS]:
+                self._exchange.release(self._slots.pop(old)[0].phase)
+        slot, buffers, words = self._slots[key]
+        if self._world.rank in senders:
+            self._exchange.acquire(slot)
+            buffers[self._world.rank].copy_(mine)
+            if words:
+                words[self._world.rank].fill_(word)
+        self._exchange.post(slot)
+        self._exchange.wait(slot)
+        return buffers, words
+
     def forget(self):
         """The exchange is a new one."""
         self._slots.clear()
 
-    def _bound(self, like):
+    def _bound(self, like, senders, with_words):
+        mine = self._world.rank
         with torch.inference_mode(False):
-            buffers = [torch.zeros(like.shape, dtype=like.dtype, device=like.device) for _ in self._world.ranks]
-            words = [torch.zeros(1, dtype=torch.int32, device=like.device) for _ in self._world.ranks]
-        others = [rank for rank in range(self._world.size) if rank != self._world.rank]
-        sends = [Send(rank, (x[self._world.rank],)) for rank in others for x in (buffers, words)]
-        recvs = [Recv(rank, (x[rank],)) for rank in others for x in (buffers, words)]
+            buffers = [torch.zeros(like.shape, dtype=like.dtype, device=like.device) for _ in senders]
+            words = [torch.zeros(1, dtype=torch.int32, device=like.device) for _ in senders] if with_words else []
+        parts = [buffers, words] if with_words else [buffers]
+        others = [rank for rank in range(self._world.size) if rank != mine]
+        sends = [Send(rank, (x[mine],)) for rank in others for x in parts] if mine in senders else []
+        recvs = [Recv(rank, (x[rank],)) for rank in senders if rank != mine for x in parts]
         slot = self._exchange.slot("outputs", sends, recvs, depth=1)
         self._exchange.freeze(f"steps, plan {self._phases}")
         self._phases += 1

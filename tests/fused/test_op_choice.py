@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 from unittest import mock
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 
 import asyncdiff_fast
 from asyncdiff_fast.exchange.world import World, start_process_group, stop_process_group
-from asyncdiff_fast.fused import choice, choice_file, ops
+from asyncdiff_fast.fused import choice, choice_file, ops, timing
 
 KEY = ("geglu", torch.Size((2, 8)), (8, 1), torch.float16, 0, ())
 
@@ -144,6 +145,20 @@ def test_measured_once_and_kept_on_disk(monkeypatch, tmp_path):
     gpu = _Gpu(FAST, SLOW, name="another GPU")
     assert _settle(_choice(gpu)) == "torch"
     assert len(list(file.parent.iterdir())) == 2
+
+
+def test_edited_kernels_are_measured_again(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    shipped = timing.environment()
+    for name in ("alike", "edited"):
+        shutil.copytree(timing.KERNELS, tmp_path / name)
+    with open(tmp_path / "edited" / "pointwise.py", "a") as source:
+        source.write("# faster\n")
+    files = []
+    for name in ("alike", "edited"):
+        monkeypatch.setattr(timing, "KERNELS", tmp_path / name)
+        files.append(choice_file.path(timing.environment()))
+    assert files[0] == choice_file.path(shipped) != files[1]
 
 
 UNKNOWN = '{"geglu (2, 8) (8, 1) float16 ()": {"launched": "torch", "captured": "cuda"}}'

@@ -102,6 +102,23 @@ def test_a_text_that_changes_within_a_generation(unet):
     assert halves == [projections, 0, projections, 0], "another part of the same memory"
 
 
+def test_a_replayed_call_searches_no_layer_for_its_weights(unet, monkeypatch):
+    _patched(unet)
+    text, searched, own = _text(0), [], nn.Module.named_modules
+    _counts(unet, _inputs(3), text)
+
+    def named_modules(module, *args, **kwargs):
+        if isinstance(module, nn.Linear):
+            searched.append(module)
+        return own(module, *args, **kwargs)
+
+    (x, t), (next_x, next_t) = _inputs(2)
+    unet(x, t, text)
+    monkeypatch.setattr(nn.Module, "named_modules", named_modules)
+    unet(next_x, next_t, text)
+    assert not searched
+
+
 @pytest.mark.parametrize("counted", [True, False])
 def test_weights_that_are_written_within_a_generation(unet, counted):
     _, projections = _patched(unet)

@@ -16,7 +16,8 @@ from asyncdiff_fast.steps.outputs import DAMPING, Evaluated, Outputs, share
 def test_a_block_is_as_long_as_its_errors_will_bear(most, warmup_steps, tolerance, errors):
     lengths = Lengths(most, warmup_steps, tolerance)
     assert [lengths.at(step, 50 - step) for step in range(8)] == [1] * 8, "nothing is known of errors yet"
-    lengths.learn(errors)
+    if errors:
+        lengths.learn(errors[-1], len(errors))
     for step, left in itertools.product(range(8), range(1, 12)):
         length = lengths.at(step, left)
         assert 1 <= length <= max(1, min(most, left))
@@ -34,7 +35,7 @@ def test_errors_gather():
 
 def test_no_tolerance_bounds_a_block():
     lengths = Lengths(8, 1, 1e8)
-    lengths.learn([0.5])
+    lengths.learn(0.5, 1)
     assert lengths.at(1, 40) == 8 and lengths.at(38, 2) == 2 and lengths.at(40, 0) == 1
 
 

@@ -1,14 +1,18 @@
 """Steps side by side on up to eight ranks that are threads: the rule, and how the work is shared."""
 
+import threading
+
 import bare
 import diffusers
 import pytest
 import steps_oracle
 import torch
 import virtual
+from torch.overrides import TorchFunctionMode
 
 from asyncdiff_fast.config import Config
 from asyncdiff_fast.runtime import Runtime
+from asyncdiff_fast.steps import block, sampling
 from asyncdiff_fast.steps.calls import StepCalls
 
 STEPS = 26
@@ -74,8 +78,10 @@ def test_rule(kind, num_ranks):
         assert torch.equal(first, results[0][0][0]) and torch.equal(first, second)
         assert torch.allclose(first, simulated, rtol=1e-4, atol=1e-5 * float(simulated.abs().max()))
         assert stats["evaluations"] == 2 * (rule.lengths.count(1) + sum(rank < n for n in blocks))
-        # With each output goes a number of four bytes.
-        assert sent_bytes == 2 * len(rule.lengths) * (num_ranks - 1) * (first.nbytes + 4)
+        # With each output goes a number of four bytes; errors decide how long blocks are, the first rank's alone.
+        decisions = sum(sum(rule.lengths[: n + 1]) in range(2, STEPS - 1) for n in range(1, len(rule.lengths)))
+        words = len(rule.lengths) + (rank == 0) * decisions
+        assert sent_bytes == 2 * (num_ranks - 1) * (len(rule.lengths) * first.nbytes + words * 4)
 
 
 def test_a_rank_that_fails_ends_all():
@@ -125,3 +131,70 @@ def test_a_block_that_an_exception_cuts_is_said_only_where_latents_may_be_held(c
     first, *others = virtual.run(4, one)
     assert all(torch.equal(first, other) for other in others)
     assert any("in the middle of a block" in text for text in caplog.messages) == said
+
+
+def test_ranks_that_round_otherwise_take_the_same_blocks(monkeypatch):
+    """Were each to decide by its own error, one would wait in an exact step for what others send after a block."""
+    monkeypatch.setattr(virtual, "PATIENCE_S", 5)
+    own, exact = threading.local(), block.relative_error
+    for module in (block, sampling):
+        monkeypatch.setattr(module, "relative_error", lambda *args: exact(*args) * own.factor)
+    run = patched(Config(parallel_steps=3, tolerance=0.3, kernels="torch"), "flow")
+
+    def one(world):
+        own.factor = 1000.0**world.rank
+        return run(world)
+
+    (pictures, stats, _), *others = virtual.run(3, one)
+    assert stats["blocks"] > 2
+    for theirs, their_stats, _ in others:
+        assert torch.equal(theirs[0], pictures[0]) and their_stats["block_lengths"] == stats["block_lengths"]
+
+
+class Reads(TorchFunctionMode):
+    """Counts what waits for a device: numbers and truths taken from tensors."""
+
+    count, reading = 0, {getattr(torch.Tensor, name) for name in ("tolist", "item", "__float__", "__int__", "__bool__")}
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.count += func in self.reading
+        return func(*args, **(kwargs or {}))
+
+
+class Straight:
+    """A sampler of no known family, which reads nothing of its tensors."""
+
+    def set_timesteps(self, steps):
+        self.timesteps = torch.linspace(999, 0, steps)
+
+    def step(self, model_output, timestep, sample, return_dict=False):
+        return (sample - model_output / STEPS,)
+
+
+def test_no_step_of_the_sampler_waits_for_the_device():
+    """How long the next block may be is read once the next step begins, when all before it is queued."""
+    config = Config(parallel_steps=2, tolerance=1e8, kernels="torch")
+    models = [bare.Bare() for _ in range(2)]
+
+    def one(world):
+        scheduler, reads = Straight(), Reads()
+        steps = StepCalls(config, world, scheduler=scheduler)
+        steps.open(virtual.VirtualExchange(world))
+        runtime = Runtime(models[world.rank], config, world, steps=steps)
+        try:
+            scheduler.set_timesteps(STEPS)
+            x = bare.noise(0)
+            with torch.no_grad():
+                for t in scheduler.timesteps:
+                    output = models[world.rank](x, t)
+                    with reads:
+                        (x,) = scheduler.step(output, t, x)
+            return reads.count, runtime.stats()["steps"]
+        finally:
+            world.gather(None, "the end")
+            runtime.close()
+
+    for count, stats in virtual.run(2, one):
+        assert stats["blocks"] == 12 and stats["latent_error"]["mean"] > 0
+        # The list of timesteps is read once, to know how many steps there are.
+        assert count <= 2
