@@ -18,7 +18,7 @@ from .exchange.engine import described
 from .exchange.world import device
 from .fused.device_layers import DeviceLayers
 from .generations import Generations
-from .halves.cuts import fresh
+from .halves.trees import fresh
 from .hooks import attached, on_pipeline_end
 from .modules import is_compiled, own, step_cache
 from .parts import Parts

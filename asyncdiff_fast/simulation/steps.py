@@ -75,9 +75,8 @@ def side_by_side(calls, config, ranks, mine, nbytes, num_steps, times, error=0.0
         if step > 0:
             # The first exact step has no output to predict from.
             lengths.learn(error, 1)
-        before, step = step, step + length
-        if before > 0 and step >= config.least_warmup and num_steps - step > 1:
-            yield from from_first(("error", before), ranks, mine, ERROR_BYTES)
+        yield from from_first(("error", step), ranks, mine, ERROR_BYTES)
+        step += length
 
 
 def lasting(error):

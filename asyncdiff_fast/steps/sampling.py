@@ -13,16 +13,12 @@ from .given import TIMESTEP
 from .lengths import Lengths
 from .loop import num_steps
 from .outputs import Outputs, evaluated
+from .sent import CUT, Sent
 from .snapshot import Draws, Snapshot
 from .unable import starts_slowly, why_not
 
 log = logging.getLogger(__name__)
 CHANGED = "the latents are changed between two steps"
-# Tells the other ranks so.
-CUT = -1
-# How far outputs of ranks may be apart, of their norm: devices round differently, and guidance makes more of that.
-CLOSE = {torch.float64: 1e-5, torch.float32: 1e-2}
-CLOSE_IN_HALF = 1e-1
 
 
 class Sampling:
@@ -42,11 +38,13 @@ class Sampling:
         self._told, self._stays_exact = told, stays_exact
         self.block = self.results = self.num_steps = self.output_bytes = self._latest = self._lengths = None
         self.exact_because, self._alike, self._outputs = "", False, Outputs()
-        self._step, self._measured = 0, None
+        # What ranks have sent each other last, and the first one's error: neither is waited for yet.
+        self._step, self._sent, self._measured = 0, None, None
 
     def begin(self, step_idx):
         """The first call of a step: it is exact, or in a block, which may begin here. Collective once."""
         self._step = step_idx
+        self._check_sent()
         if self.block is None:
             self.block = self._next_block(step_idx)
 
@@ -64,9 +62,8 @@ class Sampling:
         """The block that begins at a step; None for an exact step."""
         if self.exact_because or self._lengths is None or not self._outputs:
             return None
-        if self._measured is not None:
-            error, ahead = self._measured
-            self._measured = None
+        error, ahead = self._measured
+        if ahead > 0:
             self._lengths.learn(float(error), ahead)
         length = self._lengths.at(step, self.num_steps - step)
         if length > 1 and not self._alike:
@@ -99,19 +96,18 @@ class Sampling:
         if self.exact_because or not told:
             result, self.results = step.plain()
             if told:
-                self._check_places()
+                self._over(Sent(self._world, self._shared.words))
             return result
-        output = outputs[0]
-        said, measured = evaluated(scheduler, step, output), bool(self._outputs) and self._decides()
-        guess = self._tried(scheduler, step, said) if measured and self._world.rank == 0 else None
+        output, error, ahead = outputs[0], None, 0
+        said = evaluated(scheduler, step, output)
+        if self._outputs and self._decides():
+            ahead, guess = 1, self._tried(scheduler, step, said) if self._world.rank == 0 else None
         result, self.results = step.run(output)
+        if ahead and guess is not None:
+            error = relative_error(guess, self.results[0])
         self._outputs.add(said)
         self._latest, self.output_bytes = step, output.nbytes
-        # The sampler's kernels are launched by now: what follows waits for the device.
-        self._check_places()
-        self._check_outputs(outputs)
-        if measured:
-            self._measure(relative_error(self.results[0] if guess is None else guess, self.results[0]), 1)
+        self._over(Sent(self._world, self._shared.words, alike=outputs), error, ahead)
         return result
 
     def _decides(self):
@@ -119,14 +115,25 @@ class Sampling:
         following = self._step + 1
         return following >= self._config.least_warmup and self.num_steps - following > 1
 
-    def _measure(self, error, ahead):
-        """Keep the first rank's error, a scalar on its device, until the next step begins. Collective.
+    def _over(self, sent, error=None, ahead=0):
+        """An exact step or a block is over: all get the first rank's error, of latents predicted so many steps ahead.
 
         All decide by the same number: on devices that round differently each would decide by itself, and where two took
-        blocks of different lengths they would wait for each other for ever. Nobody waits for it here: the sampler's
-        kernels and what the pipeline does between two steps may still be under way.
+        blocks of different lengths they would wait for each other for ever. Nobody waits for it here, nor for what was
+        sent: the sampler's kernels and what the pipeline does between two steps may still be under way. Collective.
         """
-        self._measured = self._shared.first(error), ahead
+        like = self.results[0]
+        error = torch.zeros((), device=like.device) if error is None else error.float()
+        self._sent, self._measured = sent, (self._shared.first(error), ahead)
+        if self.num_steps is None or self._step + 1 >= self.num_steps:
+            # No other step may come.
+            self._check_sent()
+
+    def _check_sent(self):
+        """See whether the ranks are where the others are. Raises: ValueError on all ranks."""
+        sent, self._sent = self._sent, None
+        if sent is not None:
+            sent.check()
 
     def _tried(self, scheduler, step, said):
         """The latents that a prediction of this step's output would have led to; the sampler is as before."""
@@ -135,34 +142,6 @@ class Sampling:
         snapshot.restore(scheduler)
         draws.restore(draws.used())
         return results[0]
-
-    def _check_places(self, block=None):
-        """What ranks have sent each other last must come from the same place. Raises: ValueError on all ranks.
-
-        With each output goes where it is sent: after how many steps of a `block`, 0 in an exact step, or CUT where
-        latents were changed before that.
-        """
-        words, names = self._shared.words(), self._world.ranks
-        if len(set(words)) > 1:
-            first = min(range(len(words)), key=lambda rank: (words[rank] != CUT, words[rank]))
-            where = "an exact step" if block is None else f"step {block.first + words[first]}"
-            raise ValueError(
-                f"every rank must change the latents alike: rank {names[first]} has changed them before {where}, and "
-                "others have not; use the same callbacks on all ranks, with generators of the same seed"
-            )
-
-    def _check_outputs(self, outputs):
-        """What ranks have evaluated of one step must be the same, to rounding. Raises: ValueError on all ranks."""
-        first, close = outputs[0], CLOSE.get(outputs[0].dtype, CLOSE_IN_HALF)
-        errors = torch.stack([relative_error(other, first) for other in outputs[1:]]).tolist()
-        for rank, error in enumerate(errors, 1):
-            # What is not a number on all ranks is the same picture.
-            if not error <= close and not (error != error and torch.equal(first.isnan(), outputs[rank].isnan())):
-                raise ValueError(
-                    f"every rank must evaluate a step alike: outputs of rank {self._world.ranks[0]} and rank "
-                    f"{self._world.ranks[rank]} differ by {error:.1e} of their norm, at a step that both have "
-                    "evaluated; use the same weights, hooks, guidance, precision and random numbers on all ranks"
-                )
 
     def _look(self, scheduler, step):
         """Why steps from this one on cannot be replayed, None if they can; and how many there will be."""
@@ -194,11 +173,9 @@ class Sampling:
         block, self.block = self.block, None
         outputs = self._shared.all(block.own, block.length)
         result, self.results, used, errors = block.replay(scheduler, outputs)
-        self._check_places(block)
         for said in used:
             self._outputs.add(said)
-        if self._decides():
-            self._measure(errors[-1], len(errors))
+        self._over(Sent(self._world, self._shared.words, block), errors[-1], len(errors))
         self._counts.block(block.length, errors, time.perf_counter() - began)
         return result
 
@@ -210,7 +187,7 @@ class Sampling:
         block, self.block = self.block, None
         expected, number = self.results[0], len(block.steps)
         outputs = self._shared.all(step.output if number == self._world.rank else block.own, number)
-        self._check_places(block)
+        sent = Sent(self._world, self._shared.words, block)
         _, results, _, _ = block.replay(scheduler, outputs)
         log.warning(
             "the latents were changed at step %d, between steps that run side by side: they were made from predicted "
@@ -222,4 +199,5 @@ class Sampling:
         self._counts.cut_short += 1
         self.stay_exact(CHANGED)
         result, self.results = step.run(outputs[number])
+        self._over(sent)
         return result
