@@ -19,7 +19,7 @@ from asyncdiff_fast import generations
 from asyncdiff_fast.calls import turns
 from asyncdiff_fast.environment import EXCHANGE_VARIABLE
 
-STEPS = 8
+STEPS = 9
 
 
 def _kind(scheduler, kind, **config):
@@ -110,7 +110,7 @@ OF_STEPS = {
         "must evaluate a step alike",
     ),
     "latents by a callback in an exact step": (lambda pipe: _changed_at(1), "change the latents alike"),
-    "latents by a callback in a block": (lambda pipe: _changed_at(3), "changed them before step 4"),
+    "latents by a callback in a block": (lambda pipe: _changed_at(5), "changed them before step 6"),
     "latents by a callback before a block": (lambda pipe: _changed_at(4), "before the last one"),
 }
 
