@@ -41,12 +41,18 @@ class Advice:
         """What is counted begins at 0 again."""
         self._shared = 0
 
-    def generation_over(self, calls, steps):
-        """The generation is over, after which `calls` are counted by `Mode`; `steps` are its `StepStats`, or None."""
+    def generation_over(self, calls, steps, whole):
+        """The generation is over.
+
+        Args:
+            calls: how many there were since `counts_anew`, by `Mode`.
+            steps: the `StepStats` of steps side by side, or None.
+            whole: False if an exception has ended it.
+        """
         number = sum(n for mode, n in calls.items() if mode is not Mode.EXACT) if steps is None else steps.blocks
         made, self._steps = self._steps, 0
         before, self._shared = self._shared, number
-        if not made or number != before or not self._ends_unsaid:
+        if not (made and whole) or number != before or not self._ends_unsaid:
             return
         self._ends_unsaid = False
         least = self._config.least_warmup

@@ -195,7 +195,8 @@ class Runtime:
 
     def _gained(self):
         """A generation is over: where nothing was shared, its user hears of it."""
-        self._advice.generation_over(self.route.calls, None if self._steps is None else self._steps.counts)
+        steps = None if self._steps is None else self._steps.counts
+        self._advice.generation_over(self.route.calls, steps, whole=not self._generations.interrupted)
 
     def _needs_gradients(self, args, kwargs):
         if not torch.is_grad_enabled():

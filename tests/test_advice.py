@@ -1,5 +1,6 @@
 """Where several ranks run and nobody is spared anything, the user hears why; options that do not fit say what does."""
 
+import contextlib
 import logging
 
 import pytest
@@ -23,6 +24,15 @@ CASES = {
 }
 
 
+class Failing(Bare):
+    """Raises at the third step."""
+
+    def forward(self, x, t):
+        if t == DOWN[2]:
+            raise ArithmeticError("at the third step")
+        return super().forward(x, t)
+
+
 def _warnings(rank):
     lines, found = [], {}
     handler = logging.Handler(logging.WARNING)
@@ -39,6 +49,15 @@ def _warnings(rank):
         found[name] = lines.copy()
         found[f"{name}, shown"] = repr(runtime)
         lines.clear()
+    model = Failing()
+    asyncdiff_fast.patch(model, num_stages=2, timeout_s=60)
+    for _ in range(2):
+        # The next begins where this one is over.
+        with contextlib.suppress(ArithmeticError):
+            loop(model)
+    asyncdiff_fast.unpatch(model)
+    found["failed"] = lines.copy()
+    lines.clear()
     model = Bare()
     asyncdiff_fast.patch(model, num_stages=2, timeout_s=60)
     for t in DOWN:
@@ -64,6 +83,10 @@ def test_the_first_rank_says_once_that_nothing_was_gained(found, name):
 
 def test_a_runtime_shows_how_calls_are_shared(found):
     assert found[1]["patches, shown"] == "<Runtime of Bare: rank 1 of 2, num_patches=2>"
+
+
+def test_a_generation_that_fails_says_nothing_of_it(found):
+    assert not found[0]["failed"] and not found[1]["failed"]
 
 
 def test_gradients_are_named(found):

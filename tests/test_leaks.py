@@ -17,8 +17,8 @@ KINDS = {
     "patches": (2, dict(num_patches=2)),
     "both": (4, dict(num_stages=2, num_patches=2)),
 }
-# What may come late, once: a thread pool, say.
-ONCE = 3
+# What may come late, once, or goes late, as the connections of the last turn: less than one for each turn between.
+ONCE = 6
 
 
 def _used():
