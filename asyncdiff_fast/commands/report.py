@@ -141,7 +141,7 @@ def table(report):
         lines.append(f"times say little: the one process got {report['core_share']:.0%} of a core; the machine is busy")
     if report["device"] == "cpu" and first["step_s"] is not None and first["step_s"] < SHORT_STEP_S:
         lines.append(
-            f"a step takes {_milliseconds(first['step_s'])} alone, too short to gain much by sharing; "
+            f"a step takes {_milliseconds(first['step_s'])} alone; where it takes longer more is gained: "
             "benchmarks/end_to_end.py measures a denoiser that is large"
         )
     return "\n".join(lines)

@@ -203,7 +203,7 @@ def test_demo_draws_three_modes(tmp_path):
     assert done.returncode == 0, done.stderr
     for expected in ("2 steps side by side", "2 stages", "2 patches", "a step after warm-up", "bytes sent per step"):
         assert expected in done.stdout
-    assert "too short to gain much by sharing" in done.stdout
+    assert "where it takes longer more is gained" in done.stdout
     assert "PSNR" in done.stdout and "2 patches, 2 processes" in done.stderr and "96/96" in done.stderr
     made = json.loads((tmp_path / "out" / "report.json").read_text())
     assert made["processes"] == 2 and made["threads_per_process"] == 1 and not made["refused"]
