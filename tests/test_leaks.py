@@ -2,6 +2,7 @@
 
 import gc
 import os
+import time
 
 import pytest
 import ranks
@@ -17,8 +18,10 @@ KINDS = {
     "patches": (2, dict(num_patches=2)),
     "both": (4, dict(num_stages=2, num_patches=2)),
 }
-# What may come late, once, or goes late, as the connections of the last turn: less than one for each turn between.
-ONCE = 6
+# What may come late, once: a thread pool, say.
+ONCE = 3
+# What goes late, as the connections of the last turn where cores are busy, may take so long.
+LATE_S = 10
 
 
 def _used():
@@ -47,13 +50,25 @@ def _turns(rank, options, exchange, turns, generations, collects):
             loop(model, size=16)
         asyncdiff_fast.unpatch(model)
         if turn in (2, turns - 1):
-            seen.append((_used(), _resident_bytes()))
+            seen.append((_used_at_rest(seen[0][0] if seen else None), _resident_bytes()))
     return seen
+
+
+def _steady(before, after):
+    return all(b - a <= ONCE for a, b in zip(before, after, strict=True))
+
+
+def _used_at_rest(before):
+    """`_used`, once it is no more than `before`, or the time is over."""
+    end = time.monotonic() + LATE_S
+    while before is not None and not _steady(before, _used()) and time.monotonic() < end:
+        time.sleep(0.05)
+    return _used()
 
 
 def _assert_steady(by_rank, most_bytes):
     for (before, bytes_before), (after, bytes_after) in by_rank:
-        assert all(b - a <= ONCE for a, b in zip(before, after, strict=True)), f"{before} became {after}"
+        assert _steady(before, after), f"{before} became {after}"
         assert bytes_after - bytes_before < most_bytes, f"{(bytes_after - bytes_before) / 1e6:.1f} MB more"
 
 
