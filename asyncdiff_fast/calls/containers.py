@@ -144,8 +144,8 @@ def _items(x):
 def _holds_items(x):
     if isinstance(x, _Items):
         return True
-    held = x.values() if isinstance(x, dict) else x if isinstance(x, list | tuple) else ()
-    return any(map(_holds_items, held))
+    items = x.values() if isinstance(x, dict) else x if isinstance(x, list | tuple) else ()
+    return any(map(_holds_items, items))
 
 
 def _open(x):

@@ -90,24 +90,22 @@ class Sampling:
         reason = "" if self.exact_because else self._look(scheduler, step)
         # Only this one may be so on one rank alone.
         told = reason in (None, CHANGED) and not starts_slowly(scheduler)
-        outputs = self._shared.all(step.output, CUT if reason else 0) if told else ()
+        outputs, numbers = self._shared.numbered(step.output, CUT if reason else 0) if told else ((), None)
         if reason:
             self.stay_exact(reason)
         if self.exact_because or not told:
             result, self.results = step.plain()
             if told:
-                self._over(Sent(self._world, self._shared.words))
+                self._over(Sent(self._world, numbers))
             return result
-        output, error, ahead = outputs[0], None, 0
-        said = evaluated(scheduler, step, output)
-        if self._outputs and self._decides():
-            ahead, guess = 1, self._tried(scheduler, step, said) if self._world.rank == 0 else None
+        output = outputs[0]
+        said, measured = evaluated(scheduler, step, output), bool(self._outputs) and self._decides()
+        guess = self._tried(scheduler, step, said) if measured and self._world.rank == 0 else None
         result, self.results = step.run(output)
-        if ahead and guess is not None:
-            error = relative_error(guess, self.results[0])
+        error = None if guess is None else relative_error(guess, self.results[0])
         self._outputs.add(said)
         self._latest, self.output_bytes = step, output.nbytes
-        self._over(Sent(self._world, self._shared.words, alike=outputs), error, ahead)
+        self._over(Sent(self._world, numbers, alike=outputs), error, ahead=int(measured))
         return result
 
     def _decides(self):
@@ -171,11 +169,11 @@ class Sampling:
         """The block's steps again, with what its ranks have evaluated. Collective; returns the last one's result."""
         began = time.perf_counter()
         block, self.block = self.block, None
-        outputs = self._shared.all(block.own, block.length)
+        outputs, numbers = self._shared.numbered(block.own, block.length)
         result, self.results, used, errors = block.replay(scheduler, outputs)
         for said in used:
             self._outputs.add(said)
-        self._over(Sent(self._world, self._shared.words, block), errors[-1], len(errors))
+        self._over(Sent(self._world, numbers, block), errors[-1], len(errors))
         self._counts.block(block.length, errors, time.perf_counter() - began)
         return result
 
@@ -186,8 +184,7 @@ class Sampling:
         """
         block, self.block = self.block, None
         expected, number = self.results[0], len(block.steps)
-        outputs = self._shared.all(step.output if number == self._world.rank else block.own, number)
-        sent = Sent(self._world, self._shared.words, block)
+        outputs, numbers = self._shared.numbered(step.output if number == self._world.rank else block.own, number)
         _, results, _, _ = block.replay(scheduler, outputs)
         log.warning(
             "the latents were changed at step %d, between steps that run side by side: they were made from predicted "
@@ -199,5 +196,5 @@ class Sampling:
         self._counts.cut_short += 1
         self.stay_exact(CHANGED)
         result, self.results = step.run(outputs[number])
-        self._over(sent)
+        self._over(Sent(self._world, numbers, block))
         return result

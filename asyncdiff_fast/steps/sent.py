@@ -16,7 +16,7 @@ class Sent:
     """Outputs of one exchange, with the number that goes with each: `check` waits for the device.
 
     Args:
-        numbers: returns [every rank's number].
+        numbers: tensor of every rank's.
         block: the `Block` that they end, None in an exact step.
         alike: outputs of all ranks that must be the same, to rounding.
     """
@@ -26,7 +26,7 @@ class Sent:
 
     def check(self):
         """Raises: ValueError on all ranks if one of them has sent what is of another place, or something else."""
-        self._check_places(self._numbers())
+        self._check_places(self._numbers.tolist())
         if len(self._alike) > 1:
             self._check_outputs()
 
